@@ -1,0 +1,165 @@
+"""Measure pmerge beside the floor and its peers, on checkpoints made for the purpose.
+
+    scripts/bench                                              4 x 1.7 GB, two hand-written loops as peers
+    scripts/bench --peers naive,safe_open,mergekit             mergekit too, in an environment of its own
+    scripts/bench --shape moe --tensors 20000                  many small tensors
+    scripts/bench --size 1.3GB --largest-tensor 1GB            one tensor larger than --memory
+    scripts/bench --grow n                                     a series; also size, tensors, memory
+    scripts/bench --inputs run/ckpt_*                          checkpoints that are there already
+    scripts/bench -- --workers 2                               what follows -- goes to `pmerge average`
+
+Prints the machine, the versions and a table; `--json` prints everything that was measured. Measure on an
+idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import bench_contestants
+import bench_report
+from bench_contestants import PEERS, SCRIPTS, Contestant, Unavailable
+from bench_grow import VALUES, grow
+from bench_rounds import Inputs, contest, describe, free_bytes, make_inputs
+from checkpoint_shapes import PUBLISHED, SHAPES
+from units import format_size, parse_size
+
+Rows = list[tuple[str, dict[str, str]]]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shm = Path("/dev/shm")
+    parser.add_argument("--folder", type=Path, default=shm if shm.is_dir() else Path(tempfile.gettempdir()))
+    parser.add_argument(
+        "--shape", choices=[name for name in SHAPES if name not in PUBLISHED], default="dense"
+    )
+    parser.add_argument("--size", default="1.7GB")
+    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--tensors", type=int, default=0)
+    parser.add_argument("--largest-tensor", default="")
+    parser.add_argument("--inputs", type=Path, nargs="+", help="average these instead of making some")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", default="256MiB")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--peers", help=f"of {','.join(PEERS)}, or none; default naive,safe_open, none in series"
+    )
+    parser.add_argument(
+        "--mergekit-env", type=Path, default=SCRIPTS.parent / ".venv-mergekit", metavar="FOLDER"
+    )
+    parser.add_argument("--grow", choices=VALUES)
+    parser.add_argument("--values", help="of the series, with commas between them")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("pmerge_options", nargs="*", metavar="-- PMERGE OPTIONS")
+    options = parser.parse_args(argv)
+    default_peers = "none" if options.grow else "naive,safe_open"
+    names = (options.peers or default_peers).split(",")
+    options.peers = [name for name in names if name != "none"]
+    if unknown := set(options.peers) - PEERS.keys():
+        parser.error(f"no peer is called {', '.join(sorted(unknown))}: there are {', '.join(PEERS)}")
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return options
+
+
+def line_up(
+    options: argparse.Namespace, work: Path, memory: str, quantized: bool = False
+) -> list[Contestant]:
+    """The floor, pmerge and the peers that can run; a line to stderr for each that cannot."""
+    found = [bench_contestants.floor()]
+    try:
+        found.append(bench_contestants.pmerge(memory, options.device, options.pmerge_options))
+    except Unavailable as reason:
+        print(f"pmerge: skipped: {reason}", file=sys.stderr)
+    for name in options.peers:
+        if quantized:
+            print(f"{name}: skipped: it would average the codes of quantised weights", file=sys.stderr)
+            continue
+        try:
+            found.append(PEERS[name](options.mergekit_env, work))
+        except Unavailable as reason:
+            print(f"{name}: skipped: {reason}", file=sys.stderr)
+    return found
+
+
+def prepare(options: argparse.Namespace, work: Path) -> Inputs:
+    if options.inputs:
+        return describe(options.inputs)
+    need, free = (options.count + 1) * parse_size(options.size), free_bytes(work)
+    if need > free:
+        sys.exit(f"error: {options.folder} has room for {format_size(free)}, this needs {format_size(need)}")
+    return make_inputs(
+        work / "inputs",
+        shape=options.shape,
+        size=options.size,
+        shards=options.shards,
+        count=options.count,
+        tensors=options.tensors,
+        largest_tensor=options.largest_tensor,
+    )
+
+
+def series(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, object]]:
+    """`--grow`: the rows of its table, and what goes into the JSON."""
+
+    def contestants(value: str) -> list[Contestant]:
+        return line_up(options, work, value if options.grow == "memory" else options.memory)
+
+    values = options.values.split(",") if options.values else VALUES[options.grow]
+    rows, points = [], []
+    for value, results in grow(options.grow, values, contestants, work, options.rounds):
+        facts = [bench_report.as_json(result) for result in results]
+        floor_s = bench_report.floor_seconds(facts)
+        rows += [(f"{value} {f['name']}", bench_report.figures(f, floor_s)) for f in facts]
+        points.append({"value": value, "inputs": str(results[0].inputs), "results": facts})
+    return rows, {"grow": options.grow, "points": points}
+
+
+def compare(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, object]]:
+    """One table for the inputs asked for, with the fixed cost: the same for 2 checkpoints of 1 MB."""
+    inputs = prepare(options, work)
+    contestants = line_up(options, work, options.memory, inputs.quantized)
+    results = contest(contestants, inputs, work, options.rounds)
+    tiny = contest(contestants, make_inputs(work / "tiny", size="1MB", count=2), work, rounds=3)
+    facts = [bench_report.as_json(r, t) for r, t in zip(results, tiny, strict=True)]
+    floor_s = bench_report.floor_seconds(facts)
+    rows = [(f["name"], bench_report.figures(f, floor_s)) for f in facts]
+    return rows, {"inputs": str(inputs), "results": facts}
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["scripts/bench", *(sys.argv[1:] if argv is None else argv)])
+    facts, versions = (
+        bench_report.machine(options.folder, options.device),
+        bench_report.versions(options.peers),
+    )
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="pmerge-bench-") as work:
+        rows, measured = (series if options.grow else compare)(options, Path(work))
+    if options.json:
+        about = {"command": command, "machine": facts, "versions": versions, "load_before": load_before}
+        print(json.dumps(about | {"rounds": options.rounds} | measured, indent=2))
+        return
+    print(f"    {command}\n")
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(", ".join(f"{key} {value}" for key, value in versions.items()))
+    print(f"load before: {load_before:.2f}; {options.rounds} rounds after one of warm-up\n")
+    print(f"{measured.get('inputs') or 'time and memory against ' + options.grow}\n")
+    bench_report.table(options.grow or "", rows)
+    print(f"\n{bench_report.NOTES}")
+
+
+if __name__ == "__main__":
+    main()

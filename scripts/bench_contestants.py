@@ -1,0 +1,95 @@
+"""Who runs in `scripts/bench`: for each contestant the command that averages checkpoints into a new folder.
+
+Everyone is a process of its own, so that start-up counts for all. `floor` averages nothing: it reads
+every input once and copies one checkpoint, which is the least that any tool has to move.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parent
+MERGEKIT = "0.1.5"
+TORCH = "2.13.0"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+class Unavailable(Exception):
+    """This contestant cannot run here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    what: str
+    command: Callable[[list[Path], Path], list[str]]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def floor() -> Contestant:
+    script = 'out=$1 first=$2; shift 2; cat "$@" > /dev/null && cp -r --reflink=never "$first" "$out"'
+
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        files = sorted(str(path) for c in checkpoints for path in c.glob("*.safetensors"))
+        return ["sh", "-c", script, "floor", str(out), str(checkpoints[0]), *files]
+
+    return Contestant("floor", "cat all inputs > /dev/null, cp one checkpoint", command)
+
+
+def pmerge(memory: str, device: str, more: list[str]) -> Contestant:
+    program = Path(sys.executable).with_name("pmerge")
+    options = ["--method", "sma", "--memory", memory, "--device", device, "--json", "--quiet", *more]
+
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        return [str(program), "average", *map(str, checkpoints), *options, "-o", str(out)]
+
+    if not program.exists():
+        raise Unavailable(f"{program} is not installed (run scripts/setup)")
+    tried = subprocess.run([program, "average", "--help"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        raise Unavailable(f"`pmerge average --help` fails: {(tried.stderr.strip() or '?').splitlines()[-1]}")
+    return Contestant("pmerge", f"pmerge average {' '.join(options)}", command)
+
+
+def loop(how: str, what: str) -> Contestant:
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        return [sys.executable, str(SCRIPTS / "bench_peers.py"), how, str(out), *map(str, checkpoints)]
+
+    return Contestant(how, what, command)
+
+
+def mergekit(environment: Path, work: Path) -> Contestant:
+    """mergekit's `linear`, summing in float32 as the others do; makes its virtual environment if missing."""
+    python, program = environment / "bin" / "python", environment / "bin" / "mergekit-yaml"
+    if not program.exists():
+        print(f"installing mergekit {MERGEKIT} into {environment}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        (environment / ".gitignore").write_text("*\n")
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if subprocess.run([*pip, f"mergekit=={MERGEKIT}", f"torch=={TORCH}"], check=False).returncode:
+            raise Unavailable(f"mergekit {MERGEKIT} could not be installed into {environment}")
+
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        recipe = {
+            "merge_method": "linear",
+            "models": [{"model": str(c), "parameters": {"weight": 1.0}} for c in checkpoints],
+            "dtype": "float32",
+            "out_dtype": "bfloat16",
+        }
+        path = work / "mergekit.yaml"
+        path.write_text(json.dumps(recipe))  # JSON is YAML
+        return [str(program), str(path), str(out), "--quiet", "--no-copy-tokenizer"]
+
+    return Contestant("mergekit", f"mergekit-yaml {MERGEKIT}, linear, float32 sums", command, OFFLINE)
+
+
+PEERS: dict[str, Callable[[Path, Path], Contestant]] = {
+    "naive": lambda *_: loop("naive", "load_file whole checkpoints, float32 sums, save_file"),
+    "safe_open": lambda *_: loop("safe_open", "safe_open shard by shard, float32 sums, save_file"),
+    "mergekit": mergekit,
+}

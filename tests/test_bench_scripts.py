@@ -1,0 +1,210 @@
+"""scripts/make_checkpoints and scripts/bench: real checkpoints, and measurements that mean what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import bench_contestants
+import bench_measure
+import bench_peers
+import bench_report
+import bench_rounds
+import make_checkpoints
+from bench_contestants import SCRIPTS, Contestant
+from checkpoint_shapes import SHAPES, split_into_shards
+from units import format_size, parse_size
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Make small checkpoints with make_checkpoints.py, from a small random block; returns their folders."""
+    monkeypatch.setattr(make_checkpoints, "BLOCK_ELEMENTS", 10_007)
+
+    def run(*options: str, count: int = 2) -> list[Path]:
+        make_checkpoints.main([*options, f"--count={count}", f"--out={tmp_path}"])
+        return [tmp_path / f"ckpt_{1000 * (i + 1)}" for i in range(count)]
+
+    return run
+
+
+def load(checkpoint: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for shard in checkpoint.glob("*.safetensors"):
+        weights |= load_file(shard)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "text, size", [("1.7GB", 1_700_000_000), ("256MiB", 2**28), ("12", 12), ("3 kB", 3000)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+def test_size_that_is_none():
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size("much")
+
+
+def test_format_size():
+    assert [format_size(n) for n in (0, 999, 1_700_000_000, 688_574_839_360)] == [
+        "0 B",
+        "999 B",
+        "1.7 GB",
+        "689 GB",
+    ]
+
+
+@pytest.mark.parametrize("shape", ["dense", "moe", "fp8"])
+def test_checkpoints_are_what_the_index_and_the_config_say(make, shape):
+    first, second = make("--shape", shape, "--size=2MB", "--tensors=100", "--shards=3")
+    index = json.loads((first / "model.safetensors.index.json").read_text())
+    config = json.loads((first / "config.json").read_text())
+    a, b = load(first), load(second)
+    assert a.keys() == index["weight_map"].keys() == b.keys()
+    assert len(set(index["weight_map"].values())) == 3
+    assert sum(t.nbytes for t in a.values()) == index["metadata"]["total_size"]
+    assert ("quantization_config" in config) == (shape == "fp8")
+    assert a["model.embed_tokens.weight"].shape == (config["vocab_size"], config["hidden_size"])
+    for name, weight in a.items():
+        values, other = weight.float(), b[name].float()
+        assert values.isfinite().all()
+        if values.numel() > 1000:
+            assert not values.equal(other)
+            assert (values - other).norm() < 0.2 * values.norm()
+        if weight.dtype == torch.float8_e4m3fn:
+            blocks = [math.ceil(n / 128) for n in weight.shape]
+            assert list(a[f"{name}_scale_inv"].shape) == blocks
+
+
+@pytest.mark.parametrize("shape, size", [("dense", 1.7e9), ("moe", 1.7e9), ("fp8", 1.7e9), ("dense", 2e7)])
+def test_sizes_are_close_to_those_asked_for(shape, size):
+    made = sum(tensor.nbytes for tensor in SHAPES[shape](int(size), 0, 0).tensors)
+    assert made == pytest.approx(size, rel=0.03)
+
+
+def test_largest_tensor():
+    sizes = [tensor.nbytes for tensor in SHAPES["dense"](1_300_000_000, 0, 1_000_000_000).tensors]
+    assert max(sizes) == pytest.approx(1e9, rel=1e-3)
+    assert sum(sizes) == pytest.approx(1.3e9, rel=1e-2)
+
+
+def test_deepseek_v3_has_the_published_size():
+    tensors = SHAPES["deepseek-v3"](0, 0, 0).tensors
+    assert len(tensors) == len({tensor.name for tensor in tensors}) == 91_991
+    assert sum(math.prod(tensor.shape) for tensor in tensors) == 684_531_386_000  # as the Hub counts it
+    assert len(split_into_shards(tensors, 163)) == 163
+
+
+def test_sparse_takes_no_room(make):
+    [checkpoint] = make("--shape=1t", "--sparse", count=1)
+    shards = list(checkpoint.glob("*.safetensors"))
+    assert len(shards) == 61
+    assert sum(shard.stat().st_size for shard in shards) > 1e12
+    assert sum(shard.stat().st_blocks * 512 for shard in shards) < 1e8
+
+
+def test_existing_checkpoints_stay(make, tmp_path):
+    make("--size=1MB")
+    with pytest.raises(SystemExit, match="exists already"):
+        make("--size=1MB")
+
+
+@pytest.mark.parametrize("average", [bench_peers.naive, bench_peers.shard_by_shard])
+def test_loops_average(make, tmp_path, average):
+    checkpoints = make("--size=1MB", count=3)
+    average(tmp_path / "out", checkpoints)
+    found = bench_peers.check(tmp_path / "out", checkpoints)
+    assert found["num_missing"] == found["num_added"] == 0
+    assert found["correctly_rounded"] > 0.999
+    one = load(tmp_path / "out")["model.norm.weight"]
+    mean = sum(load(c)["model.norm.weight"].double() for c in checkpoints) / 3
+    assert one.equal(mean.to(one.dtype))
+
+
+def test_check_sees_what_is_wrong(make, tmp_path):
+    checkpoints = make("--size=1MB")
+    shutil.copytree(checkpoints[0], tmp_path / "out")
+    assert bench_peers.check(tmp_path / "out", checkpoints)["correctly_rounded"] < 0.9
+    next((tmp_path / "out").glob("model-00002*")).unlink()
+    assert bench_peers.check(tmp_path / "out", checkpoints)["num_missing"] > 10
+
+
+def test_measure():
+    code = "import time; x = bytearray(200_000_000); time.sleep(0.4); print('done')"
+    measured = bench_measure.measure([sys.executable, "-c", code], watch=True)
+    assert measured.stdout == "done\n"
+    assert 0.4 <= measured.wall_s < 60
+    for size in (measured.largest_process_bytes, measured.together_bytes, measured.private_bytes):
+        assert size > 200_000_000
+
+
+def test_measure_adds_up_processes():
+    # From a small process: the peak of the parent, which has loaded torch, would count as the child's.
+    code = """
+import sys
+from bench_measure import measure
+child = "import time; x = bytearray(100_000_000); time.sleep(1)"
+start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
+parent = f"import subprocess, sys; [p.wait() for p in [{start}, {start}]]"
+measured = measure([sys.executable, "-c", parent], watch=True)
+print(measured.largest_process_bytes, measured.together_bytes, measured.private_bytes)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, check=True
+    )
+    largest, together, private = map(int, done.stdout.split())
+    assert 100_000_000 < largest < 150_000_000
+    assert 200_000_000 < private < together < 300_000_000
+
+
+def test_measure_reports_failure():
+    with pytest.raises(bench_measure.CommandFailed, match=r"(?s)exit status 3.*no room"):
+        bench_measure.measure(["sh", "-c", "echo no room >&2; exit 3"])
+
+
+def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_rounds, "check", lambda *_: {"num_missing": 0, "correctly_rounded": 1.0})
+    log = tmp_path / "log"
+    other = Contestant("other", "", lambda _, out: ["sh", "-c", f"mkdir {out}; echo other >> {log}"])
+    broken = Contestant("broken", "", lambda *_: ["sh", "-c", f"echo broken >> {log}; exit 1"])
+    inputs = bench_rounds.describe(make("--size=1MB", "--tensors=30"))
+    assert (inputs.num_tensors, inputs.num_shards) == (30, 3)
+    results = bench_rounds.contest([bench_contestants.floor(), broken, other], inputs, tmp_path, rounds=2)
+    assert log.read_text().split() == ["other" if i != 0 else "broken" for i in range(4)]
+    assert [len(result.runs) for result in results] == [2, 0, 2]
+    assert not (tmp_path / "out").exists()
+
+    facts = [bench_report.as_json(result) for result in results]
+    capsys.readouterr()
+    bench_report.table(
+        "", [(f["name"], bench_report.figures(f, bench_report.floor_seconds(facts))) for f in facts]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1
+    assert "| 1.00 " in lines[2]
+    assert "failed" in lines[3]
+
+
+@pytest.mark.slow
+def test_bench_from_the_command_line(tmp_path):
+    options = ["--size=1MB", "--rounds=1", "--peers=safe_open", f"--folder={tmp_path}", "--json"]
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True
+    )
+    results = {result["name"]: result for result in json.loads(done.stdout)["results"]}
+    assert results.keys() >= {"floor", "safe_open"}
+    assert results["safe_open"]["check"]["correctly_rounded"] > 0.999
+    assert list(tmp_path.iterdir()) == []
