@@ -1,0 +1,47 @@
+"""pmerge averages the checkpoints of one training run: streamed, exact, crash-safe.
+
+    from merge_cli import average, open_checkpoint, plan_average, coefficients
+
+    result = average(["run/ckpt_1000", "run/ckpt_2000"], "merged", method="ema", alpha=0.2)
+
+The library does everything that the command does and prints nothing. Importing it is cheap: torch is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.version import __version__
+
+if TYPE_CHECKING:
+    from merge_cli.averaging import AveragePlan, AverageResult, Progress, average, plan_average, run_average
+    from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
+    from merge_cli.methods import Coefficients, coefficients
+
+__all__ = [
+    "AveragePlan",
+    "AverageResult",
+    "Checkpoint",
+    "Coefficients",
+    "Progress",
+    "__version__",
+    "average",
+    "coefficients",
+    "open_checkpoint",
+    "plan_average",
+    "run_average",
+]
+
+_HOMES = {
+    **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "averaging"),
+    **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
+    **dict.fromkeys(["Coefficients", "coefficients"], "methods"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"merge_cli.{_HOMES[name]}"), name)

@@ -204,9 +204,7 @@ def gamma_of(width: float) -> float:
     Raises UsageError unless 0 < width <= 1/sqrt(12), the width of the flat profile.
     """
     if not 0 < width <= relative_width(0.0):
-        raise _out_of_range(
-            "sigma_rel", width, f"a number above 0 and at most {relative_width(0.0):.4f} (a flat profile)"
-        )
+        raise _out_of_range("sigma_rel", width, f"a number above 0 and at most {relative_width(0.0):.4f} (a flat profile)")
     low, high = 0.0, min(1.0 / width, 1e308)  # relative_width(g) < 1 / (g + 2): the root is below 1/width
     while low < (middle := low + (high - low) / 2) < high:
         low, high = (middle, high) if relative_width(middle) >= width else (low, middle)
@@ -262,9 +260,7 @@ def explicit(steps: Sequence[float], weights: Sequence[float] = (), normalize: b
         total = math.fsum(weights)
     except OverflowError:
         total = math.inf
-    if normalize and (
-        not math.isfinite(total) or total == 0 or not math.isfinite(max(map(abs, weights)) / total)
-    ):
+    if normalize and (not math.isfinite(total) or total == 0 or not math.isfinite(max(map(abs, weights)) / total)):
         raise UsageError(f"--weights sum to {total!r}, which cannot be normalized")
     if not normalize and not abs(total - 1.0) <= SUM_TOLERANCE * (1 + 1e-9):  # 0.333333 three times passes
         raise UsageError(
@@ -350,26 +346,18 @@ def warnings_for(coeffs: Coefficients, steps: Sequence[float] | None = None) -> 
     if negative:
         lines.append("negative coefficients: " + "; ".join(first_ten(negative)))
     if n > 1 and coeffs.effective_sample_size < 3 - 1e-9:
-        lines.append(
-            f"only {coeffs.effective_sample_size:.2f} effective checkpoints: little noise is averaged away"
-        )
+        lines.append(f"only {coeffs.effective_sample_size:.2f} effective checkpoints: little noise is averaged away")
     if n == 1 or steps is None:
         return lines
     span, newest = steps[-1] - steps[0], steps[-1]
     if span > 0.2 * newest:
         share = f"{100 * span / newest:.0f} %" if newest > 0 else "more than all"
-        lines.append(
-            f"the window of {span:.10g} steps is {share} of the training so far: "
-            "wide windows hurt early in a run"
-        )
+        lines.append(f"the window of {span:.10g} steps is {share} of the training so far: wide windows hurt early in a run")
     gaps = [newer - older for older, newer in pairwise(steps)]
     mean_gap = span / (n - 1)
     jitter = max(abs(gap - mean_gap) for gap in gaps)
     if jitter > 0.1 * abs(mean_gap) * (1 + 1e-9):
-        lines.append(
-            f"the checkpoints are unevenly spaced: {min(gaps):.10g} to {max(gaps):.10g} steps apart, "
-            f"mean {mean_gap:.10g}"
-        )
+        lines.append(f"the checkpoints are unevenly spaced: {min(gaps):.10g} to {max(gaps):.10g} steps apart, mean {mean_gap:.10g}")
     return lines
 
 
@@ -417,9 +405,7 @@ def _check_increasing(method: str, steps: Sequence[float]) -> None:
     for step in steps:
         if not _is_finite_number(step):
             raise UsageError(f"a step is no finite number: {step}")
-    wrong = [
-        f"{older:.10g} is followed by {newer:.10g}" for older, newer in pairwise(steps) if not newer > older
-    ]
+    wrong = [f"{older:.10g} is followed by {newer:.10g}" for older, newer in pairwise(steps) if not newer > older]
     if wrong:
         raise UsageError(
             f"method {method} needs checkpoints from oldest to newest, each with its own step",

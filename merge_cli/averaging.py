@@ -1,0 +1,301 @@
+"""Average the checkpoints of one run: the feature behind `pmerge average`, as a library.
+
+    plan_average   which checkpoints, which coefficients, which bytes: reads headers only, writes nothing
+    average        the same, then reads, reduces, writes and publishes
+
+Nothing is printed: progress goes to a callback, warnings are in the plan, errors are the exceptions of `merge_cli.errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.errors import OutputError, PmergeError, UsageError
+from merge_cli.formats.checkpoint import open_checkpoint
+from merge_cli.formats.safetensors import Header
+from merge_cli.methods import METHODS, coefficients, needs_step_numbers, warnings_for
+from merge_cli.plan import MergePlan, MergeSpec, Output
+from merge_cli.planner import OUTPUT_DTYPES, build_plan
+from merge_cli.selection import Candidate, discover, order_candidates, parse_amount, read_candidate, select
+
+if TYPE_CHECKING:
+    from merge_cli.engine.device import Device
+    from merge_cli.engine.stream import Budget, Statistics
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: bytes done and in all, and the seconds since reading began."""
+
+    bytes_read: int
+    bytes_to_read: int
+    bytes_written: int
+    bytes_to_write: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AveragePlan:
+    """A planned run: the merge, where it goes, how it will be done (`device`, `budget`), and what would stop it (`findings`)."""
+
+    merge: MergePlan
+    output: Path
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+    device: Device
+    budget: Budget
+    overwrite: bool
+    findings: tuple[PmergeError, ...]
+
+
+@dataclass(frozen=True)
+class AverageResult:
+    """A finished run. `reused` counts files of an earlier, interrupted run; `nonfinite` counts elements by tensor."""
+
+    output: Path
+    seconds: float
+    statistics: Statistics
+    reused: int = 0
+    nonfinite: dict[str, int] = field(default_factory=dict)
+
+
+def plan_average(
+    paths: Sequence[StrPath],
+    output: StrPath | None = None,
+    *,
+    method: str = "sma",
+    alpha: float | None = None,
+    half_life: float | None = None,
+    shape: str | None = None,
+    floor: float | None = None,
+    sigma_rel: float | None = None,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+    order: str = "step",
+    last: int | None = None,
+    every: int | str | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    before: int | None = None,
+    tokens_per_step: int | None = None,
+    base: StrPath | None = None,
+    dtype: str = "keep",
+    accumulate: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    int_policy: str = "error",
+    allow_nonfinite: bool = False,
+    shard_size: int | None = None,
+    device: str = "auto",
+    memory: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> AveragePlan:
+    """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
+
+    Options are those of the command: `every` in steps (or a string such as "8B" tokens, with `tokens_per_step`), `memory` and
+    `shard_size` in bytes. Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
+
+    Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
+    too little space) is in `findings` instead, so that a plan can always be looked at.
+    """
+    from merge_cli.engine.device import choose_device
+    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
+    from merge_cli.output.staging import check_destination
+
+    _check_choices(dtype, accumulate, int_policy, order, method)
+    parameters = {
+        "alpha": alpha,
+        "half_life": half_life,
+        "shape": shape,
+        "floor": floor,
+        "sigma_rel": sigma_rel,
+    }
+    parameters = {**parameters, "weights": weights, "normalize": normalize}
+    given = {name: value for name, value in parameters.items() if value is not None}
+    selection = _select(paths, method, order, last, every, from_step, to_step, before, tokens_per_step, given)
+    candidates = selection.candidates
+    steps = [candidate.step for candidate in candidates]
+    places = _places(candidates, needs_step_numbers(method, **given))
+    chosen = coefficients(method, places, **given)
+    seen: dict[str, Header] = {}
+    inputs = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
+    base_index = _find_base(candidates, base)
+    spec = MergeSpec(
+        method=method,
+        parameters=given,
+        dtype=dtype,
+        accumulate=accumulate,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        int_policy=int_policy,
+        allow_nonfinite=allow_nonfinite,
+        shard_bytes=shard_size,
+    )
+    merge = build_plan(spec, inputs, steps, base_index, [Output(tuple(range(len(inputs))), chosen)])
+    true_steps = None if any(step is None for step in steps) or order != "step" else places
+    notes = (*selection.notes, *warnings_for(chosen, true_steps), *merge.warnings)
+    destination = Path(output) if output is not None else Path(_default_name(method, candidates))
+    if destination.suffix == ".safetensors":
+        raise UsageError(
+            f"the result is a folder, and {destination} looks like a file",
+            hint=f"-o {destination.with_suffix('')}",
+        )
+    where = choose_device(device)
+    budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
+    findings = check_destination(destination, merge, overwrite)
+    return AveragePlan(merge, destination, candidates, notes, where, budget, overwrite, tuple(findings))
+
+
+def average(
+    paths: Sequence[StrPath],
+    output: StrPath | None = None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    command: Sequence[str] = (),
+    **options: Any,
+) -> AverageResult:
+    """Average the checkpoints at `paths` into the folder `output`; the options are those of `plan_average`.
+
+    The destination appears only when it is complete. Raises what `plan_average` raises, and NonFiniteError, ChangedError,
+    MismatchError (integers that differ) or OutputError while working.
+    """
+    return run_average(plan_average(paths, output, **options), on_progress=on_progress, command=command)
+
+
+def run_average(
+    plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
+) -> AverageResult:
+    """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
+    from merge_cli.engine.stream import check_inputs_unchanged, stream
+    from merge_cli.output.manifest import MANIFEST, index_of, input_fingerprints, manifest, write_side_files
+    from merge_cli.output.staging import Done, Staging, write_file
+
+    if plan.findings:
+        raise plan.findings[0]
+    import json
+
+    began = time.perf_counter()
+    merge = plan.merge
+    total_read, total_write = merge.bytes_to_read, merge.bytes_to_write
+
+    def report(statistics: Statistics) -> None:
+        if on_progress is not None:
+            seconds = time.perf_counter() - began
+            on_progress(Progress(statistics.bytes_read, total_read, statistics.bytes_written, total_write, seconds))
+
+    with Staging(plan.output) as staging:
+        state = {"about": "an unfinished pmerge run; run the same command again to continue it, or delete this folder"}
+        done = staging.prepare({**state, "plan": merge.fingerprint(), "inputs": input_fingerprints(merge)})
+        reused = len(done)
+
+        def finished(_: int, file: Any, sha256: str) -> None:
+            staging.record(file, sha256)
+            done[file.name] = Done(file.file_bytes, sha256)
+
+        todo = [file for file in merge.files if file.name not in done]
+        statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
+        check_inputs_unchanged(merge)
+        write_side_files(merge.inputs[merge.base], staging.checkpoint, merge.spec.dtype)
+        content = manifest(merge, merge.outputs[0], done, list(command or sys.argv))
+        write_file(staging.checkpoint / MANIFEST, json.dumps(content, indent=2, default=list).encode() + b"\n")
+        index = index_of(merge)
+        if index is not None:
+            write_file(staging.checkpoint / index[0], index[1])
+        _check_complete(merge, staging.checkpoint)
+        staging.publish(plan.overwrite)
+    return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, statistics.nonfinite)
+
+
+def _check_complete(merge: MergePlan, folder: Path) -> None:
+    """Read back every header: each planned tensor must be in its file, or nothing is published."""
+    from merge_cli.formats.safetensors import read_header
+
+    for file in merge.files:
+        header = read_header(folder / file.name)
+        if tuple(header.tensors) != file.names and set(header.tensors) != set(file.names):
+            raise OutputError(f"{folder / file.name} does not hold the tensors that were planned")
+
+
+def _check_choices(dtype: str, accumulate: str, int_policy: str, order: str, method: str) -> None:
+    choices = {
+        "--dtype": (dtype, ("keep", *OUTPUT_DTYPES)),
+        "--accumulate": (accumulate, ("auto", "fp32", "fp64")),
+        "--int-policy": (int_policy, ("error", "newest")),
+        "--order": (order, ("step", "given", "mtime")),
+        "--method": (method, tuple(METHODS)),
+    }
+    for option, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UsageError(
+                f"{option} cannot be {value!r}",
+                details=[f"expected  {', '.join(allowed)}"],
+                hint=f"{option} {allowed[0]}",
+            )
+
+
+def _select(
+    paths: Sequence[StrPath],
+    method: str,
+    order: str,
+    last: int | None,
+    every: int | str | None,
+    from_step: int | None,
+    to_step: int | None,
+    before: int | None,
+    tokens_per_step: int | None,
+    parameters: dict[str, Any],
+) -> Any:
+    if not paths:
+        raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
+    if parameters.get("weights") is not None and order == "step" and method == "weights":
+        order = "given"  # weights belong to the checkpoints as they were typed
+    candidates = [read_candidate(path) for path in discover([Path(path) for path in paths])]
+    ordered = order_candidates(candidates, order, METHODS[method].needs_steps)
+    if isinstance(every, str):
+        every = parse_amount(every, tokens_per_step)
+    return select(ordered, last=last, every=every, from_step=from_step, to_step=to_step, before=before)
+
+
+def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:
+    """The steps, or the positions 0, 1, 2 ... where they are not known or not in order."""
+    steps = [candidate.step for candidate in candidates]
+    known = [float(step) for step in steps if step is not None]
+    if len(known) == len(steps) and all(a < b for a, b in pairwise(known)):
+        return known
+    if must_be_steps:
+        raise UsageError(
+            "this method is defined over steps, and the checkpoints have none (or not ascending)",
+            details=[f"{candidate.path}  step {candidate.step}" for candidate in candidates[:10]],
+            hint="name the folders by step (ckpt_1000), or use a method that only needs the order: --method wma",
+        )
+    return [float(position) for position in range(len(candidates))]
+
+
+def _find_base(candidates: Sequence[Candidate], base: StrPath | None) -> int:
+    if base is None:
+        return len(candidates) - 1
+    wanted = Path(base).resolve()
+    for position, candidate in enumerate(candidates):
+        if candidate.path.resolve() == wanted:
+            return position
+    raise UsageError(
+        f"--base {base} is not one of the checkpoints that are averaged",
+        details=[str(candidate.path) for candidate in candidates[:10]],
+        hint=f"--base {candidates[-1].path}",
+    )
+
+
+def _default_name(method: str, candidates: Sequence[Candidate]) -> str:
+    ends = [candidates[0], candidates[-1]]
+    labels = [str(c.step) if c.step is not None else c.path.name.removesuffix(".safetensors") for c in ends]
+    return f"merged-{method}-{labels[0]}-{labels[1]}"

@@ -1,0 +1,40 @@
+"""The command line: `pmerge average`, `pmerge inspect`, `pmerge methods`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from merge_cli.cli.average import average_command
+from merge_cli.cli.inspect import inspect_command
+from merge_cli.cli.methods import methods_command
+from merge_cli.version import __version__
+
+app = typer.Typer(
+    name="pmerge",
+    help="Average the checkpoints of one training run: streamed, exact, crash-safe.\n\n"
+    "Example:  pmerge average ckpt_*/ --method ema",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("average")(average_command)
+app.command("inspect")(inspect_command)
+app.command("methods")(methods_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pmerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options that stand before the command."""

@@ -1,0 +1,270 @@
+"""`pmerge average`: plan, show the plan, run it, say what was done."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merge_cli.cli import console
+from merge_cli.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from merge_cli.averaging import AveragePlan, AverageResult
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str | None, option: str) -> int | None:
+    """Bytes of "2GiB" (binary), "5GB" (decimal) or a plain number. Raises UsageError."""
+    if text is None:
+        return None
+    match = _SIZE.match(text)
+    if not match or (match[3] and not match[2]):
+        raise UsageError(f"{option} cannot be {text!r}", details=["expected  a size such as 2GiB, 500MB or 1000000"])
+    base = 1024 if match[3] else 1000
+    size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size <= 0:
+        raise UsageError(f"{option} must be more than 0 bytes")
+    return size
+
+
+def average_command(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoint folders, .safetensors files, or one run folder; PATH:WEIGHT for weights."),
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the result goes.")] = None,
+    method: Annotated[str | None, typer.Option(help="sma, wma, ema, decay, power or weights (default sma).")] = None,
+    alpha: Annotated[float | None, typer.Option(help="ema: share of each newer checkpoint (0.2).")] = None,
+    half_life: Annotated[float | None, typer.Option(help="ema: steps after which a weight has halved.")] = None,
+    shape: Annotated[str | None, typer.Option(help="decay: linear, 1-sqrt, cosine, exponential or inverse-sqrt (1-sqrt).")] = None,
+    floor: Annotated[float | None, typer.Option(help="decay: the share of the learning rate that remains (0).")] = None,
+    sigma_rel: Annotated[float | None, typer.Option(help="power: relative width (0.1).")] = None,
+    weights: Annotated[str | None, typer.Option(help="weights: numbers in the order given, as 0.2,0.3,0.5.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="weights: divide them by their sum.")] = False,
+    order: Annotated[str, typer.Option(help="step, given or mtime.")] = "step",
+    last: Annotated[int | None, typer.Option(help="Only the newest N.")] = None,
+    every: Annotated[str | None, typer.Option(help="One checkpoint every V steps (or 8B tokens).")] = None,
+    from_step: Annotated[int | None, typer.Option("--from", help="From this step on.")] = None,
+    to_step: Annotated[int | None, typer.Option("--to", help="Up to and including this step.")] = None,
+    before: Annotated[int | None, typer.Option(help="Before this step (a loss spike).")] = None,
+    tokens_per_step: Annotated[str | None, typer.Option(help="So that --every can be given in tokens: 4M.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Whose layout and side files are kept (the newest).")] = None,
+    dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
+    accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64.")] = "auto",
+    include: Annotated[list[str] | None, typer.Option(help="Average only tensors that match this glob.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Copy tensors that match this glob from the base.")] = None,
+    int_policy: Annotated[str, typer.Option(help="Integers that differ: error, or newest.")] = "error",
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Go on at NaN and Inf, and report.")] = False,
+    shard_size: Annotated[str | None, typer.Option(help="Split anew, as 5GB (default: the base's shards).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
+    memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
+    threads: Annotated[int | None, typer.Option(min=1, help="Worker threads (the cores, 2 to 8).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result, at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+) -> None:
+    """Average checkpoints into a new one, whose path is printed.
+
+    Example:  pmerge average ckpt_*/ --method ema
+    """
+    from merge_cli.averaging import plan_average, run_average
+
+    paths, typed = _weighted_paths(checkpoints)
+    if weights is not None:
+        if typed is not None:
+            raise UsageError("weights are given twice: by --weights and by PATH:WEIGHT", hint="use one of them")
+        typed = _parse_weights(weights)
+    if typed is not None and method not in (None, "weights"):
+        raise UsageError(f"--method {method} does not take weights", hint="leave --method out, or say --method weights")
+    plan = plan_average(
+        paths,
+        output,
+        method=method or ("weights" if typed is not None else "sma"),
+        alpha=alpha,
+        half_life=half_life,
+        shape=shape,
+        floor=floor,
+        sigma_rel=sigma_rel,
+        weights=typed,
+        normalize=normalize or None,
+        order=order,
+        last=last,
+        every=every,
+        from_step=from_step,
+        to_step=to_step,
+        before=before,
+        tokens_per_step=_parse_count(tokens_per_step),
+        base=base,
+        dtype=dtype,
+        accumulate=accumulate,
+        include=include or (),
+        exclude=exclude or (),
+        int_policy=int_policy,
+        allow_nonfinite=allow_nonfinite,
+        shard_size=parse_size(shard_size, "--shard-size"),
+        device=device,
+        memory=parse_size(memory, "--memory"),
+        threads=threads,
+        overwrite=overwrite,
+    )
+    if not quiet:
+        _show_plan(plan)
+    if dry_run:
+        _finish_dry_run(plan, as_json)
+        return
+    with console.ProgressLine(quiet) as progress:
+        try:
+            result = run_average(plan, on_progress=progress.update, command=sys.argv)
+        except Interrupted as stop:
+            raise Interrupted(stop.exit_code - 128, hint=f"run the same command again to continue {plan.output}") from None
+    if not quiet:
+        _show_result(plan, result)
+    if as_json:
+        console.out_json({**_as_json(plan), **_result_as_json(result)})
+    else:
+        console.out(result.output)
+
+
+def _weighted_paths(arguments: list[str]) -> tuple[list[str], list[float] | None]:
+    """Split PATH:WEIGHT arguments; weights are None when no argument has one."""
+    pairs = [argument.rpartition(":") for argument in arguments]
+    weighted = [
+        bool(path) and _is_float(weight) and not Path(a).exists() for a, (path, _, weight) in zip(arguments, pairs, strict=True)
+    ]
+    if not any(weighted):
+        return arguments, None
+    if not all(weighted):
+        missing = arguments[weighted.index(False)]
+        raise UsageError(f"{missing} has no weight, others have", hint=f"{missing}:0.5")
+    return [path for path, _, _ in pairs], [float(weight) for _, _, weight in pairs]
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_weights(text: str) -> list[float]:
+    parts = text.split(",")
+    if not all(_is_float(part) for part in parts):
+        raise UsageError(f"--weights cannot be {text!r}", details=["expected  numbers with commas: 0.2,0.3,0.5"])
+    return [float(part) for part in parts]
+
+
+def _parse_count(text: str | None) -> int | None:
+    from merge_cli.selection import parse_amount
+
+    return None if text is None else parse_amount(text, 1)
+
+
+def _show_plan(plan: AveragePlan) -> None:
+    merge = plan.merge
+    chosen = merge.outputs[0].coefficients
+    rows = [
+        (
+            candidate.path,
+            "-" if candidate.step is None else candidate.step,
+            f"{value:.4f}",
+            "base" if i == merge.base else "",
+        )
+        for i, (candidate, value) in enumerate(zip(plan.candidates, chosen.values, strict=True))
+    ]
+    parameters = "".join(f" {k}={v}" for k, v in merge.spec.parameters.items() if k != "weights")
+    console.say(f"average of {len(rows)} checkpoints by {merge.spec.method}{parameters} -> {plan.output}")
+    for line in console.table(("checkpoint", "step", "coefficient", ""), rows):
+        console.say(line)
+    console.say(f"  effective sample size {chosen.effective_sample_size:.2f}, mean age {chosen.mean_age():.2f} intervals")
+    console.say(
+        f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
+        f" in {len(merge.files)} files, buffers {console.human_bytes(plan.budget.bytes)}"
+        f" ({plan.budget.workers} threads), device {plan.device.name}"
+    )
+    side = merge.inputs[merge.base].side_files
+    if side.kept or side.skipped:
+        console.say(f"  kept from the base: {', '.join(side.kept) or 'nothing'}")
+        console.say(f"  left out: {', '.join(side.skipped) or 'nothing'}")
+    copied = sorted({key for file in merge.files for run in file.runs if run.kind == "copy" for key in run.keys})
+    if copied:
+        console.say(f"  copied, not averaged: {len(copied)} tensors ({', '.join(copied[:3])}{' ...' if len(copied) > 3 else ''})")
+    if merge.spec.dtype != "keep":
+        console.say(f"  floats are written as {merge.spec.dtype}; config.json says so")
+    for note in plan.notes:
+        console.say(f"warning: {note}")
+
+
+def _finish_dry_run(plan: AveragePlan, as_json: bool) -> None:
+    if as_json:
+        console.out_json(_as_json(plan))
+        return
+    for finding in plan.findings:
+        console.say(f"finding: {finding.message}")
+        for line in finding.details:
+            console.say(f"  {line}")
+    console.say("dry run: nothing was written" + ("" if plan.findings else "; nothing would stop this run"))
+    console.out(plan.output)
+
+
+def _show_result(plan: AveragePlan, result: AverageResult) -> None:
+    statistics = result.statistics
+    parts = {
+        "reading": statistics.seconds_reading,
+        "computing": statistics.seconds_computing,
+        "writing": statistics.seconds_writing,
+    }
+    moved = statistics.bytes_read + statistics.bytes_written
+    shares = ", ".join(f"{name} {100 * seconds / max(sum(parts.values()), 1e-9):.0f} %" for name, seconds in parts.items())
+    console.say(
+        f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s; most time went into"
+        f" {max(parts, key=lambda name: parts[name])} ({shares})"
+    )
+    if result.reused:
+        console.say(f"{result.reused} files had been finished by an earlier run and were kept")
+    for key, count in sorted(result.nonfinite.items())[:10]:
+        console.say(f"warning: `{key}` has {count} NaN or Inf elements")
+
+
+def _as_json(plan: AveragePlan) -> dict[str, Any]:
+    merge = plan.merge
+    chosen = merge.outputs[0].coefficients
+    return {
+        "output": str(plan.output),
+        "method": merge.spec.method,
+        "parameters": dict(merge.spec.parameters),
+        "inputs": [
+            {"path": str(c.path), "step": c.step, "coefficient": value}
+            for c, value in zip(plan.candidates, chosen.values, strict=True)
+        ],
+        "base": str(plan.candidates[merge.base].path),
+        "effective_sample_size": chosen.effective_sample_size,
+        "mean_age": chosen.mean_age(),
+        "bytes_to_read": merge.bytes_to_read,
+        "bytes_to_write": merge.bytes_to_write,
+        "files": len(merge.files),
+        "memory_bytes": plan.budget.bytes,
+        "device": plan.device.name,
+        "warnings": list(plan.notes),
+        "findings": [str(finding) for finding in plan.findings],
+    }
+
+
+def _result_as_json(result: AverageResult) -> dict[str, Any]:
+    statistics = result.statistics
+    return {
+        "seconds": result.seconds,
+        "seconds_reading": statistics.seconds_reading,
+        "seconds_computing": statistics.seconds_computing,
+        "seconds_writing": statistics.seconds_writing,
+        "bytes_read": statistics.bytes_read,
+        "bytes_written": statistics.bytes_written,
+        "files_reused": result.reused,
+        "nonfinite": result.nonfinite,
+    }

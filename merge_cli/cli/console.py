@@ -1,0 +1,119 @@
+"""The only code that prints. stdout carries results; plans, progress, warnings and errors go to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.errors import PmergeError
+
+if TYPE_CHECKING:
+    from merge_cli.averaging import Progress
+
+_LINE_EVERY_S = 10.0
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+
+
+def printable(text: object) -> str:
+    """`text` with control characters escaped: tensor and file names come from others and may hold anything."""
+    return str(text).translate(_CONTROL).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def out(line: object) -> None:
+    """One line of result on stdout."""
+    print(printable(line), flush=True)  # noqa: T201
+
+
+def out_json(value: Any) -> None:
+    """A result as JSON on stdout."""
+    print(json.dumps(value, indent=2, default=str), flush=True)  # noqa: T201
+
+
+def say(line: str = "") -> None:
+    """One line on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def print_error(error: PmergeError) -> None:
+    """An error as the user sees it: what and where, found and expected, what to do."""
+    say(f"error: {error.message}")
+    for line in error.details:
+        say(f"  {line}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:
+    """Lines of a table; columns whose cells are all numbers are set to the right."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max([len(head), *(len(row[i]) for row in cells)]) for i, head in enumerate(header)]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        return (indent + "  ".join(parts)).rstrip()
+
+    return [line(list(header)), *(line(row) for row in cells)]
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "", 1).replace("-", "", 1).removesuffix(" %").isdigit()
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, as storage is sold: 1.70 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+class ProgressLine:
+    """A bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> ProgressLine:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("average", total=None, text="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show how far the run is, its speed and the time left."""
+        if self._quiet:
+            return
+        total = progress.bytes_to_read + progress.bytes_to_write
+        done = progress.bytes_read + progress.bytes_written
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=done, text=_speed(progress, done, total))
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            say(f"{100 * done / max(total, 1):3.0f} %  {_speed(progress, done, total)}")
+
+
+def _speed(progress: Progress, done: int, total: int) -> str:
+    rate = done / max(progress.seconds, 1e-9)
+    left = (total - done) / max(rate, 1.0)
+    return f"{rate / 1e9:.2f} GB/s, {left:.0f} s left"

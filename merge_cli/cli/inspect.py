@@ -1,0 +1,62 @@
+"""`pmerge inspect`: what checkpoints are, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merge_cli.cli import console
+
+
+def inspect_command(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders, files, or a run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what checkpoints hold, and what differs between them. Reads headers only.
+
+    Example:  pmerge inspect ckpt_1000 ckpt_2000
+    """
+    from merge_cli.inspection import inspect_checkpoints
+
+    found, differences = inspect_checkpoints(checkpoints)
+    if as_json:
+        console.out_json({"checkpoints": [each.as_dict() for each in found], "differences": differences})
+        return
+    rows = [
+        (
+            each.path,
+            "-" if each.step is None else each.step,
+            each.num_tensors,
+            each.num_files,
+            " ".join(f"{dtype}:{count}" for dtype, count in each.dtypes.items()),
+            f"{each.num_parameters:,}",
+            console.human_bytes(each.tensor_bytes),
+            " ".join(f"{count}x{layers}" for count, layers in each.experts.items()) or "-",
+            each.quantization,
+        )
+        for each in found
+    ]
+    header = (
+        "checkpoint",
+        "step",
+        "tensors",
+        "files",
+        "dtypes",
+        "parameters",
+        "bytes",
+        "experts x layers",
+        "quantisation",
+    )
+    for line in console.table(header, rows, indent=""):
+        console.out(line)
+    newest = found[-1]
+    console.out(f"side files of {newest.path}: {', '.join(newest.side_files) or 'none'}")
+    console.out(f"left out by a merge: {', '.join(newest.skipped_files) or 'nothing'}")
+    for note in dict.fromkeys(note for each in found for note in each.notes):
+        console.out(f"note: {note}")
+    if len(found) > 1:
+        console.out("differences:" if differences else "no differences in tensors or config")
+    for line in differences:
+        console.out(f"  {line}")

@@ -1,0 +1,65 @@
+"""`pmerge methods`: what methods there are, and the coefficients they give. Needs no checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from merge_cli.cli import console
+from merge_cli.errors import UsageError
+from merge_cli.methods import METHODS, coefficients
+
+
+def methods_command(
+    name: Annotated[str | None, typer.Argument(help="One method; all where none is given.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of checkpoints.")] = 10,
+    alpha: Annotated[float | None, typer.Option(help="ema: share of each newer checkpoint.")] = None,
+    half_life: Annotated[float | None, typer.Option(help="ema: in intervals here.")] = None,
+    shape: Annotated[str | None, typer.Option(help="decay: the shape.")] = None,
+    floor: Annotated[float | None, typer.Option(help="decay: what remains of the learning rate.")] = None,
+    sigma_rel: Annotated[float | None, typer.Option(help="power: relative width.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the methods with formula, source and the coefficients for N checkpoints, oldest first.
+
+    Example:  pmerge methods ema --n 10 --alpha 0.1
+    """
+    if name is not None and name not in METHODS:
+        raise UsageError(f"unknown method {name!r}", details=[f"expected  {', '.join(METHODS)}"], hint="pmerge methods")
+    given = {"alpha": alpha, "half_life": half_life, "shape": shape, "floor": floor, "sigma_rel": sigma_rel}
+    steps = [float(i + 1) for i in range(n)]
+    found = []
+    for method in METHODS.values() if name is None else [METHODS[name]]:
+        own = given if name is not None else {k: v for k, v in given.items() if k in method.parameters}
+        weights = None if method.name == "weights" else coefficients(method.name, steps, **own)
+        found.append((method, weights))
+    if as_json:
+        console.out_json(
+            [
+                {
+                    "method": method.name,
+                    "summary": method.summary,
+                    "formula": method.formula,
+                    "source": method.source,
+                    "coefficients": weights and weights.values,
+                    "effective_sample_size": weights and weights.effective_sample_size,
+                    "mean_age": weights and weights.mean_age(),
+                }
+                for method, weights in found
+            ]
+        )
+        return
+    for method, weights in found:
+        console.out(f"{method.name}: {method.summary}")
+        console.out(f"  formula       {method.formula}")
+        console.out(f"  source        {method.source}")
+        for key, parameter in method.parameters.items():
+            default = "" if parameter.default is None else f" (default {parameter.default})"
+            choices = f": {', '.join(parameter.choices)}" if parameter.choices else ""
+            console.out(f"  --{key.replace('_', '-')}  {parameter.help}{choices}{default}")
+        if weights is not None:
+            console.out(f"  coefficients  {' '.join(f'{value:.4f}' for value in weights.values)}")
+            size, age = weights.effective_sample_size, weights.mean_age()
+            console.out(f"  effective sample size {size:.2f}, mean age {age:.2f} intervals (N = {n})")
+        console.out("")

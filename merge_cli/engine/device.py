@@ -1,0 +1,132 @@
+"""Where the arithmetic happens: the CPU, or a CUDA device. Both run the same operations and give the same bytes.
+
+A worker thread owns one `Lane`: host buffers that files are read into and written from, and the scratch memory of its device. On
+the CPU a chunk is reduced in blocks that stay in the L2 cache; on CUDA the host buffers are pinned, a chunk is copied, reduced and
+copied back on the lane's own stream, so that the lanes' reading, copying and computing overlap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from merge_cli.engine.reduce import (
+    Scratch,
+    WeightedSum,
+    accumulate,
+    accumulator_dtype,
+    is_clean,
+    store,
+    torch_dtype,
+)
+from merge_cli.errors import UsageError
+from merge_cli.plan import Run
+
+CPU_BLOCK_ELEMENTS = 1 << 17
+SCRATCH_BYTES_PER_ELEMENT = 48  # accumulator, temporary and the temporaries of rounding, in float64
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device by name, and how many elements are reduced at once (0: a whole chunk)."""
+
+    name: str
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device(self.name)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.name != "cpu"
+
+    def block_elements(self, chunk_elements: int) -> int:
+        return chunk_elements if self.is_cuda else min(CPU_BLOCK_ELEMENTS, chunk_elements)
+
+
+def choose_device(name: str) -> Device:
+    """The device called "auto", "cpu", "cuda" or "cuda:K". Raises UsageError for one that is not there."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return Device("cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return Device("cuda:0")
+    number = name.removeprefix("cuda:")
+    if number.isdecimal() and torch.cuda.is_available() and int(number) < torch.cuda.device_count():
+        return Device(name)
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    raise UsageError(f"there is no device {name!r}", details=[f"found     {', '.join(there)}"], hint="--device cpu")
+
+
+class HostBuffer:
+    """`num_bytes` of page-aligned memory: `memory` for reading and writing files, `tensor` (uint8) for computing."""
+
+    def __init__(self, num_bytes: int, pinned: bool) -> None:
+        num_bytes = max(num_bytes, 1)
+        if pinned:
+            self.tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            array = (ctypes.c_char * num_bytes).from_address(self.tensor.data_ptr())
+            self.memory = memoryview(array).cast("B")
+        else:
+            self._map = mmap.mmap(-1, num_bytes)
+            self.memory = memoryview(self._map)
+            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+
+class Lane:
+    """One worker's buffers and device memory: `num_inputs` chunks in, `num_outputs` chunks out, `chunk_bytes` each."""
+
+    def __init__(self, device: Device, num_inputs: int, num_outputs: int, chunk_elements: int, chunk_bytes: int) -> None:
+        self._device = device
+        self.inputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_inputs)]
+        self.outputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_outputs)]
+        self._block = device.block_elements(chunk_elements)
+        self._scratch = Scratch(self._block, device.torch)
+        self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None  # type: ignore[no-untyped-call]
+
+    def reduce(self, run: Run, count: int, operations: Sequence[WeightedSum], setting: str) -> bool:
+        """Reduce the first `count` elements of the input buffers into the output buffers, one per operation.
+
+        False when a result is NaN, infinite or too large for the output's dtype.
+        """
+        clean: list[torch.Tensor] = []
+        out_dtype = torch_dtype(run.dtype)
+        with self._active():
+            for start in range(0, count, self._block):
+                length = min(self._block, count - start)
+                sources = [
+                    self._upload(elements(buffer, torch_dtype(source.dtype), start, length))
+                    for buffer, source in zip(self.inputs, run.sources, strict=False)
+                ]
+                for operation, buffer in zip(operations, self.outputs, strict=True):
+                    used = [run.sources[i].dtype for i in operation.inputs]
+                    dtype = accumulator_dtype(setting, used, run.dtype)
+                    accumulator, temporary = self._scratch.pair(length, dtype)
+                    accumulate(operation, sources, accumulator, temporary)
+                    clean.append(is_clean(accumulator, run.dtype))
+                    self._store(accumulator, elements(buffer, out_dtype, start, length))
+            return bool(torch.stack(clean).all().item())  # waits for the stream
+
+    def _active(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _upload(self, host: torch.Tensor) -> torch.Tensor:
+        return host if self._stream is None else host.to(self._device.torch, non_blocking=True)
+
+    def _store(self, accumulator: torch.Tensor, host: torch.Tensor) -> None:
+        if self._stream is None:
+            store(accumulator, host)
+            return
+        rounded = torch.empty(host.shape, dtype=host.dtype, device=accumulator.device)
+        store(accumulator, rounded)
+        host.copy_(rounded, non_blocking=True)
+
+
+def elements(buffer: HostBuffer, dtype: torch.dtype, start: int, length: int) -> torch.Tensor:
+    """Elements `start` to `start + length` of a buffer that holds `dtype`, as a view [length]."""
+    size = dtype.itemsize
+    return buffer.tensor[start * size : (start + length) * size].view(dtype)

@@ -1,0 +1,58 @@
+"""Find out which tensor of which checkpoint made a result NaN or infinite. Runs only after something did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from merge_cli.engine.device import Lane, elements
+from merge_cli.engine.reduce import torch_dtype
+from merge_cli.plan import Run
+
+_SLICE_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Nonfinite:
+    """The first tensor concerned, a line saying what happened to it, and the number of elements by tensor."""
+
+    key: str
+    what: str
+    details: tuple[str, ...]
+    hint: str
+    counts: dict[str, int]
+
+
+def describe_nonfinite(lane: Lane, run: Run, start: int, count: int) -> Nonfinite:
+    """Look through the chunk of `count` elements from element `start` of `run` that lies in the lane's buffers."""
+    counts: Counter[str] = Counter()
+    by_file: Counter[str] = Counter()
+    culprit = ""
+    for source, buffer in zip(run.sources, lane.inputs, strict=False):
+        for position in _bad_positions(elements(buffer, torch_dtype(source.dtype), 0, count)):
+            key = run.key_at(start + position)
+            culprit = culprit or key
+            if key == culprit:
+                by_file[str(source.file.path)] += 1
+            counts[key] += 1
+    if culprit:
+        details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file.items())
+        hint = "leave that checkpoint out, or continue and have them reported:  --allow-nonfinite"
+        return Nonfinite(culprit, "has NaN or Inf in an input", details, hint, dict(counts))
+    out = elements(lane.outputs[0], torch_dtype(run.dtype), 0, count)
+    overflowed = _bad_positions(out)
+    counts.update(run.key_at(start + position) for position in overflowed)
+    key = next(iter(counts), run.key_at(start))
+    details = (f"{counts[key] or 'some'} results are too large for {run.dtype}",)
+    return Nonfinite(key, f"overflows {run.dtype}", details, "write a wider dtype:  --dtype fp32", dict(counts))
+
+
+def _bad_positions(values: torch.Tensor) -> list[int]:
+    """The positions of NaN and Inf, looked for slice by slice to keep the memory small."""
+    found: list[int] = []
+    for begin in range(0, values.numel(), _SLICE_ELEMENTS):
+        bad = (~values[begin : begin + _SLICE_ELEMENTS].isfinite()).nonzero()
+        found += [begin + position for position in bad.flatten().tolist()]
+    return found

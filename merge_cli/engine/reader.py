@@ -1,0 +1,108 @@
+"""Positional reads from the inputs, with a bounded number of open files.
+
+Files are opened read-only and never mapped. Each time a file is opened its size, modification time and inode are compared with
+what the plan saw, so a checkpoint that is replaced during the run is noticed rather than mixed in.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from merge_cli.errors import ChangedError, PmergeError
+from merge_cli.formats.checkpoint import WeightFile
+
+MAX_BYTES_PER_READ = 0x7FFFF000  # Linux reads no more at once
+
+
+class InputFiles:
+    """A cache of open inputs, safe to use from several threads. At most `max_open` stay open while nobody reads from them."""
+
+    def __init__(self, max_open: int = 64) -> None:
+        self._max_open = max_open
+        self._lock = threading.Lock()
+        self._open: OrderedDict[WeightFile, int] = OrderedDict()
+        self._users: dict[WeightFile, int] = {}
+
+    def __enter__(self) -> InputFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            for fd in self._open.values():
+                os.close(fd)
+            self._open.clear()
+
+    def read_into(self, file: WeightFile, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of `file`. Raises ChangedError where the file ends early, PmergeError on I/O errors."""
+        with self._borrow(file) as fd:
+            done, wanted = 0, len(buffer)
+            while done < wanted:
+                try:
+                    count = os.preadv(fd, [buffer[done : done + MAX_BYTES_PER_READ]], offset + done)
+                except OSError as error:
+                    raise PmergeError(
+                        f"cannot read {file.path} at byte {offset + done}: {error.strerror}",
+                        hint="run the same command again once the storage answers",
+                    ) from error
+                if count == 0:
+                    raise ChangedError(
+                        f"{file.path} ended at byte {offset + done} while it was being read",
+                        details=[f"expected  {file.file_bytes} bytes, as when the run began"],
+                        hint="something truncated or replaced it; start again when the checkpoint is complete",
+                    )
+                done += count
+
+    @contextmanager
+    def _borrow(self, file: WeightFile) -> Iterator[int]:
+        with self._lock:
+            fd = self._open.get(file)
+            if fd is None:
+                self._close_idle()
+                fd = _open_unchanged(file)
+                self._open[file] = fd
+            self._open.move_to_end(file)
+            self._users[file] = self._users.get(file, 0) + 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[file] -= 1
+
+    def _close_idle(self) -> None:
+        idle = [file for file in self._open if not self._users.get(file)]
+        for file in idle[: max(0, len(self._open) + 1 - self._max_open)]:
+            os.close(self._open.pop(file))
+
+
+def _open_unchanged(file: WeightFile) -> int:
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ChangedError(f"cannot open {file.path}: {error.strerror}") from error
+    try:
+        check_unchanged(file, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_unchanged(file: WeightFile, status: os.stat_result | None = None) -> None:
+    """Raise ChangedError unless `file` still has the size, modification time and inode that the plan saw."""
+    try:
+        status = status or file.path.stat()
+    except OSError as error:
+        raise ChangedError(f"{file.path} disappeared during the run: {error.strerror}") from error
+    if (status.st_size, status.st_mtime_ns, status.st_ino) != (file.file_bytes, file.mtime_ns, file.inode):
+        raise ChangedError(
+            f"{file.path} changed during the run",
+            details=[
+                f"expected  {file.file_bytes} bytes, as when the run began",
+                f"found     {status.st_size} bytes",
+            ],
+            hint="nothing was published; start again when the checkpoint is complete",
+        )

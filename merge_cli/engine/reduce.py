@@ -1,0 +1,114 @@
+"""The arithmetic: weighted sums of blocks of elements, and one rounding at the end.
+
+Every element is computed by the same IEEE 754 operations in the same order, whatever the block size, thread or device: widen,
+multiply, add (never a fused multiply-add, which rounds differently in a vector's body and in its tail), inputs from oldest to
+newest. Rational methods sum integer multiples and divide once by a tensor (CUDA turns a division by a Python number into a
+multiplication by its reciprocal), so a bf16 mean is the exact mean rounded once as long as the integer sum fits the 24 bits of a
+float32. The first term is copied, not added to zero, which keeps negative zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge_cli.formats.safetensors import DTYPES
+from merge_cli.methods import Coefficients
+
+FLOAT32_MAX = 3.4028234663852886e38
+_LARGEST = {"F16": 65519.99, "BF16": 3.3961774e38, "F32": FLOAT32_MAX, "F64": 1.7976931348623157e308}
+"""The largest magnitude that still rounds to a finite value of the dtype."""
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """One output as an operation: `factors[i]` multiplies input `inputs[i]`, `divisor` (if any) divides the sum."""
+
+    inputs: tuple[int, ...]
+    factors: tuple[float, ...]
+    divisor: float | None
+
+
+def weighted_sum(inputs: tuple[int, ...], coefficients: Coefficients) -> WeightedSum:
+    """The operation for `coefficients`: integer numerators and one division where the method is rational."""
+    if coefficients.numerators is not None and coefficients.denominator is not None:
+        divisor = float(coefficients.denominator)
+        return WeightedSum(inputs, tuple(map(float, coefficients.numerators)), None if divisor == 1.0 else divisor)
+    return WeightedSum(inputs, coefficients.values, None)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a safetensors dtype."""
+    dtype = getattr(torch, DTYPES[name].torch)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def accumulator_dtype(accumulate: str, source_dtypes: Sequence[str], output_dtype: str) -> torch.dtype:
+    """float32 for 16-bit outputs; float64 where the output or an input is wider, unless `accumulate` says otherwise."""
+    if "F64" in source_dtypes or accumulate == "fp64":
+        return torch.float64
+    if accumulate == "fp32":
+        return torch.float32
+    return torch.float32 if output_dtype in ("BF16", "F16") else torch.float64
+
+
+class Scratch:
+    """An accumulator and a temporary of `elements` each, made once and reused for every block."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self._accumulator = torch.empty(elements * 8, dtype=torch.uint8, device=device)
+        self._temporary = torch.empty(elements * 8, dtype=torch.uint8, device=device)
+
+    def pair(self, elements: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The accumulator and the temporary as tensors [elements] of `dtype`."""
+        length = elements * dtype.itemsize
+        return self._accumulator[:length].view(dtype), self._temporary[:length].view(dtype)
+
+
+def accumulate(
+    operation: WeightedSum,
+    sources: Sequence[torch.Tensor],
+    accumulator: torch.Tensor,
+    temporary: torch.Tensor,
+) -> None:
+    """`accumulator = sum_i factors[i] * sources[inputs[i]] / divisor`; all tensors [elements], `temporary` is overwritten."""
+    for position, (index, factor) in enumerate(zip(operation.inputs, operation.factors, strict=True)):
+        term = accumulator if position == 0 else temporary
+        term.copy_(sources[index])
+        if factor != 1.0:
+            term.mul_(factor)
+        if position:
+            accumulator.add_(temporary)
+    if operation.divisor is not None:
+        accumulator.div_(torch.full((), operation.divisor, dtype=accumulator.dtype, device=accumulator.device))
+
+
+def store(accumulator: torch.Tensor, output: torch.Tensor) -> None:
+    """Round `accumulator` once, to nearest even, into `output`."""
+    if accumulator.dtype == torch.float64 and output.dtype in (torch.bfloat16, torch.float16):
+        output.copy_(_round_to_odd(accumulator))
+    else:
+        output.copy_(accumulator)
+
+
+def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """float64 to float32, inexact results rounded to the neighbour with an odd last bit.
+
+    Rounding that to 16 bits gives what rounding the float64 directly would: torch itself goes by way of float32 and rounds twice.
+    """
+    nearest = values.to(torch.float32)
+    bits = nearest.view(torch.int32)
+    error = values.abs() - nearest.to(torch.float64).abs()
+    fix = (error != 0) & (bits & 1 == 0) & nearest.isfinite()
+    bits += torch.where(fix, torch.sign(error), 0.0).to(torch.int32)
+    return nearest
+
+
+def is_clean(accumulator: torch.Tensor, output_dtype: str) -> torch.Tensor:
+    """A bool tensor []: whether every element is finite and stays so in `output_dtype`."""
+    low, high = torch.aminmax(accumulator)  # NaN in, NaN out, and no comparison with NaN is true
+    limit = _LARGEST[output_dtype]
+    return (low >= -limit) & (high <= limit)

@@ -1,0 +1,285 @@
+"""Stream a plan: read, reduce, write, within a fixed memory budget.
+
+A few worker threads each take the next chunk of the plan, read its bytes from every input, reduce them and write the result at its
+planned offset. Chunks are taken in file order, so every file is read sequentially; while one worker waits for the disk another
+computes, which is all the overlap that is needed. torch and the system calls release the interpreter lock.
+
+Memory: `workers * ((N + K) * chunk_bytes + scratch)`, whatever the size of the model or of one tensor. `fit_memory` solves this for
+the chunk and refuses when not even a small chunk fits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from merge_cli.engine.device import SCRATCH_BYTES_PER_ELEMENT, Device, Lane, elements
+from merge_cli.engine.nonfinite import describe_nonfinite
+from merge_cli.engine.reader import InputFiles, check_unchanged
+from merge_cli.engine.reduce import torch_dtype, weighted_sum
+from merge_cli.engine.writer import ShardWriter
+from merge_cli.errors import MismatchError, NonFiniteError, UsageError, first_ten
+from merge_cli.formats.safetensors import DTYPES
+from merge_cli.plan import MergePlan, OutputFile, Run
+
+DEFAULT_MEMORY_BYTES = 2 << 30
+TARGET_CHUNK_BYTES = 4 << 20
+MIN_CHUNK_ELEMENTS = 4096
+_CHUNK_MULTIPLE = 4096
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the memory is used: `bytes` in all, by `workers` threads with chunks of `chunk_elements` (at most `chunk_bytes`)."""
+
+    workers: int
+    chunk_elements: int
+    chunk_bytes: int
+    bytes: int
+
+
+@dataclass
+class Statistics:
+    """Seconds are summed over the worker threads; `nonfinite` counts elements by tensor (only with allow_nonfinite)."""
+
+    seconds_reading: float = 0.0
+    seconds_computing: float = 0.0
+    seconds_writing: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    nonfinite: dict[str, int] = field(default_factory=dict)
+
+
+def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int | None = None) -> Budget:
+    """The largest chunk (up to a good size for reading) with which the plan keeps to `memory_bytes`.
+
+    Raises UsageError, with need and have, when not even a small chunk fits.
+    """
+    dtypes = {dtype for f in plan.files for r in f.runs for dtype in (r.dtype, *(s.dtype for s in r.sources))}
+    item_bytes = max((DTYPES[dtype].bits for dtype in dtypes), default=16) // 8
+    buffers = len(plan.inputs) + len(plan.outputs)
+    longest = max((run.num_elements for file in plan.files for run in file.runs), default=1)
+    target = min(TARGET_CHUNK_BYTES // item_bytes, -(-longest // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
+
+    def need(workers: int, chunk_elements: int) -> int:
+        scratch = device.block_elements(chunk_elements) * SCRATCH_BYTES_PER_ELEMENT
+        return workers * (buffers * chunk_elements * item_bytes + scratch)
+
+    for workers in range(threads or max(2, min(8, len(os.sched_getaffinity(0)))), 0, -1):
+        chunk = target
+        while chunk > MIN_CHUNK_ELEMENTS and need(workers, chunk) > memory_bytes:
+            chunk = max(MIN_CHUNK_ELEMENTS, chunk // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
+        if need(workers, chunk) <= memory_bytes:
+            return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk))
+    raise UsageError(
+        f"--memory is too small to average {len(plan.inputs)} checkpoints",
+        details=[
+            f"found     {memory_bytes} bytes",
+            f"expected  at least {need(1, MIN_CHUNK_ELEMENTS)} bytes",
+        ],
+        hint=f"--memory {-(-need(1, MIN_CHUNK_ELEMENTS) >> 20) + 1}MiB",
+    )
+
+
+def stream(
+    plan: MergePlan,
+    files: Sequence[OutputFile],
+    folders: Sequence[Path],
+    budget: Budget,
+    device: Device,
+    on_progress: Callable[[Statistics], None],
+    on_file: Callable[[int, OutputFile, str], None],
+) -> Statistics:
+    """Write `files` of the plan for every output k into `folders[k]`.
+
+    `on_file(k, file, sha256)` is called from a worker thread after a file is durable under its name. The first error stops all
+    workers and is raised; partial files stay.
+    """
+    with InputFiles() as inputs:
+        check_equal_integers(plan, files, inputs)
+        job = _Job(plan, files, folders, budget, device, inputs, on_progress, on_file)
+        return job.run()
+
+
+class _OpenFile:
+    """An output file in progress: one writer for each output."""
+
+    def __init__(self, file: OutputFile, folders: Sequence[Path]) -> None:
+        self.file = file
+        self.writers = [ShardWriter(file, folder) for folder in folders]
+
+
+class _Job:
+    """The state that the worker threads share."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        files: Sequence[OutputFile],
+        folders: Sequence[Path],
+        budget: Budget,
+        device: Device,
+        inputs: InputFiles,
+        on_progress: Callable[[Statistics], None],
+        on_file: Callable[[int, OutputFile, str], None],
+    ) -> None:
+        self.plan = plan
+        self.budget = budget
+        self.device = device
+        self.inputs = inputs
+        self.statistics = Statistics()
+        self._folders = folders
+        self._on_progress = on_progress
+        self._on_file = on_file
+        self._operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
+        self._work = self._chunks(files)
+        self._open: set[_OpenFile] = set()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._finished = threading.Semaphore(0)
+        self._error: BaseException | None = None
+
+    def run(self) -> Statistics:
+        threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(self.budget.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in threads:
+                self._finished.acquire()
+        except BaseException:
+            self._stopped.set()  # a signal: let the workers reach the end of their chunk
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+            for open_file in self._open:
+                for writer in open_file.writers:
+                    writer.abandon()
+        if self._error is not None:
+            raise self._error
+        return self.statistics
+
+    def _chunks(self, files: Sequence[OutputFile]) -> Iterator[tuple[_OpenFile, Run | None, int, int]]:
+        """Every chunk of the work, in file order: (file, run, first element, number of elements); run None for an empty file."""
+        for file in files:
+            open_file = _OpenFile(file, self._folders)
+            self._open.add(open_file)
+            if not file.runs:
+                yield open_file, None, 0, 0
+            for run in file.runs:
+                for start in range(0, run.num_elements, self.budget.chunk_elements):
+                    yield open_file, run, start, min(self.budget.chunk_elements, run.num_elements - start)
+
+    def _worker(self) -> None:
+        try:
+            torch.set_num_threads(1)
+            lane = Lane(
+                self.device,
+                len(self.plan.inputs),
+                len(self.plan.outputs),
+                self.budget.chunk_elements,
+                self.budget.chunk_bytes,
+            )
+            while not self._stopped.is_set():
+                with self._lock:
+                    chunk = next(self._work, None)
+                if chunk is None:
+                    break
+                self._process(lane, *chunk)
+        except BaseException as error:  # handed to the main thread, which raises it
+            with self._lock:
+                self._error = self._error or error
+            self._stopped.set()
+        finally:
+            self._finished.release()
+
+    def _process(self, lane: Lane, open_file: _OpenFile, run: Run | None, start: int, count: int) -> None:
+        if run is None:
+            for k in range(len(open_file.writers)):
+                self._complete(open_file, k)
+            return
+        began = time.perf_counter()
+        sources = run.sources if run.kind == "average" else run.sources[:1]
+        bytes_read = 0
+        for source, buffer in zip(sources, lane.inputs, strict=False):
+            bits = DTYPES[source.dtype].bits
+            size = count * bits // 8
+            self.inputs.read_into(source.file, source.offset + start * bits // 8, buffer.memory[:size])
+            bytes_read += size
+        read = time.perf_counter()
+        if run.kind == "average":
+            if not lane.reduce(run, count, self._operations, self.plan.spec.accumulate):
+                self._handle_nonfinite(lane, run, start, count)
+            results = lane.outputs
+        else:
+            results = [lane.inputs[0]] * len(open_file.writers)
+        computed = time.perf_counter()
+        bits = DTYPES[run.dtype].bits
+        offset, size = run.offset + start * bits // 8, count * bits // 8
+        for k, (writer, buffer) in enumerate(zip(open_file.writers, results, strict=True)):
+            if writer.write(offset, buffer.memory[:size]):
+                self._complete(open_file, k)
+        written = time.perf_counter()
+        with self._lock:
+            statistics = self.statistics
+            statistics.seconds_reading += read - began
+            statistics.seconds_computing += computed - read
+            statistics.seconds_writing += written - computed
+            statistics.bytes_read += bytes_read
+            statistics.bytes_written += size * len(open_file.writers)
+            self._on_progress(statistics)
+
+    def _complete(self, open_file: _OpenFile, k: int) -> None:
+        sha256 = open_file.writers[k].finish()
+        with self._lock:
+            if all(writer.is_finished for writer in open_file.writers):
+                self._open.discard(open_file)
+            self._on_file(k, open_file.file, sha256)
+
+    def _handle_nonfinite(self, lane: Lane, run: Run, start: int, count: int) -> None:
+        """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
+        found = describe_nonfinite(lane, run, start, count)
+        if not self.plan.spec.allow_nonfinite:
+            raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
+        for buffer in lane.outputs:
+            values = elements(buffer, torch_dtype(run.dtype), 0, count)
+            values.masked_fill_(values.isnan(), float("nan"))
+        with self._lock:
+            for key, number in found.counts.items():
+                self.statistics.nonfinite[key] = self.statistics.nonfinite.get(key, 0) + number
+
+
+def check_equal_integers(plan: MergePlan, files: Sequence[OutputFile], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
+    """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs."""
+    first, other = memoryview(bytearray(block_bytes)), memoryview(bytearray(block_bytes))
+    different: dict[str, set[str]] = {}
+    for run in (run for file in files for run in file.runs if run.kind == "equal"):
+        for key, begin, end in zip(run.keys, run.starts, (*run.starts[1:], run.num_elements), strict=True):
+            bits = DTYPES[run.dtype].bits
+            for start in range(begin * bits // 8, end * bits // 8, block_bytes):
+                size = min(block_bytes, end * bits // 8 - start)
+                inputs.read_into(run.sources[0].file, run.sources[0].offset + start, first[:size])
+                for source in run.sources[1:]:
+                    inputs.read_into(source.file, source.offset + start, other[:size])
+                    if first[:size] != other[:size]:
+                        different.setdefault(key, {str(run.sources[0].file.path)}).add(str(source.file.path))
+    if different:
+        lines = [f"`{key}`  in {', '.join(sorted(paths))}" for key, paths in different.items()]
+        raise MismatchError(
+            f"{len(different)} integer tensors differ between the checkpoints, and integers are not averaged",
+            details=first_ten(lines),
+            hint="take them from the newest checkpoint:  --int-policy newest",
+        )
+
+
+def check_inputs_unchanged(plan: MergePlan) -> None:
+    """Raise ChangedError when an input file is not what it was when the plan was made."""
+    for checkpoint in plan.inputs:
+        for file in checkpoint.files:
+            check_unchanged(file)

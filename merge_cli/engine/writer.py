@@ -1,0 +1,110 @@
+"""Write one output file at planned offsets, from several threads, and know its sha256 at the end.
+
+The file grows under a `.partial` name and its header is written last, so that a torn file can never be read as a checkpoint. The
+sha256 follows the contiguous front of what has been written: a chunk that extends the front is hashed from memory, chunks that
+came early are read back when the front reaches them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from merge_cli.errors import OutputError
+from merge_cli.plan import OutputFile
+
+_READ_BACK_BYTES = 4 << 20
+
+
+def write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    """Write `data` at `offset`, short writes continued. Raises OutputError with the path and what is needed."""
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {path} at byte {offset + done}: {error.strerror}",
+                hint="nothing was published; make room or mend the storage, then run the same command again",
+            ) from error
+
+
+class ShardWriter:
+    """One output file while it is being written. Threads call `write`; the call that completes the file returns True."""
+
+    def __init__(self, file: OutputFile, folder: Path) -> None:
+        self.file = file
+        self.path = folder / file.name
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._lock = threading.Lock()
+        self._remaining = file.file_bytes - len(file.header)
+        self._front = len(file.header)
+        self._written: dict[int, int] = {}  # start -> end of ranges beyond the front
+        self._hashing = False
+        self._sha256 = hashlib.sha256(file.header)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._fd, file.file_bytes)
+        except OSError as error:
+            raise OutputError(f"cannot create {self.partial}: {error.strerror}") from error
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the file stands complete under its final name."""
+        return self._fd < 0
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        """Write `data` at byte `offset`; True for the one call after which all data is written and hashed."""
+        write_all(self._fd, data, offset, self.partial)
+        with self._lock:
+            self._remaining -= len(data)
+            self._written[offset] = offset + len(data)
+            if self._hashing or offset != self._front:
+                return False
+            self._hashing = True
+        self._sha256.update(data)
+        return self._advance(offset)
+
+    def _advance(self, start: int) -> bool:
+        """Move the front over the range at `start`, which is hashed, and over what was written behind it."""
+        while True:
+            with self._lock:
+                self._front = self._written.pop(start)
+                start = self._front
+                end = self._written.get(start)
+                if end is None:
+                    self._hashing = False
+                    return self._remaining == 0 and not self._written
+            for position in range(start, end, _READ_BACK_BYTES):
+                self._sha256.update(os.pread(self._fd, min(_READ_BACK_BYTES, end - position), position))
+
+    def finish(self) -> str:
+        """Write the header, fsync, rename to the final name, fsync the folder; the file's sha256."""
+        write_all(self._fd, memoryview(self.file.header), 0, self.partial)
+        try:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            self.partial.rename(self.path)
+            fsync_folder(self.path.parent)
+        except OSError as error:
+            raise OutputError(f"cannot complete {self.path}: {error.strerror}") from error
+        return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file, leaving the partial one where it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,269 @@
+"""Safetensors headers: parse what others wrote, lay out what pmerge writes.
+
+A file is 8 bytes (little-endian header length), a JSON header, then the tensors' bytes. Two things happen here and nothing else:
+`read_header` turns a file's first bytes into a `Header`, refusing whatever the format's own library refuses (holes, overlaps,
+trailing bytes, wrong sizes, duplicate names); `lay_out` computes the header of a file to be written, and every offset in it,
+before a byte is written. No tensor data is read here, and files are never mapped into memory: a fault on a network file system
+would kill the process instead of raising an error.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from merge_cli.errors import InputError
+
+
+class DType(NamedTuple):
+    """`bits` per element, torch's name of the type ("" where torch has none), and how pmerge treats it."""
+
+    bits: int
+    torch: str
+    kind: str  # "float": averaged; "integer": must be equal; "code": means nothing without a scale
+
+
+DTYPES: dict[str, DType] = {
+    "BOOL": DType(8, "bool", "integer"),
+    "F4": DType(4, "", "code"),
+    "F6_E2M3": DType(6, "", "code"),
+    "F6_E3M2": DType(6, "", "code"),
+    "U8": DType(8, "uint8", "integer"),
+    "I8": DType(8, "int8", "integer"),
+    "F8_E5M2": DType(8, "float8_e5m2", "code"),
+    "F8_E4M3": DType(8, "float8_e4m3fn", "code"),
+    "F8_E8M0": DType(8, "float8_e8m0fnu", "code"),
+    "F8_E4M3FNUZ": DType(8, "float8_e4m3fnuz", "code"),
+    "F8_E5M2FNUZ": DType(8, "float8_e5m2fnuz", "code"),
+    "I16": DType(16, "int16", "integer"),
+    "U16": DType(16, "uint16", "integer"),
+    "F16": DType(16, "float16", "float"),
+    "BF16": DType(16, "bfloat16", "float"),
+    "I32": DType(32, "int32", "integer"),
+    "U32": DType(32, "uint32", "integer"),
+    "F32": DType(32, "float32", "float"),
+    "C64": DType(64, "complex64", "integer"),
+    "F64": DType(64, "float64", "float"),
+    "I64": DType(64, "int64", "integer"),
+    "U64": DType(64, "uint64", "integer"),
+}
+"""The safetensors dtypes. Complex tensors (rotary tables) are treated like integers: equal in all inputs, or an error."""
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit when reading
+MAX_WRITTEN_HEADER_BYTES = 25_000_000  # the Hub refuses larger ones
+DATA_ALIGNMENT = 4096  # the data of a written file begins on a page, so that it can be read and written directly
+_U64 = 1 << 64
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file: `start` and `end` are byte offsets from the beginning of the file's data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        return num_elements(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """A parsed header. `tensors` is in the order of the data; `data_start` is where the data begins in the file, in bytes."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+    file_bytes: int
+    sha256: str
+
+
+def num_elements(shape: Iterable[int]) -> int:
+    """The number of elements of a tensor of `shape`; 1 for a scalar."""
+    product = 1
+    for dim in shape:
+        product *= dim
+    return product
+
+
+def read_header(path: Path, seen: dict[str, Header] | None = None) -> Header:
+    """Read and check the header of the safetensors file `path`.
+
+    `seen` maps a header's sha256 to its parsed form, so that the many checkpoints of one run, whose headers are often the same
+    bytes, are parsed once. Raises InputError, naming the file and the field.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise InputError(f"cannot open {path}: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        return _read_open_header(fd, status, path, seen if seen is not None else {})
+    except OSError as error:
+        raise InputError(f"cannot read the header of {path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _read_open_header(fd: int, status: os.stat_result, path: Path, seen: dict[str, Header]) -> Header:
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"not a regular file: {path}")
+    file_bytes = status.st_size
+    prefix = os.pread(fd, 8, 0)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or 8 + length > file_bytes or length > MAX_HEADER_BYTES or length < 2:
+        raise InputError(
+            f"not a complete safetensors file: {path}",
+            details=[
+                f"found     a file of {file_bytes} bytes whose first 8 say that the header has {length} bytes",
+                f"expected  a header of 2 to {min(MAX_HEADER_BYTES, max(file_bytes - 8, 2))} bytes",
+            ],
+            hint="the file is truncated or of another format; copy or save it again",
+        )
+    raw = read_exactly(fd, length, 8)
+    if len(raw) < length:
+        raise InputError(f"the file ended while its header was read: {path}")
+    digest = hashlib.sha256(prefix + raw).hexdigest()
+    header = seen.get(digest)
+    if header is None or header.file_bytes != file_bytes:
+        header = parse_header(raw, file_bytes, path, digest)
+        seen[digest] = header
+    return header
+
+
+def read_exactly(fd: int, length: int, offset: int) -> bytes:
+    """`length` bytes from `offset`; fewer only at the end of the file."""
+    pieces = []
+    while length > 0:
+        piece = os.pread(fd, length, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        offset += len(piece)
+        length -= len(piece)
+    return b"".join(pieces)
+
+
+def parse_header(raw: bytes, file_bytes: int, path: Path, digest: str = "") -> Header:
+    """Parse the JSON header `raw` of a file of `file_bytes` bytes; `path` is only named in errors."""
+    entries = parse_json_object(raw, f"the header of {path}")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError(f"the header of {path}: __metadata__ must map strings to strings")
+    tensors = {name: _tensor_info(name, entry, path) for name, entry in entries.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+    end = 0
+    for name, info in tensors.items():
+        if info.start != end:
+            raise InputError(
+                f"the header of {path}: tensor `{name}` begins at byte {info.start} of the data, not at {end}",
+                details=["tensors must follow each other without holes or overlaps"],
+            )
+        end = info.end
+    data_start = 8 + len(raw)
+    if data_start + end != file_bytes:
+        raise InputError(
+            f"the size of {path} does not fit its header",
+            details=[
+                f"found     {file_bytes} bytes",
+                f"expected  {data_start + end} bytes (header {data_start}, tensors {end})",
+            ],
+            hint="the file is truncated or was not written completely; copy or save it again",
+        )
+    return Header(tensors, metadata, data_start, file_bytes, digest)
+
+
+def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
+    def refuse(what: str) -> InputError:
+        return InputError(f"the header of {path}: tensor `{name}`: {what}")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("expected exactly the fields dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if known is None:
+        raise refuse(f"unknown dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise refuse("shape must be a list and data_offsets a list of two")
+    bits = known.bits
+    for dim in shape:
+        if type(dim) is not int or dim >= _U64:
+            raise refuse("every dimension must be an unsigned 64-bit integer")
+        bits *= dim
+        if bits >= _U64:
+            raise refuse(f"shape {shape} is larger than any file")
+    start, end = offsets
+    if type(start) is not int or type(end) is not int or end < start or end >= _U64:
+        raise refuse(f"data_offsets {offsets!r:.80} are not two ascending integers")
+    if bits % 8 or bits // 8 != end - start:
+        raise refuse(f"shape {shape} of {dtype} takes {bits / 8:g} bytes, but data_offsets span {end - start}")
+    return TensorInfo(dtype, tuple(shape), start, end)
+
+
+def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
+    """Parse an untrusted JSON object: unique keys, unsigned integers, no NaN, no unpaired surrogates, bounded depth."""
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_unsigned, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise InputError(f"{what} is nested too deeply") from None
+    except ValueError as error:  # also UnicodeError and json.JSONDecodeError
+        raise InputError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what} must be a JSON object")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:200]!r} occurs twice")
+    return result
+
+
+def _unsigned(text: str) -> int:
+    if text[0] == "-":
+        raise ValueError(f"the number {text[:40]} is negative")
+    return int(text)
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
+    """Lay out a file: the bytes of its header (length prefix and padding included), and the header as it will be read back.
+
+    `tensors` gives (name, dtype, shape) in the order of the data. The header is padded with spaces so that the data begins at a
+    multiple of 4096 bytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    infos: dict[str, TensorInfo] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + num_elements(shape) * DTYPES[dtype].bits // 8
+        infos[name] = TensorInfo(dtype, shape, start, end)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
+    if len(raw) > MAX_WRITTEN_HEADER_BYTES:
+        raise InputError(
+            f"the header of one output file would take {len(raw)} bytes; the Hub accepts {MAX_WRITTEN_HEADER_BYTES}",
+            hint="write more, smaller shards: --shard-size 5GB",
+        )
+    prefixed = len(raw).to_bytes(8, "little") + raw
+    header = Header(infos, dict(metadata), len(prefixed), len(prefixed) + end, hashlib.sha256(prefixed).hexdigest())
+    return prefixed, header

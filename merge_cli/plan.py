@@ -1,0 +1,210 @@
+"""The plan of a merge: immutable data made from headers and coefficients alone, before a weight is read.
+
+The plan fixes which output files there will be, every byte offset in them, and which bytes of which inputs each of those bytes
+comes from. All that can be wrong with a set of checkpoints surfaces here, in seconds: a missing tensor, another shape, a format
+that cannot be averaged. It does not say how the work is done (device, memory, threads): output bytes depend on the plan alone.
+
+The unit of the plan is the `Run`: adjacent tensors of one output file that are also adjacent in every input and are treated
+alike. A checkpoint with 100,000 small tensors has a few hundred runs, so the work per tensor stays small. The engine cuts runs
+into chunks of whatever size fits its memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from merge_cli.formats.checkpoint import Checkpoint, WeightFile
+from merge_cli.formats.safetensors import DTYPES
+from merge_cli.methods import Coefficients
+
+ALGORITHM = 1
+"""Raised whenever the same request would give other bytes; part of the fingerprint, so that a resumed run never mixes two."""
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """What is asked for: everything that decides the output's bytes, apart from the inputs themselves."""
+
+    method: str
+    parameters: Mapping[str, Any]
+    dtype: str = "keep"
+    accumulate: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    int_policy: str = "error"
+    allow_nonfinite: bool = False
+    shard_bytes: int | None = None
+
+
+class Source(NamedTuple):
+    """Where the elements of a run lie in one input: `offset` is the first byte in the file."""
+
+    file: WeightFile
+    offset: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Adjacent tensors of one output file, adjacent in every input too, all treated alike.
+
+    `kind` is "average" (floats: weighted sum), "equal" (integers: copied from the base after all inputs were found equal) or
+    "copy" (from the base, unchanged). `sources` has one entry an input, in the plan's order; only the base's for "copy".
+    `keys[i]` begins at element `starts[i]` of the run.
+    """
+
+    kind: str
+    dtype: str
+    offset: int
+    num_elements: int
+    sources: tuple[Source, ...]
+    keys: tuple[str, ...]
+    starts: tuple[int, ...]
+
+    def key_at(self, element: int) -> str:
+        """The tensor that element number `element` of the run belongs to."""
+        return self.keys[bisect.bisect_right(self.starts, element) - 1]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file to be written: its header's bytes, its final size, and the runs that fill it, by ascending offset."""
+
+    name: str
+    header: bytes
+    file_bytes: int
+    runs: tuple[Run, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One merged checkpoint: the coefficient of each of its inputs, by ascending position in the plan's inputs."""
+
+    inputs: tuple[int, ...]
+    coefficients: Coefficients
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """K outputs from N inputs that share one layout, the base's. `steps` and `inputs` run from oldest to newest."""
+
+    spec: MergeSpec
+    inputs: tuple[Checkpoint, ...]
+    steps: tuple[int | None, ...]
+    base: int
+    outputs: tuple[Output, ...]
+    files: tuple[OutputFile, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def bytes_to_read(self) -> int:
+        """The bytes of weights that are read from all inputs together."""
+        return sum(self._source_bytes(run) for file in self.files for run in file.runs)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """The bytes of all weight files of all outputs, headers included."""
+        return len(self.outputs) * sum(file.file_bytes for file in self.files)
+
+    @staticmethod
+    def _source_bytes(run: Run) -> int:
+        return sum(run.num_elements * DTYPES[source.dtype].bits // 8 for source in run.sources)
+
+    def fingerprint(self) -> str:
+        """The sha256 of everything that decides the output's bytes: request, coefficients, input headers, layout."""
+        described = {
+            "algorithm": ALGORITHM,
+            "spec": {
+                "dtype": self.spec.dtype,
+                "accumulate": self.spec.accumulate,
+                "include": self.spec.include,
+                "exclude": self.spec.exclude,
+                "int_policy": self.spec.int_policy,
+                "allow_nonfinite": self.spec.allow_nonfinite,
+            },
+            "inputs": [[[f.name, f.header.sha256, f.file_bytes] for f in c.files] for c in self.inputs],
+            "base": self.base,
+            "outputs": [
+                [o.inputs, o.coefficients.values, o.coefficients.numerators, o.coefficients.denominator] for o in self.outputs
+            ],
+            "files": [[f.name, hashlib.sha256(f.header).hexdigest()] for f in self.files],
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def share(files: Sequence[OutputFile], rank: int, world_size: int) -> tuple[OutputFile, ...]:
+    """The output files that `rank` of `world_size` writes: largest first, each to the rank with the least so far.
+
+    Every rank computes the same answer, so no rank needs to talk to another. The share keeps the order of `files`.
+    """
+    loads = [0] * world_size
+    mine: set[str] = set()
+    for file in sorted(files, key=lambda f: (-f.file_bytes, f.name)):
+        to = loads.index(min(loads))
+        loads[to] += file.file_bytes
+        if to == rank:
+            mine.add(file.name)
+    return tuple(file for file in files if file.name in mine)
+
+
+class RunBuilder:
+    """Joins the tensors of one output file into runs."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self._kind = self._dtype = ""
+        self._offset = self._count = self._end = 0
+        self._sources: tuple[Source, ...] = ()
+        self._next: list[tuple[WeightFile, int, str]] = []
+        self._keys: list[str] = []
+        self._starts: list[int] = []
+
+    def add(
+        self,
+        key: str,
+        kind: str,
+        dtype: str,
+        offset: int,
+        end: int,
+        count: int,
+        sources: Iterable[tuple[Source, int]],
+    ) -> None:
+        """Add a tensor of `count` elements for bytes `offset` to `end`; each source comes with its own size in bytes."""
+        if not count:
+            return
+        pairs = list(sources)
+        here = [(source.file, source.offset, source.dtype) for source, _ in pairs]
+        if (kind, dtype, offset) != (self._kind, self._dtype, self._end) or here != self._next:
+            self._close()
+            self._kind, self._dtype, self._offset = kind, dtype, offset
+            self._sources = tuple(source for source, _ in pairs)
+        self._keys.append(key)
+        self._starts.append(self._count)
+        self._count += count
+        self._end = end
+        self._next = [(source.file, source.offset + size, source.dtype) for source, size in pairs]
+
+    def finish(self) -> tuple[Run, ...]:
+        self._close()
+        return tuple(self.runs)
+
+    def _close(self) -> None:
+        if self._keys:
+            self.runs.append(
+                Run(
+                    self._kind,
+                    self._dtype,
+                    self._offset,
+                    self._count,
+                    self._sources,
+                    tuple(self._keys),
+                    tuple(self._starts),
+                )
+            )
+        self._keys, self._starts, self._count, self._next = [], [], 0, []
