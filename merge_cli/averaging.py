@@ -108,19 +108,16 @@ def plan_average(
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
     too little space) is in `findings` instead, so that a plan can always be looked at.
     """
-    from merge_cli.engine.device import choose_device
-    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
-    from merge_cli.output.staging import check_destination
-
     _check_choices(dtype, accumulate, int_policy, order, method)
-    parameters = {
+    parameters: dict[str, Any] = {
         "alpha": alpha,
         "half_life": half_life,
         "shape": shape,
         "floor": floor,
         "sigma_rel": sigma_rel,
+        "weights": weights,
+        "normalize": normalize,
     }
-    parameters = {**parameters, "weights": weights, "normalize": normalize}
     given = {name: value for name, value in parameters.items() if value is not None}
     selection = _select(paths, method, order, last, every, from_step, to_step, before, tokens_per_step, given)
     candidates = selection.candidates
@@ -150,6 +147,12 @@ def plan_average(
             f"the result is a folder, and {destination} looks like a file",
             hint=f"-o {destination.with_suffix('')}",
         )
+    if destination.name in ("", ".."):
+        destination = destination.resolve()
+    from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
+    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
+    from merge_cli.output.staging import check_destination
+
     where = choose_device(device)
     budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
     findings = check_destination(destination, merge, overwrite)

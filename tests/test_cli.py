@@ -1,0 +1,205 @@
+"""The command as a user types it: real processes, real folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+PMERGE = str(Path(sys.executable).with_name("pmerge"))
+
+
+def pmerge(*arguments: object, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([PMERGE, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expect, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def write(folder: Path, step: int, *, rows: int = 40) -> None:
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(step)
+    first = {"model.embed.weight": torch.randn(rows, 7, generator=generator).bfloat16()}
+    second = {
+        "model.norm.weight": torch.randn(13, generator=generator),
+        "model.count": torch.tensor(3),
+    }
+    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, {"format": "pt"})
+    weight_map = {key: name for name, tensors in files.items() for key in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for step in range(1000, 11000, 1000):
+        write(tmp_path / "run" / f"ckpt_{step}", step)
+    return tmp_path / "run"
+
+
+def test_average_as_typed_orders_by_step_and_prints_the_path(run: Path) -> None:
+    folders = sorted(path.name + "/" for path in run.iterdir())  # as the shell gives them: ckpt_10000 second
+    done = pmerge("average", *folders, "--method", "ema", cwd=run)
+    assert done.stdout == "merged-ema-1000-10000\n"
+    assert "effective sample size 7.87" in done.stderr
+    out = run / "merged-ema-1000-10000"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json",
+        "tokenizer.json",
+        "pmerge.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    manifest = json.loads((out / "pmerge.json").read_text())
+    assert [entry["step"] for entry in manifest["inputs"]] == list(range(1000, 11000, 1000))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 40 * 7 * 2 + 13 * 4 + 8
+    umask = os.umask(0)
+    os.umask(umask)
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask for path in out.iterdir())
+    assert not (run / "merged-ema-1000-10000.pmerge-partial").exists()
+
+
+def test_weights_by_path(run: Path) -> None:
+    pmerge("average", "ckpt_1000:0.25", "ckpt_2000/:0.75", "-o", "out", cwd=run)
+    one, two = (load_file(run / name / "model-00002-of-00002.safetensors") for name in ("ckpt_1000", "ckpt_2000"))
+    expected = (one["model.norm.weight"].double() * 0.25 + two["model.norm.weight"].double() * 0.75).float()
+    assert torch.equal(load_file(run / "out" / "model-00002-of-00002.safetensors")["model.norm.weight"], expected)
+
+
+def test_dry_run_lists_findings_writes_nothing_and_exits_0(run: Path) -> None:
+    (run.parent / "taken").mkdir()
+    done = pmerge("average", run, "-o", run.parent / "taken", "--dry-run", cwd=run.parent)
+    assert "finding:" in done.stderr and "exists already" in done.stderr
+    assert sorted(path.name for path in run.parent.iterdir()) == ["run", "taken"]
+    plan = json.loads(pmerge("average", run, "--dry-run", "--json", "--quiet", cwd=run.parent).stdout)
+    assert plan["bytes_to_read"] == 10 * (40 * 7 * 2 + 13 * 4 + 8) and plan["findings"] == []
+
+
+def test_quiet_leaves_stderr_empty_and_json_goes_to_stdout(run: Path) -> None:
+    done = pmerge("average", run, "--last", 3, "-o", "out", "--quiet", "--json", cwd=run)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["output"] == "out"
+
+
+def test_an_existing_output_is_refused_and_replaced_only_when_asked(run: Path) -> None:
+    pmerge("average", run, "--last", 2, "-o", "out", cwd=run.parent)
+    before = (run.parent / "out" / "pmerge.json").read_bytes()
+    refused = pmerge("average", run, "--last", 3, "-o", "out", cwd=run.parent, expect=1)
+    assert "--overwrite" in refused.stderr
+    assert (run.parent / "out" / "pmerge.json").read_bytes() == before
+    pmerge("average", run, "--last", 3, "-o", "out", "--overwrite", cwd=run.parent)
+    assert len(json.loads((run.parent / "out" / "pmerge.json").read_text())["inputs"]) == 3
+    (run.parent / "home").mkdir()
+    (run.parent / "home" / "thesis.txt").write_text("dear")
+    pmerge("average", run, "-o", "home", "--overwrite", cwd=run.parent, expect=1)
+    assert (run.parent / "home" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("output", ["run", "run/ckpt_1000", "run/ckpt_1000/out", "."])
+def test_an_output_that_touches_an_input_is_refused(run: Path, output: str) -> None:
+    done = pmerge("average", "run", "-o", output, "--overwrite", cwd=run.parent, expect=2)
+    assert "input" in done.stderr
+
+
+def test_wrong_shape_is_named_with_steps(run: Path) -> None:
+    write(run / "ckpt_11000", 11000, rows=41)
+    done = pmerge("average", run, "--last", 3, "-o", "out", cwd=run.parent, expect=2)
+    assert "disagree on the shape of `model.embed.weight`" in done.stderr
+    assert "step 9000  [40, 7]" in done.stderr and "step 11000  [41, 7]" in done.stderr
+    assert not (run.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["average", "nowhere"], "no such checkpoint"),
+        (["average", "run", "--method", "median"], "--method cannot be 'median'"),
+        (["average", "run", "--method", "sma", "--alpha", "0.1"], "alpha"),
+        (["average", "run", "--memory", "much"], "--memory cannot be 'much'"),
+        (["average", "run", "--memory", "10kB"], "--memory is too small"),
+        (["average", "run", "--exclude", "nothing*"], "no tensor matches"),
+        (["average", "run", "--every", "8B"], "--tokens-per-step"),
+        (["average", "run", "--every", "700"], "missing for --every 700"),
+        (["average", "run", "--last", "99"], "--last 99"),
+        (["average", "run", "--before", "1000"], "leaves no checkpoint"),
+        (["average", "run/ckpt_1000", "run/ckpt_1000/"], "named twice"),
+        (["average", "run", "--weights", "0.5,0.6", "--last", "2"], "sum to 1"),
+        (["average", "run", "--base", "run/elsewhere"], "--base"),
+        (["average", "run", "--device", "cuda:99"], "no device"),
+        (["methods", "median"], "unknown method"),
+        (["inspect", "nowhere"], "no such checkpoint"),
+    ],
+)
+def test_wrong_input_is_one_clear_error_and_exit_2(run: Path, arguments: list[str], text: str) -> None:
+    done = pmerge(*arguments, cwd=run.parent, expect=2)
+    assert text in done.stderr
+    assert done.stdout == ""
+    assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
+
+
+def test_help_is_fast_has_examples_and_needs_no_torch(run: Path) -> None:
+    for command in (["--help"], ["average", "--help"], ["inspect", "--help"], ["methods", "--help"]):
+        assert "Example:" in pmerge(*command, cwd=run).stdout
+    code = "import sys; sys.argv = ['pmerge', 'methods']; import merge_cli.cli.app; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert pmerge("--version", cwd=run).stdout.startswith("pmerge ")
+
+
+def test_methods_prints_the_coefficients(tmp_path: Path) -> None:
+    assert "0.3874" in pmerge("methods", "ema", "--n", 10, "--alpha", 0.1, cwd=tmp_path).stdout
+    listed = json.loads(pmerge("methods", "--json", cwd=tmp_path).stdout)
+    assert [entry["method"] for entry in listed] == ["sma", "wma", "ema", "decay", "power", "weights"]
+
+
+def test_inspect_shows_what_differs(run: Path) -> None:
+    write(run / "ckpt_11000", 11000, rows=41)
+    found = json.loads(pmerge("inspect", run, "--json", cwd=run).stdout)
+    assert [each["step"] for each in found["checkpoints"]] == list(range(1000, 12000, 1000))
+    assert found["checkpoints"][0]["num_tensors"] == 3
+    assert any("model.embed.weight" in line for line in found["differences"])
+    assert "optimizer.pt" in pmerge("inspect", run, cwd=run).stdout
+
+
+def test_an_interrupted_run_leaves_nothing_and_continues(run: Path) -> None:
+    big = run.parent / "big"
+    for step in (1, 2):
+        (big / f"step_{step}").mkdir(parents=True)
+        for shard in range(3):
+            tensors = {f"w{shard}.{i}": torch.full((4 << 20,), float(step)) for i in range(4)}
+            save_file(tensors, big / f"step_{step}" / f"part{shard}.safetensors")
+    process = subprocess.Popen(
+        [PMERGE, "average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB"],
+        cwd=run.parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    done = run.parent / "out.pmerge-partial" / "done"
+    deadline = time.monotonic() + 60
+    while not (done.is_dir() and any(done.glob("*.json"))) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run finished before the signal arrived")
+    assert process.returncode == 143
+    assert "run the same command again" in stderr
+    assert not (run.parent / "out").exists()
+    again = json.loads(
+        pmerge("average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB", "--json", cwd=run.parent).stdout
+    )
+    assert again["files_reused"] >= 1
+    assert torch.equal(load_file(run.parent / "out" / "part2.safetensors")["w2.3"], torch.full((4 << 20,), 1.5))
