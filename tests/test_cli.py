@@ -198,8 +198,6 @@ def test_an_interrupted_run_leaves_nothing_and_continues(run: Path) -> None:
     assert process.returncode == 143
     assert "run the same command again" in stderr
     assert not (run.parent / "out").exists()
-    again = json.loads(
-        pmerge("average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB", "--json", cwd=run.parent).stdout
-    )
+    again = json.loads(pmerge("average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB", "--json", cwd=run.parent).stdout)
     assert again["files_reused"] >= 1
     assert torch.equal(load_file(run.parent / "out" / "part2.safetensors")["w2.3"], torch.full((4 << 20,), 1.5))
