@@ -74,7 +74,10 @@ def write_floats(values: Tensor, dtype: str) -> Tensor:
         return ((values.contiguous().view(torch.int32) >> 23) & 255).to(torch.uint8).flatten()
     if dtype == "I8":
         return values.to(torch.int8).view(torch.uint8).flatten()
-    return values.to(_FLOATS[dtype]).contiguous().view(torch.uint8).flatten()
+    flat = values.to(_FLOATS[dtype]).flatten()
+    if flat.stride(0) != 1:  # a single element may keep any stride, and then has no view as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format).as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
 
 
 def read_integers(data: Tensor, dtype: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ of an all-zero block is 1); rounded up to a power of two ("ceil": DeepSeek's ue8
 exponent ("mx"). Codes: value / scale, clamped to +-448, rounded to nearest even.
 
 Requantising what was just decoded gives the same codes, and with `base` the same scales. Without `base`: the
-same scales where the block's largest code is +-448 (ue8m0: above 224) and the scale has at most 16
+same scales where the block's largest code is +-448 (ue8m0: above 224) and the scale has at most 21
 significant bits (BF16, powers of two); F32 scales may then differ in the last bit, and a block whose largest
 code is not 448 gets another scale, hence other values (up to 1/16 relative).
 
@@ -95,7 +95,7 @@ class Fp8:
 
         cut = Cut(self.grid, shape, r0, r1)
         if not self.grid.whole:
-            amax = blocks.block_max(values.abs(), cut)
+            stats, amax = None, blocks.block_max(values.abs(), cut)
         else:
             stats = self.stats(values, shape, r0, r1, base=base) if stats is None else stats
             amax = stats[:2].amax().view(1, 1)

@@ -121,10 +121,11 @@ class Integer:
             stats = self.stats(values, shape, r0, r1, base=base) if stats is None else stats
             high, low = stats[0].view(1, 1), stats[1].view(1, 1)
         elif self.zero:
+            stats = None
             high, low = blocks.block_max(values, cut), blocks.block_max(values.neg(), cut)
         else:
-            high = low = blocks.block_max(values.abs(), cut)
             stats = None
+            high = low = blocks.block_max(values.abs(), cut)
         scales, zeros = self._new_scales(high, low)
         if base is not None:
             old_scales, old_zeros = self._scales_and_zeros(base, cut)

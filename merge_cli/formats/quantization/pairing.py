@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merge_cli.errors import UnsupportedError
-from merge_cli.formats.quantization.codec import Found, QuantizedTensor, Shape, StoredLike
+from merge_cli.formats.quantization.codec import Found, QuantizedTensor, StoredLike
 from merge_cli.formats.quantization.config import TO_BF16, Settings, read_settings
-from merge_cli.formats.quantization.schemes import Candidate, codec_of
+from merge_cli.formats.quantization.schemes import Candidate, Match, codec_of
 
 _CODE_DTYPES = frozenset({"F8_E4M3", "F4", "I8", "U8"})
 _ONLY_QUANTIZED = ("F8_", "F6_", "F4")
@@ -40,16 +40,25 @@ _FOREIGN = {
     "pre_quant_scale": "ModelOpt AWQ (activations are rescaled before the weight)",
     "weight_g_idx": "compressed-tensors with activation ordering (`weight_g_idx`)",
 }
+_MARKERS = frozenset({*_FOREIGN, "scales", "blocks"})
 _ONLY_INTEGER = frozenset({"qweight", "qzeros", "W_q", "q_weight", "bitmask"})
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _ACTIVATIONS = frozenset({
     "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "output_scale", "output_zero_point",
     "activation_scale", "qscale_act",
 })  # fmt: skip
-_CACHES = frozenset({"k_scale", "v_scale", "q_scale", "prob_scale"})
+_CACHES = frozenset({"k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale"})
+_COMPANIONS = (
+    ("scale", "_scale_inv"),
+    ("scale", "_scale"),
+    ("zero", "_zero_point"),
+    ("shape", "_shape"),
+    ("global_scale", "_global_scale"),
+    ("global_scale", "_scale_2"),
+)
 _LEFTOVERS = (
     "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_packed", "weight_shape",
-    "qscale_weight",
+    "qscale_weight", "_proj_scale",
 )  # fmt: skip
 
 
@@ -67,10 +76,11 @@ def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any])
     found: dict[str, QuantizedTensor] = {}
     owner: dict[str, str] = {}
     for name in suspects:
-        _refuse_foreign(name, tensors)
-    codecs: dict[Any, Any] = {}
+        if name.rpartition(".")[2] in _MARKERS:
+            _refuse_foreign(name, tensors)
+    matches: dict[Any, Match] = {}
     for candidate in _candidates(suspects, tensors, settings):
-        tensor = _pair(candidate, settings, codecs)
+        tensor = _pair(candidate, settings, matches)
         if tensor.name in found or (tensor.name in tensors and tensor.name != tensor.parts[0][1]):
             raise _refused(candidate.what, tensor.name, "the checkpoint holds it both plain and quantised")
         found[tensor.name] = tensor
@@ -78,7 +88,7 @@ def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any])
             if stored_name in owner:
                 raise _refused(candidate.what, stored_name, f"it belongs to `{tensor.name}` and `{owner[stored_name]}`")
             owner[stored_name] = tensor.name
-    activations = _leftovers(suspects, tensors, settings, owner)
+    activations = _leftovers(suspects, tensors, settings, found, owner)
     return Found(found, owner, activations)
 
 
@@ -112,36 +122,46 @@ def _candidates(suspects: list[str], tensors: Mapping[str, StoredLike], settings
 
 def _candidate(logical: str, codes: str, tensors: Mapping[str, StoredLike]) -> Candidate:
     """The codes `codes` of tensor `logical` with the companions that exist, by role."""
-    names = {
-        "scale": [f"{logical}_scale_inv", f"{logical}_scale"],
-        "zero": [f"{logical}_zero_point"],
-        "shape": [f"{logical}_shape"],
-        "global_scale": [f"{logical}_global_scale", f"{logical}_scale_2"],
-    }
+    companions: dict[str, str] = {}
+    for role, suffix in _COMPANIONS:
+        name = logical + suffix
+        if name in tensors:
+            _add(companions, role, name, logical)
     if logical.endswith(".weight"):
         module = logical.removesuffix("weight")
-        names["scale"] += [f"{module}scale", f"{module}qscale_weight"]
-    companions = {}
-    for role, possible in names.items():
-        present = [name for name in possible if name in tensors]
-        if len(present) > 1:
-            raise _refused("quantised", logical, f"more than one {role} tensor: {', '.join(present)}")
-        if present:
-            companions[role] = present[0]
+        for last in ("scale", "qscale_weight"):
+            if module + last in tensors:
+                _add(companions, "scale", module + last, logical)
     return Candidate(logical, codes, companions, tensors)
 
 
-def _pair(candidate: Candidate, settings: Settings, codecs: dict[Any, Any]) -> QuantizedTensor:
-    """The quantised tensor of `candidate`; equal codecs are one object."""
+def _add(companions: dict[str, str], role: str, name: str, logical: str) -> None:
+    if role in companions:
+        raise _refused("quantised", logical, f"more than one {role} tensor: {companions[role]}, {name}")
+    companions[role] = name
+
+
+def _pair(candidate: Candidate, settings: Settings, matches: dict[Any, Match]) -> QuantizedTensor:
+    """The quantised tensor of `candidate`; tensors that look alike in all but name are matched once."""
     if "scale" not in candidate.companions:
         raise _refused(candidate.what, candidate.codes, "its scale is missing", scale_hint=True)
-    shape, codec, roles = codec_of(candidate, settings)
+    alike: tuple[object, ...] = candidate.signature()
+    if len(settings.groups) > 1:
+        alike = (*alike, candidate.logical)
+    match = matches.get(alike)
+    if match is None:
+        match = matches[alike] = codec_of(candidate, settings)
+    shape, codec, roles = match
     parts = (("codes", candidate.codes), *((role, candidate.companions[role]) for role in roles))
-    return QuantizedTensor(candidate.logical, shape, parts, codecs.setdefault(codec, codec))
+    return QuantizedTensor(candidate.logical, shape, parts, codec)
 
 
 def _leftovers(
-    suspects: list[str], tensors: Mapping[str, StoredLike], settings: Settings, owner: Mapping[str, str]
+    suspects: list[str],
+    tensors: Mapping[str, StoredLike],
+    settings: Settings,
+    found: Mapping[str, QuantizedTensor],
+    owner: Mapping[str, str],
 ) -> tuple[str, ...]:
     """Activation scales among what no quantised tensor owns; raises for codes and scales that are left over."""
     activations = []
@@ -151,7 +171,7 @@ def _leftovers(
             continue
         module, _, last = name.rpartition(".")
         stored = tensors[name]
-        if quantized and _is_activation(module, last, stored.shape, settings, owner):
+        if quantized and _is_activation(module, last, settings, found):
             activations.append(name)
         elif stored.dtype.startswith(_ONLY_QUANTIZED):
             if _is_scale(name):
@@ -170,15 +190,16 @@ def _is_scale(name: str) -> bool:
     return name.endswith(("scale", "scale_inv", "scales"))
 
 
-def _is_activation(module: str, last: str, shape: Shape, settings: Settings, owner: Mapping[str, str]) -> bool:
-    """Calibrated scale of activations: of a quantised module, of the KV cache, or a single number."""
-    single = all(size == 1 for size in shape)
-    if last in _CACHES:
-        return single or settings.kv_cache
-    if last in _ACTIVATIONS:
-        return single or f"{module}.weight" in owner.values() or f"{module}.weight_packed" in owner
-    logical = f"{module}.{last}".removesuffix("_activation_scale").removesuffix("_input_scale")
-    return logical in owner
+def _is_activation(module: str, last: str, settings: Settings, found: Mapping[str, QuantizedTensor]) -> bool:
+    """Calibrated scale of the activations of a quantised module, or of a KV cache that the config quantises.
+
+    Elsewhere a name such as `k_scale` may be a learned parameter, which must not be left out of an output.
+    """
+    if last in _CACHES and settings.kv_cache:
+        return True
+    if last in _ACTIVATIONS or last in _CACHES:
+        return f"{module}.weight" in found
+    return f"{module}.{last}".removesuffix("_activation_scale").removesuffix("_input_scale") in found
 
 
 def _refuse_foreign(name: str, tensors: Mapping[str, StoredLike]) -> None:

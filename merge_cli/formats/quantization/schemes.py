@@ -40,6 +40,15 @@ class Candidate:
         dtype = self.tensors[self.codes].dtype
         return "MXFP4" if self.transposed else {"F8_E4M3": "FP8", "I8": "int8"}.get(dtype, f"packed {dtype}")
 
+    def signature(self) -> tuple[object, ...]:
+        """All that decides the codec besides the config: roles, dtypes, shapes, and which global scale it is."""
+        stored = self.tensors[self.codes]
+        described: list[object] = [self.transposed, stored.dtype, tuple(stored.shape)]
+        for role, name in self.companions.items():
+            companion = self.tensors[name]
+            described += (role, companion.dtype, tuple(companion.shape), name.endswith("_scale_2"))
+        return tuple(described)
+
     def shape(self, role: str = "codes") -> Shape:
         """Shape in the header of the tensor with that role."""
         return tuple(self.tensors[self.codes if role == "codes" else self.companions[role]].shape)
@@ -91,7 +100,10 @@ def _fp8(candidate: Candidate, settings: Settings) -> Match:
 def _int8(candidate: Candidate, settings: Settings) -> Match:
     shape = candidate.shape()
     zero = _allow_only(candidate, "scale", "zero", zero_dtypes=("I8",))
-    widths = {group.num_bits for group in settings.groups if not group.is_float} or {8}
+    groups = [group for group in settings.groups if not group.is_float]
+    if groups and not zero and not any(group.symmetric for group in groups):
+        raise candidate.refused("its zero point is missing")
+    widths = {group.num_bits for group in groups} or {8}
     if len(widths) > 1 or not 2 <= max(widths) <= 8:
         raise candidate.refused(f"integers of {' or '.join(map(str, sorted(widths)))} bits in bytes")
     (num_bits,) = widths
