@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -34,14 +35,10 @@ Rows = list[tuple[str, dict[str, str]]]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shm = Path("/dev/shm")
     parser.add_argument("--folder", type=Path, default=shm if shm.is_dir() else Path(tempfile.gettempdir()))
-    parser.add_argument(
-        "--shape", choices=[name for name in SHAPES if name not in PUBLISHED], default="dense"
-    )
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name not in PUBLISHED], default="dense")
     parser.add_argument("--size", default="1.7GB")
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--count", type=int, default=4)
@@ -51,12 +48,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="256MiB")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--peers", help=f"of {','.join(PEERS)}, or none; default naive,safe_open, none in series"
-    )
-    parser.add_argument(
-        "--mergekit-env", type=Path, default=SCRIPTS.parent / ".venv-mergekit", metavar="FOLDER"
-    )
+    parser.add_argument("--peers", help=f"of {','.join(PEERS)}, or none; default naive,safe_open, none in series")
+    parser.add_argument("--mergekit-env", type=Path, default=SCRIPTS.parent / ".venv-mergekit", metavar="FOLDER")
     parser.add_argument("--grow", choices=VALUES)
     parser.add_argument("--values", help="of the series, with commas between them")
     parser.add_argument("--json", action="store_true")
@@ -72,9 +65,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def line_up(
-    options: argparse.Namespace, work: Path, memory: str, quantized: bool = False
-) -> list[Contestant]:
+def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: bool = False) -> list[Contestant]:
     """The floor, pmerge and the peers that can run; a line to stderr for each that cannot."""
     found = [bench_contestants.floor()]
     try:
@@ -140,6 +131,7 @@ def compare(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, ob
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # leaves no gigabytes behind
     command = shlex.join(["scripts/bench", *(sys.argv[1:] if argv is None else argv)])
     facts, versions = (
         bench_report.machine(options.folder, options.device),

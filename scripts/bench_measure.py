@@ -14,6 +14,7 @@ small: no torch here.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -48,9 +49,15 @@ def measure(command: list[str], environment: dict[str, str] | None = None, watch
             stdout=stdout,
             stderr=stderr,
             env=os.environ | (environment or {}),
+            process_group=0,  # so that an interrupted benchmark can end its workers too
         )
         watcher = Watcher(process.pid) if watch else None
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
         wall_s = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         together, private = watcher.stop() if watcher else (0, 0)

@@ -86,9 +86,7 @@ def check(out: Path, checkpoints: list[Path]) -> dict[str, object]:
 
     inputs, output = [places(c) for c in checkpoints], places(out)
     shared = [name for name in inputs[0] if name in output]
-    plain = [
-        name for name in shared if f"{name}_scale_inv" not in inputs[0] and not name.endswith("_scale_inv")
-    ]
+    plain = [name for name in shared if f"{name}_scale_inv" not in inputs[0] and not name.endswith("_scale_inv")]
     num_values = num_exact = 0
     for name in plain[:: max(1, len(plain) // CHECKED_TENSORS)]:
         got = values(output, name)

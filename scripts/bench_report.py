@@ -115,9 +115,7 @@ def figures(facts: dict, floor_s: float | None) -> dict[str, str]:
         "GB/s": f"{facts['bytes_per_s'] / 1e9:.2f}",
         "x floor": f"{median / floor_s:.2f}" if floor_s else "",
         "largest process MB": megabytes(facts["largest_process_bytes"]),
-        "together MB (private)": (
-            f"{megabytes(facts['together_bytes'])} ({megabytes(facts['private_bytes'])})"
-        ),
+        "together MB (private)": (f"{megabytes(facts['together_bytes'])} ({megabytes(facts['private_bytes'])})"),
         "tiny merge s": f"{statistics.median(facts['tiny_merge_s']):.2f}" if facts["tiny_merge_s"] else "",
         "rounded": "" if facts["name"] == "floor" else rounded(facts["check"]),
     }

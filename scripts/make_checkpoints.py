@@ -66,9 +66,7 @@ def safetensors_header(tensors: list[Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(
-    path: Path, header: bytes, tensors: list[Tensor], blocks: dict[str, memoryview] | None
-) -> None:
+def write_shard(path: Path, header: bytes, tensors: list[Tensor], blocks: dict[str, memoryview] | None) -> None:
     with path.open("wb") as file:
         file.write(header)
         if blocks is None:
@@ -80,9 +78,7 @@ def write_shard(
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="dense")
     parser.add_argument("--size", type=parse_size, default=parse_size("1.7GB"), help="of one checkpoint")
     parser.add_argument("--shards", type=int, default=0, help="default: 3, or as published")
@@ -95,9 +91,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if options.count < 1 or options.shards < 0:
         parser.error("--count and --shards must be positive")
     if options.shape in PUBLISHED and (options.tensors or options.largest_tensor):
-        parser.error(
-            f"--shape {options.shape} has its published sizes: leave out --tensors and --largest-tensor"
-        )
+        parser.error(f"--shape {options.shape} has its published sizes: leave out --tensors and --largest-tensor")
     return options
 
 

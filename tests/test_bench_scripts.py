@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,9 +47,7 @@ def load(checkpoint: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize(
-    "text, size", [("1.7GB", 1_700_000_000), ("256MiB", 2**28), ("12", 12), ("3 kB", 3000)]
-)
+@pytest.mark.parametrize("text, size", [("1.7GB", 1_700_000_000), ("256MiB", 2**28), ("12", 12), ("3 kB", 3000)])
 def test_sizes(text, size):
     assert parse_size(text) == size
 
@@ -161,9 +161,7 @@ parent = f"import subprocess, sys; [p.wait() for p in [{start}, {start}]]"
 measured = measure([sys.executable, "-c", parent], watch=True)
 print(measured.largest_process_bytes, measured.together_bytes, measured.private_bytes)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, check=True)
     largest, together, private = map(int, done.stdout.split())
     assert 100_000_000 < largest < 150_000_000
     assert 200_000_000 < private < together < 300_000_000
@@ -172,6 +170,36 @@ print(measured.largest_process_bytes, measured.together_bytes, measured.private_
 def test_measure_reports_failure():
     with pytest.raises(bench_measure.CommandFailed, match=r"(?s)exit status 3.*no room"):
         bench_measure.measure(["sh", "-c", "echo no room >&2; exit 3"])
+
+
+def test_interrupted_measure_ends_the_command_and_its_children(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bench_measure.measure(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; wait"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    child = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while bench_measure.memory(child) != (0, 0):  # a zombie has no memory
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_terminated_bench_leaves_nothing(tmp_path):
+    command = [sys.executable, SCRIPTS / "bench.py", "--size=1MB", "--peers=none", f"--folder={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
+        while bench.poll() is None and not list(tmp_path.iterdir()):
+            time.sleep(0.02)
+        bench.terminate()
+        _, stderr = bench.communicate(timeout=60)
+    assert bench.returncode == 1
+    assert stderr.endswith("terminated\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, capsys):
@@ -188,9 +216,7 @@ def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, c
 
     facts = [bench_report.as_json(result) for result in results]
     capsys.readouterr()
-    bench_report.table(
-        "", [(f["name"], bench_report.figures(f, bench_report.floor_seconds(facts))) for f in facts]
-    )
+    bench_report.table("", [(f["name"], bench_report.figures(f, bench_report.floor_seconds(facts))) for f in facts])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1
@@ -201,9 +227,7 @@ def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_bench_from_the_command_line(tmp_path):
     options = ["--size=1MB", "--rounds=1", "--peers=safe_open", f"--folder={tmp_path}", "--json"]
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True)
     results = {result["name"]: result for result in json.loads(done.stdout)["results"]}
     assert results.keys() >= {"floor", "safe_open"}
     assert results["safe_open"]["check"]["correctly_rounded"] > 0.999
