@@ -1,0 +1,48 @@
+"""Compare checkpoints of the demo on held-out text: loads each with transformers, prints its loss, fails unless a merge wins."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, logging
+
+WINDOW_BYTES = 128
+BATCH_SIZE = 64
+
+
+def held_out_loss(folder: Path, text: torch.Tensor) -> float:
+    """The mean loss in nats per byte of the checkpoint in `folder`, which must load with nothing missing or left over."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = {key: value for key, value in report.items() if value}
+    if wrong:
+        sys.exit(f"{folder} does not load cleanly: {wrong}")
+    windows = text[: len(text) // WINDOW_BYTES * WINDOW_BYTES].view(-1, WINDOW_BYTES).long()
+    with torch.inference_mode():
+        losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in windows.split(BATCH_SIZE)]
+    return sum(losses) / len(windows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("newest", type=Path)
+    parser.add_argument("merges", type=Path, nargs="+")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    text = torch.frombuffer(bytearray((args.newest.parent / "held_out.txt").read_bytes()), dtype=torch.uint8)
+    newest = held_out_loss(args.newest, text)
+    print(f"\n{'checkpoint':32} held-out loss  against the newest")
+    print(f"{args.newest.name:32} {newest:13.4f}")
+    better = True
+    for merge in args.merges:
+        loss = held_out_loss(merge, text)
+        better &= loss < newest
+        print(f"{merge.name:32} {loss:13.4f}  {loss - newest:+.4f}")
+    if not better:
+        sys.exit("a merge is not better than the newest checkpoint")
+    print("\nThe merges are better than the newest checkpoint they were made from, at the cost of reading the files once.")
+
+
+if __name__ == "__main__":
+    main()
