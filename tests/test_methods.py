@@ -268,9 +268,7 @@ def test_explicit_weights_that_are_refused(weights: list[Any], normalize: bool) 
     ],
 )
 @pytest.mark.parametrize("steps", [[500], [500, 1000]])
-def test_wrong_parameters_are_named(
-    method: str, parameters: dict[str, Any], said: str, steps: list[int]
-) -> None:
+def test_wrong_parameters_are_named(method: str, parameters: dict[str, Any], said: str, steps: list[int]) -> None:
     with pytest.raises(UsageError) as error:
         coefficients(method, steps, **parameters)
     assert said in str(error.value)
@@ -309,10 +307,7 @@ def test_warnings() -> None:
     (jitter,) = warnings_for(coefficients("sma", range(3)), [10_000_000, 10_000_100, 10_000_225])
     assert "100 to 125 steps apart, mean 112.5" in jitter
     assert warnings_for(coefficients("sma", range(3)), [10_000_000, 10_000_090, 10_000_200]) == []
-    assert (
-        "unevenly"
-        in warnings_for(coefficients("sma", range(4)), [1_234_567, 1_234_667, 1_234_900, 1_235_000])[0]
-    )
+    assert "unevenly" in warnings_for(coefficients("sma", range(4)), [1_234_567, 1_234_667, 1_234_900, 1_235_000])[0]
     assert "2.00 effective" in warnings_for(coefficients("sma", range(2)))[0]
     assert warnings_for(coefficients("sma", range(3))) == []
     negative = coefficients("weights", range(4), weights=[0.5, 0.5, 0.5, -0.5])

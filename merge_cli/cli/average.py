@@ -55,7 +55,7 @@ def average_command(
     tokens_per_step: Annotated[str | None, typer.Option(help="So that --every can be given in tokens: 4M.")] = None,
     base: Annotated[Path | None, typer.Option(help="Whose layout and side files are kept (the newest).")] = None,
     dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
-    accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64.")] = "auto",
+    accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64 (auto: fp32 where that is exact).")] = "auto",
     include: Annotated[list[str] | None, typer.Option(help="Average only tensors that match this glob.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Copy tensors that match this glob from the base.")] = None,
     int_policy: Annotated[str, typer.Option(help="Integers that differ: error, or newest.")] = "error",

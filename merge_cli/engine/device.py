@@ -27,7 +27,7 @@ from merge_cli.engine.reduce import (
 from merge_cli.errors import UsageError
 from merge_cli.plan import Run
 
-CPU_BLOCK_ELEMENTS = 1 << 17
+CPU_BLOCK_ELEMENTS = 1 << 16
 SCRATCH_BYTES_PER_ELEMENT = 48  # accumulator, temporary and the temporaries of rounding, in float64
 
 
@@ -104,7 +104,7 @@ class Lane:
                 ]
                 for operation, buffer in zip(operations, self.outputs, strict=True):
                     used = [run.sources[i].dtype for i in operation.inputs]
-                    dtype = accumulator_dtype(setting, used, run.dtype)
+                    dtype = accumulator_dtype(setting, operation, used, run.dtype)
                     accumulator, temporary = self._scratch.pair(length, dtype)
                     accumulate(operation, sources, accumulator, temporary)
                     clean.append(is_clean(accumulator, run.dtype))
