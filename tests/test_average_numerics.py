@@ -142,7 +142,7 @@ def test_nan_and_inf_are_refused_by_name_or_reported(tmp_path: Path, value: floa
 
 def test_fp16_overflow_is_refused_by_name(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", [{"large": torch.full((3,), 70000.0)}] * 2)
-    with pytest.raises(NonFiniteError, match="large.*overflows F16"):
+    with pytest.raises(NonFiniteError, match=r"large.*overflows F16"):
         average(paths, tmp_path / "out", dtype="fp16")
 
 

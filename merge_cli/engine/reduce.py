@@ -93,11 +93,22 @@ def accumulate(
 
 
 def store(accumulator: torch.Tensor, output: torch.Tensor) -> None:
-    """Round `accumulator` once, to nearest even, into `output`."""
-    if accumulator.dtype == torch.float64 and output.dtype in (torch.bfloat16, torch.float16):
-        output.copy_(_round_to_odd(accumulator))
-    else:
+    """Round `accumulator` once, to nearest even, into `output`; both [elements].
+
+    torch goes from float64 to 16 bits by way of float32 and so rounds twice. The second rounding goes wrong only where the first
+    landed on a tie, so those few elements (for float16, whose subnormals move the tie, all) are first rounded to odd.
+    """
+    if accumulator.dtype != torch.float64 or output.dtype not in (torch.bfloat16, torch.float16):
         output.copy_(accumulator)
+        return
+    nearest = accumulator.to(torch.float32)
+    if output.dtype == torch.float16:
+        nearest = _round_to_odd(accumulator)
+    else:
+        ties = (nearest.view(torch.int32) & 0xFFFF == 0x8000).nonzero().flatten()
+        if ties.numel():
+            nearest[ties] = _round_to_odd(accumulator[ties])
+    output.copy_(nearest)
 
 
 def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
