@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice, pairwise
 from pathlib import Path
 
 from merge_cli.errors import InputError, MismatchError, UsageError, first_ten
 from merge_cli.formats.checkpoint import RANK_FOLDER
 
-_STEP = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt)[-_=]?(\d+)", re.IGNORECASE)
+# A letter or a fraction after the number means that it is no step: `ckpt-7b`, `step_1.5k`. 18 digits fit any float and int64.
+_STEP = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt)[-_=]?([0-9]{1,18})(?![0-9a-z]|\.[0-9])", re.IGNORECASE)
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+$")
 _STAGE = re.compile(r"(?:^|[-_])(stage[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
 _INGREDIENT = re.compile(r"(?:^|[-_])(ingredient[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
-_NUMBER = re.compile(r"^\d+$")
-_AMOUNT = re.compile(r"^\s*(\d[\d_]*(?:\.\d+)?)\s*([kMBT]?)\s*$", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_AMOUNT = re.compile(r"\s*([0-9]{1,18}(?:_[0-9]{1,18})*(?:\.[0-9]{1,18})?)\s*([kMBT]?)\s*", re.IGNORECASE)
+_LARGEST_STEP = 10**18
 _MAX_TRAINER_STATE_BYTES = 256 << 20
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf", ".npz", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -56,58 +62,81 @@ def parse_label(name: str) -> StepLabel:
 
     The number after step wins over one after iter, checkpoint or ckpt; token labels are rounded and not used.
     """
-    name = name.removesuffix(".safetensors")
+    name = _SHARD.sub("", name.removesuffix(".safetensors"))
     stage, ingredient = _STAGE.search(name), _INGREDIENT.search(name)
     found = {match[0].lower().rstrip("0123456789").rstrip("-_="): int(match[1]) for match in _STEP.finditer(name)}
     step = next((found[word] for word in found if word.endswith("step")), next(iter(found.values()), None))
-    if step is None and _NUMBER.match(name):
+    if step is None and _NUMBER.fullmatch(name):
         step = int(name)
     return StepLabel(step, stage and stage[1].lower(), ingredient and ingredient[1].lower())
 
 
 def read_candidate(path: Path) -> Candidate:
-    """The checkpoint at `path` with its step. Raises InputError for a missing path or a broken `trainer_state.json`."""
+    """The checkpoint at `path` with its step; a file without a step in its name is told by the folder it lies in.
+
+    A name that says nothing (`latest`, `.`) may be a link to one that does. A folder `stage1` above the checkpoint is its stage.
+
+    Raises InputError for a missing path or a broken `trainer_state.json`.
+    """
     try:
         status = path.stat()
     except OSError as error:
         raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {path.parent}/*") from error
-    label = parse_label(path.name or path.resolve().name)
-    if label.step is None and path.is_file():
-        label = parse_label(path.absolute().parent.name)
-    step = _trainer_step(path / "trainer_state.json") if path.is_dir() else None
-    return Candidate(path, label.step if step is None else step, label.stage, label.ingredient, status.st_mtime_ns)
+    named = path.absolute()
+    if path.is_file() and parse_label(path.name).step is None:
+        named = named.parent
+    label = parse_label(named.name)
+    if label.step is None:
+        label = parse_label(named.resolve().name)
+    above = parse_label(named.parent.name)
+    step = _trainer_step(named / "trainer_state.json")
+    return Candidate(
+        path,
+        label.step if step is None else step,
+        label.stage or above.stage,
+        label.ingredient or above.ingredient,
+        status.st_mtime_ns,
+    )
 
 
 def _trainer_step(path: Path) -> int | None:
     if not path.is_file():
         return None
+    remedy = "mend or remove it; the name then gives the step"
     try:
         if path.stat().st_size > _MAX_TRAINER_STATE_BYTES:
-            raise InputError(f"{path} is larger than {_MAX_TRAINER_STATE_BYTES >> 20} MiB")
-        step = json.loads(path.read_bytes()).get("global_step")
+            raise InputError(f"{path} is larger than {_MAX_TRAINER_STATE_BYTES >> 20} MiB", hint=remedy)
+        state = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not a valid trainer state: {error}", hint="mend or remove it; the name then gives the step"
-        ) from error
-    return step if type(step) is int and step >= 0 else None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a valid trainer state: {error}", hint=remedy) from error
+    step = state.get("global_step") if isinstance(state, dict) else state
+    if step is not None and not (type(step) is int and 0 <= step < _LARGEST_STEP):
+        found = f"found     {step!r}"[:80] if isinstance(step, int | float | str) else f"found     a {type(step).__name__}"
+        raise InputError(f"{path} has no step in `global_step`", details=[found, "expected  a whole number"], hint=remedy)
+    return step
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` holds safetensors files, directly or in folders named like ranks."""
-    entries = list(folder.iterdir())
+    """Whether `folder` holds the safetensors files of one checkpoint, directly or in folders named like ranks.
+
+    Files each named by a step of its own (`model_step_10.safetensors`) are several checkpoints, so their folder is not one.
+    """
+    entries = _entries(folder)
     if any(entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in entries):
-        return True
+        return len(_step_files(entries)) < 2
     ranks = [entry for entry in entries if RANK_FOLDER.match(entry.name) and entry.is_dir()]
-    return any(inner.name.endswith(".safetensors") for rank in ranks for inner in rank.iterdir())
+    return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(rank))
 
 
-def discover(paths: Sequence[Path]) -> list[Path]:
-    """The checkpoints that `paths` mean: themselves, and those inside every run folder.
+def discover(paths: Sequence[Path], on_skip: Callable[[str], None] | None = None) -> list[Path]:
+    """The checkpoints that `paths` mean: themselves, and those inside every run folder, by number.
 
     A folder given alone is a run when it holds at least two checkpoints named by step, even if a final model was saved
-    beside them. Merged results and unfinished ones inside a run are not its checkpoints.
+    beside them; with others it is a checkpoint, if it can be. Of a run are left out: hidden and unfinished folders, and, told to
+    `on_skip`, results of pmerge, links to a neighbour (`latest`), folders named by step without safetensors, and checkpoints
+    without a step (`final`, `best`) where others have one.
 
     Raises InputError where nothing is found, UsageError when one checkpoint is named twice.
     """
@@ -115,17 +144,21 @@ def discover(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {path.parent}/*")
-        inside = _checkpoints_in(path) if path.is_dir() else []
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise InputError(f"not a safetensors file: {path}", hint="pmerge reads safetensors; convert other formats first")
             found.append(path)
-        elif len(paths) == 1 and len(inside) >= 2:
-            found += inside
-        elif is_checkpoint(path):
+            continue
+        inside, skipped = _checkpoints_in(path)
+        by_step = [entry for entry in inside if _is_named_by_step(entry)]
+        if is_checkpoint(path) and not (len(paths) == 1 and len(by_step) >= 2):
             found.append(path)
         elif inside:
-            found += inside
+            found += by_step or inside
+            skipped += [f"{entry} is left out: its name has no step" for entry in inside if by_step and entry not in by_step]
+            if on_skip is not None:
+                for line in skipped:
+                    on_skip(line)
         else:
             raise _nothing_found(path)
     places: dict[Path, Path] = {}
@@ -136,55 +169,103 @@ def discover(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _checkpoints_in(run: Path) -> list[Path]:
-    found = []
-    for entry in sorted(run.iterdir()):
-        hidden = entry.name.startswith(".") or entry.name.endswith((".pmerge-partial", ".pmerge-old"))
-        if hidden or RANK_FOLDER.match(entry.name):
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir(), key=lambda entry: (parse_label(entry.name).step or 0, entry.name))
+    except OSError as error:
+        raise InputError(f"cannot list {folder}: {error.strerror}", hint=f"ls -ld {folder}") from error
+
+
+def _is_named_by_step(path: Path) -> bool:
+    return parse_label(path.name).step is not None or (path / "trainer_state.json").is_file()
+
+
+def _step_files(entries: Sequence[Path]) -> list[Path]:
+    """The safetensors files that are a checkpoint each. A bare number is the number of a shard, and an index unites its files."""
+    if any(entry.name.endswith(".safetensors.index.json") for entry in entries):
+        return []
+    files = [entry for entry in entries if entry.suffix == ".safetensors" and not entry.name.startswith(".")]
+    return [f for f in files if not _NUMBER.fullmatch(f.stem) and parse_label(f.name).step is not None and not f.is_dir()]
+
+
+def _checkpoints_in(run: Path) -> tuple[list[Path], list[str]]:
+    """The checkpoints directly inside `run`, and a line for each thing that looks like one and is none."""
+    entries, home = _entries(run), run.resolve()
+    found, skipped = _step_files(entries), []
+    for entry in entries:
+        if RANK_FOLDER.match(entry.name) or not entry.is_dir():
             continue
-        if entry.is_dir():
-            if not (entry / "pmerge.json").exists() and is_checkpoint(entry):
-                found.append(entry)
-        elif entry.suffix == ".safetensors" and parse_label(entry.name).step is not None:
+        if entry.name.startswith(".") or entry.name.endswith((".pmerge-partial", ".pmerge-old")):
+            continue
+        if (entry / "pmerge.json").exists():
+            skipped.append(f"{entry} is left out: a result of pmerge; name it to average it")
+        elif entry.is_symlink() and entry.resolve().parent == home:
+            skipped.append(f"{entry} is left out: a link to {entry.resolve().name}")
+        elif is_checkpoint(entry):
             found.append(entry)
-    return found
+        elif _is_named_by_step(entry):
+            skipped.append(f"{entry} is left out: it holds no safetensors files")
+    return found, skipped
 
 
 def _nothing_found(path: Path) -> InputError:
-    entries = sorted(entry.name for entry in path.iterdir())
-    other = [name for name in entries if name.endswith((".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf"))]
+    entries = _entries(path)
+    folders = [entry for entry in entries if entry.is_dir()]
+    runs = [folder for folder in folders if _checkpoints_in(folder)[0]]
+    deeper = [entry for folder in folders for entry in _entries(folder)]
+    other = next((entry for entry in [*entries, *deeper] if entry.name.endswith(_OTHER_FORMATS)), None)
     hint = "name a folder with *.safetensors files, or a run folder that contains such folders"
-    if other:
-        hint = f"pmerge reads safetensors; convert {other[0]} first (for example with transformers' save_pretrained)"
-    return InputError(f"no checkpoints in {path}", details=[f"found     {', '.join(entries[:10]) or 'an empty folder'}"], hint=hint)
+    if runs:
+        hint = f"the checkpoints are one folder down:  pmerge average {runs[0]}"
+    elif other is not None:
+        way = "transformers' save_pretrained"
+        if other.suffix == ".distcp":
+            way = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {other.parent} model.pt, then safetensors"
+        hint = f"pmerge reads safetensors; convert {other.relative_to(path)} first (for example with {way})"
+    names = ", ".join(entry.name for entry in entries[:10])
+    return InputError(
+        f"no checkpoints in {path}",
+        details=[f"found     {names or 'an empty folder'}", "expected  *.safetensors, or folders that hold them"],
+        hint=hint,
+    )
 
 
 def order_candidates(candidates: Sequence[Candidate], by: str, needs_steps: bool) -> list[Candidate]:
     """Order from oldest to newest by "step", as "given", or by "mtime".
 
     By step, checkpoints without a step are an error for a method that needs an order; others then keep the order given. Two with
-    the same step, and stages or ingredients that are mixed, are errors. Raises MismatchError.
+    the same step, two with the same time that need an order, and mixed stages or ingredients are errors. As given, anything goes.
+
+    Raises MismatchError.
     """
     if by == "given":
         return list(candidates)
-    if by == "mtime":
-        return sorted(candidates, key=lambda candidate: (candidate.mtime_ns, str(candidate.path)))
     for what in ("stage", "ingredient"):
         values = {getattr(candidate, what) for candidate in candidates}
         if len(values) > 1:
             raise MismatchError(
-                f"the checkpoints belong to different {what}s: {', '.join(sorted(map(str, values)))}",
+                f"the checkpoints belong to different {what}s: {', '.join(sorted(str(value or 'none') for value in values))}",
                 details=first_ten([str(candidate.path) for candidate in candidates]),
                 hint=f"name the checkpoints of one {what}, or say that you mean it:  --order given",
             )
+    if by == "mtime":
+        ordered = sorted(candidates, key=lambda candidate: (candidate.mtime_ns, str(candidate.path)))
+        tied = [f"{a.path}  {b.path}" for a, b in pairwise(ordered) if a.mtime_ns == b.mtime_ns]
+        if tied and needs_steps:
+            raise MismatchError(
+                "checkpoints with the same modification time have no order",
+                details=first_ten(tied),
+                hint="type them from oldest to newest:  --order given",
+            )
+        return ordered
     unknown = [str(candidate.path) for candidate in candidates if candidate.step is None]
     if unknown:
-        if not needs_steps or len(candidates) == 1:
+        if len(candidates) == 1 or not needs_steps:
             return list(candidates)
         raise MismatchError(
-            f"no step is known for {len(unknown)} checkpoints, and the method needs an order",
+            f"no step is known for {len(unknown)} of {len(candidates)} checkpoints",
             details=first_ten(unknown),
-            hint="name them by step (ckpt_1000), or say what the order is:  --order given  or  --order mtime",
+            hint="leave them out, name them by step (ckpt_1000), or say what the order is:  --order given  or  --order mtime",
         )
     by_step: dict[int, list[Candidate]] = {}
     for candidate in candidates:
@@ -250,44 +331,58 @@ def select(
 
 
 def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> list[Candidate]:
-    """Walk back from the newest in strides of `every` steps, taking the nearest checkpoint within 10 % of a stride."""
+    """Walk back from the newest in strides of `every` steps, taking the nearest checkpoint within 10 % of a stride.
+
+    The walk ends at the oldest checkpoint or after `last` strides. It costs a pass over the checkpoints, however many strides.
+    """
     if every < 1:
         raise UsageError(f"--every must be at least 1 step, not {every}")
-    steps = {candidate.step or 0: candidate for candidate in candidates}
-    newest, oldest = max(steps), min(steps)
-    chosen: list[Candidate] = []
-    gaps: list[str] = []
-    place = newest
-    while (last is None and place >= oldest - every // 10) or (last is not None and len(chosen) + len(gaps) < last and place >= 0):
-        nearest = min(steps, key=lambda step: abs(step - place))
-        if 10 * abs(nearest - place) <= every and (not chosen or steps[nearest] is not chosen[-1]):
-            chosen.append(steps[nearest])
-        else:
+    steps = [candidate.step or 0 for candidate in candidates]
+    if any(newer <= older for older, newer in pairwise(steps)):
+        raise UsageError("--every needs checkpoints in the order of their steps", hint="--order step")
+    newest, oldest = steps[-1], steps[0]
+    num_strides = (10 * (newest - oldest) + every) // (10 * every) + 1
+    if last is not None:
+        num_strides = min(num_strides, last)
+    taken: dict[int, tuple[int, Candidate]] = {}  # stride -> how far off, which
+    for step, candidate in zip(steps, candidates, strict=True):
+        stride = (2 * (newest - step) + every) // (2 * every)
+        off = abs(newest - stride * every - step)
+        if stride < num_strides and 10 * off <= every and (stride not in taken or off < taken[stride][0]):
+            taken[stride] = (off, candidate)
+    missing = num_strides - len(taken)
+    if missing:
+        gaps = []
+        for stride in islice((k for k in range(num_strides) if k not in taken), 10):
+            place = newest - stride * every
+            nearest = min(steps, key=lambda step: abs(step - place))
             gaps.append(f"expected a checkpoint near step {place}; the nearest is step {nearest}")
-        place -= every
-    if gaps:
         raise MismatchError(
-            f"{len(gaps)} checkpoints are missing for --every {every}",
-            details=first_ten(gaps),
+            f"{missing} {'checkpoint is' if missing == 1 else 'checkpoints are'} missing for --every {every}",
+            details=[*gaps, *([f"... and {missing - 10} more"] if missing > 10 else [])],
             hint="choose another --every or --last, or list the checkpoints that you want",
         )
-    return chosen[::-1]
+    return [taken[stride][1] for stride in sorted(taken, reverse=True)]
 
 
 def parse_amount(text: str, tokens_per_step: int | None = None) -> int:
     """Steps of "500", "2k", "1_000"; or of "8B" and other amounts in tokens when `tokens_per_step` is known.
 
-    With `tokens_per_step` every amount is in tokens. Raises UsageError.
+    With `tokens_per_step` every amount is in tokens, and rounded to whole steps. Raises UsageError.
     """
-    match = _AMOUNT.match(text)
+    match = _AMOUNT.fullmatch(text)
     if not match:
         raise UsageError(f"not a number of steps or tokens: {text!r}", details=["expected  500, 2k or, in tokens, 8B"])
-    amount = float(match[1].replace("_", "")) * 1000.0 ** " KMBT".index(match[2].upper() or " ")
+    amount = Fraction(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " ")
     if tokens_per_step is None:
         if match[2].upper() in ("B", "T"):
             raise UsageError(f"{text} is an amount of tokens", hint="say how many tokens a step has:  --tokens-per-step 4M")
+        if amount.denominator != 1:
+            raise UsageError(f"not a whole number of steps: {text}")
         return int(amount)
-    steps = round(amount / tokens_per_step)
+    if tokens_per_step < 1:
+        raise UsageError(f"--tokens-per-step must be at least 1, not {tokens_per_step}")
+    steps: int = round(amount / tokens_per_step)
     if steps < 1:
         raise UsageError(f"{text} tokens are less than one step of {tokens_per_step} tokens")
-    return int(steps)
+    return steps

@@ -1,11 +1,23 @@
 """Names to steps, order and selection."""
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from merge_cli.errors import MismatchError, UsageError
-from merge_cli.selection import Candidate, order_candidates, parse_amount, parse_label, select
+from merge_cli.errors import InputError, MismatchError, UsageError
+from merge_cli.selection import (
+    Candidate,
+    discover,
+    is_checkpoint,
+    order_candidates,
+    parse_amount,
+    parse_label,
+    read_candidate,
+    select,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +39,10 @@ from merge_cli.selection import Candidate, order_candidates, parse_amount, parse
         ("model_step_70.safetensors", 70, None, None),
         ("final", None, None, None),
         ("llama-7b", None, None, None),
+        ("checkpoint-7b", None, None, None),
+        ("step_1.5k", None, None, None),
+        ("step" + "9" * 400, None, None, None),
+        ("checkpoint-00001-of-00002.safetensors", None, None, None),
     ],
 )
 def test_names_in_the_wild(name: str, step: int | None, stage: str | None, ingredient: str | None) -> None:
@@ -54,7 +70,7 @@ def test_every_takes_the_nearest_within_a_tenth_and_lists_gaps() -> None:
     here = run(1000, 2010, 2500, 2995, 4000)
     assert steps_of(select(here, every=1000).candidates) == [1000, 2010, 2995, 4000]
     assert steps_of(select(here, every=1000, last=2).candidates) == [2995, 4000]
-    with pytest.raises(MismatchError, match="1 checkpoints are missing") as refused:
+    with pytest.raises(MismatchError, match="1 checkpoint is missing") as refused:
         select(run(1000, 3000, 4000), every=1000)
     assert "near step 2000" in str(refused.value)
 
@@ -72,3 +88,220 @@ def test_amounts() -> None:
     assert parse_amount("8B", 4_000_000) == 2000
     with pytest.raises(UsageError, match="tokens"):
         parse_amount("8B")
+    assert parse_amount("9007199254740993") == 2**53 + 1
+    for text, tokens_per_step in [("1.5", None), ("9" * 400, None), ("1__0", None), ("8B", 0), ("2k", 4_000_000)]:
+        with pytest.raises(UsageError):
+            parse_amount(text, tokens_per_step)
+
+
+def test_order_refuses_what_has_none() -> None:
+    final = Candidate(Path("final"), None, None, None, 0)
+    assert order_candidates([final, final], "step", False) == [final, final]
+    assert steps_of(order_candidates([*run(10, 9), final], "step", False)) == [10, 9, None]
+    with pytest.raises(MismatchError, match="no step is known for 1 of 3"):
+        order_candidates([*run(10, 9), final], "step", True)
+    with pytest.raises(MismatchError, match="same modification time"):
+        order_candidates([final, Candidate(Path("best"), None, None, None, 0)], "mtime", True)
+
+
+@pytest.mark.parametrize("order", ["step", "mtime"])
+def test_stages_and_ingredients_are_mixed_only_when_told_to(order: str) -> None:
+    first, second = Candidate(Path("a"), 1, "stage1", None, 0), Candidate(Path("b"), 2, "stage2", None, 1)
+    with pytest.raises(MismatchError, match="different stages: stage1, stage2"):
+        order_candidates([first, second], order, False)
+    with pytest.raises(MismatchError, match="different ingredients"):
+        order_candidates([first, Candidate(Path("c"), 2, "stage1", "ingredient1", 1)], order, False)
+    assert order_candidates([second, first], "given", True) == [second, first]
+
+
+def brute_force_every(steps: list[int], every: int, last: int | None) -> tuple[list[int], list[int]]:
+    """Walk stride by stride: what is found, and the places where nothing is."""
+    found: list[int] = []
+    gaps: list[int] = []
+    place = steps[-1]
+    while (last is None or len(found) + len(gaps) < last) and 10 * (steps[0] - place) <= every:
+        nearest = min(steps, key=lambda step: abs(step - place))
+        (found if 10 * abs(nearest - place) <= every else gaps).append(nearest)
+        place -= every
+    return found[::-1], gaps
+
+
+@given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=60, unique=True).map(sorted),
+    st.integers(1, 90),
+    st.none() | st.integers(1, 8),
+)
+def test_every_is_the_walk(steps: list[int], every: int, last: int | None) -> None:
+    found, gaps = brute_force_every(steps, every, last)
+    try:
+        chosen = steps_of(select(run(*steps), every=every, last=last).candidates)
+    except MismatchError as error:
+        assert len(gaps) == int(error.message.split()[0])
+    except UsageError as error:
+        assert not gaps and last is not None and len(found) < last and f"--last {len(found)}" in str(error)
+    else:
+        assert not gaps and chosen == found
+
+
+def test_every_is_quick_and_exact_for_far_apart_steps() -> None:
+    with pytest.raises(MismatchError, match="999999999998 checkpoints are missing") as refused:
+        select(run(1, 10**12), every=1)
+    assert len(refused.value.details) == 11
+    with pytest.raises(UsageError, match="order of their steps"):
+        select(run(3000, 1000, 2000), every=1000)
+
+
+def test_selection_without_steps_is_by_position() -> None:
+    unnamed = [Candidate(Path(name), None, None, None, 0) for name in "abc"]
+    assert [str(c.path) for c in select(unnamed, last=2).candidates] == ["b", "c"]
+    for option in ("every", "from_step", "to_step", "before"):
+        with pytest.raises(UsageError, match="need the step"):
+            select(unnamed, **{option: 1})
+    with pytest.raises(UsageError, match="leaves no checkpoint"):
+        select(run(1, 2), from_step=5, to_step=3)
+    with pytest.raises(UsageError, match="at least 1"):
+        select(run(1, 2), last=0)
+
+
+def checkpoint(folder: Path, *files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in files or ("model.safetensors",):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def found_in(*paths: Path, skipped: list[str] | None = None) -> list[str]:
+    return [path.name for path in discover(paths, None if skipped is None else skipped.append)]
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        "mp_rank_00",
+        "mp_rank_00_001",
+        "rank_0",
+        "rank3",
+        "tp0_pp1",
+        "tp_rank_00_pp_rank_001",
+        "ep_rank_3",
+        "pp0",
+        "ep-3",
+    ],
+)
+def test_rank_folders_make_a_checkpoint(tmp_path: Path, rank: str) -> None:
+    assert is_checkpoint(checkpoint(tmp_path / "step_5", f"{rank}/model.safetensors"))
+    assert found_in(tmp_path) == found_in(tmp_path / "step_5") == ["step_5"]
+
+
+def test_a_run_folder_gives_its_checkpoints_by_number(tmp_path: Path) -> None:
+    for name in ("ckpt_10", "ckpt_9", "ckpt_100", ".hidden", "ckpt_11.pmerge-partial", "merged-sma-9-10"):
+        checkpoint(tmp_path / name)
+    (tmp_path / "merged-sma-9-10" / "pmerge.json").write_text("{}")
+    (tmp_path / "latest").symlink_to("ckpt_100")
+    checkpoint(tmp_path / "ckpt_200", "pytorch_model.bin")
+    checkpoint(tmp_path / "final")
+    skipped: list[str] = []
+    assert found_in(tmp_path, skipped=skipped) == ["ckpt_9", "ckpt_10", "ckpt_100"]
+    assert [line.split(" is left out: ")[1].split(";")[0] for line in skipped] == [
+        "a link to ckpt_100",
+        "a result of pmerge",
+        "it holds no safetensors files",
+        "its name has no step",
+    ]
+    assert found_in(tmp_path / "merged-sma-9-10", tmp_path / "latest") == ["merged-sma-9-10", "latest"]
+    assert read_candidate(tmp_path / "latest").step == 100
+    with pytest.raises(UsageError, match="named twice"):
+        discover([tmp_path / "latest", tmp_path])
+
+
+def test_a_run_with_a_final_model_is_a_run_only_when_alone(tmp_path: Path) -> None:
+    out = checkpoint(tmp_path / "out")
+    checkpoint(out / "checkpoint-500")
+    assert found_in(out) == ["out"]
+    checkpoint(out / "checkpoint-1000")
+    assert found_in(out) == ["checkpoint-500", "checkpoint-1000"]
+    assert found_in(out, checkpoint(tmp_path / "out2")) == ["out", "out2"]
+
+
+def test_folders_and_files_inside_a_checkpoint_are_not_checkpoints(tmp_path: Path) -> None:
+    for name in ("adapter", "vision"):
+        checkpoint(tmp_path / "a" / name)
+    checkpoint(tmp_path / "a")
+    checkpoint(tmp_path / "b", "checkpoint-00001-of-00002.safetensors", "checkpoint-00002-of-00002.safetensors")
+    checkpoint(tmp_path / "c", "00001.safetensors", "00002.safetensors")
+    checkpoint(tmp_path / "d", "step-1.safetensors", "step-2.safetensors", "model.safetensors.index.json")
+    assert [found_in(tmp_path / name) for name in "abcd"] == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_files_named_by_step_are_checkpoints(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "files", *(f"model_step_{step}.safetensors" for step in (10, 9)))
+    files = [folder / "model_step_9.safetensors", folder / "model_step_10.safetensors"]
+    assert discover([folder]) == files
+    assert discover([folder, checkpoint(tmp_path / "other")]) == [*files, tmp_path / "other"]
+    assert [read_candidate(path).step for path in files] == [9, 10]
+
+
+def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "pickles" / "step_1", "pytorch_model.bin")
+    checkpoint(tmp_path / "sharded", "__0_0.distcp")
+    checkpoint(tmp_path / "project" / "run" / "step_1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    for name, said in [
+        ("pickles", "step_1/pytorch_model.bin"),
+        ("sharded", "dcp_to_torch"),
+        ("project", f"pmerge average {tmp_path / 'project' / 'run'}"),
+        ("empty", "an empty folder"),
+        ("missing", "no such checkpoint"),
+        ("notes.txt", "not a safetensors file"),
+    ]:
+        with pytest.raises(InputError) as refused:
+            discover([tmp_path / name])
+        assert said in str(refused.value)
+
+
+def test_trainer_state_outranks_the_name(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "checkpoint-500")
+    assert read_candidate(folder).step == read_candidate(folder / "model.safetensors").step == 500
+    state = folder / "trainer_state.json"
+    state.write_text('{"global_step": 700, "loss": NaN}')
+    assert read_candidate(folder).step == read_candidate(folder / "model.safetensors").step == 700
+    state.write_text('{"epoch": 1.0}')
+    assert read_candidate(folder).step == 500
+    assert read_candidate(folder).mtime_ns == folder.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "[" * 100_000, "\xff", *(f'{{"global_step": {v}}}' for v in ('"5"', "true", "5.0", "-1", "9" * 400, "9" * 5000))],
+    ids=lambda text: text[:22],
+)
+def test_a_broken_trainer_state_is_named(tmp_path: Path, text: str) -> None:
+    folder = checkpoint(tmp_path / "checkpoint-500")
+    (folder / "trainer_state.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="trainer_state"):
+        read_candidate(folder)
+
+
+def test_a_huge_or_odd_trainer_state_is_not_read(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "checkpoint-500")
+    state = folder / "trainer_state.json"
+    os.mkfifo(state)
+    assert read_candidate(folder).step == 500
+    state.unlink()
+    with state.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match="larger than"):
+        read_candidate(folder)
+
+
+def test_stage_of_the_folder_above(tmp_path: Path) -> None:
+    found = [read_candidate(checkpoint(tmp_path / f"stage{i}" / f"step{i}000")) for i in (1, 2)]
+    assert [(c.step, c.stage) for c in found] == [(1000, "stage1"), (2000, "stage2")]
+
+
+def test_a_run_without_steps_gives_all(tmp_path: Path) -> None:
+    for name in ("best", "final"):
+        checkpoint(tmp_path / name)
+    assert found_in(tmp_path) == ["best", "final"]
