@@ -65,7 +65,7 @@ def round_fraction(value: Fraction, dtype: torch.dtype) -> float:
 
 
 def exact_sum(tensors: Sequence[Tensor], numerators: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`sum(numerators[i] * tensors[i])` in float64, oldest first, and where it is exact, partial sums included."""
+    """`sum(numerators[i] * tensors[i])` in float64, oldest first, and where every step of it is exact."""
     total = numerators[0] * tensors[0].double()
     exact = torch.full(total.shape, tensors[0].dtype != torch.float64 or numerators[0] == 1)
     for numerator, tensor in zip(numerators[1:], tensors[1:], strict=True):
