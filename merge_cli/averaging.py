@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from merge_cli.formats.safetensors import Header
 from merge_cli.methods import METHODS, coefficients, needs_step_numbers, warnings_for
 from merge_cli.plan import MergePlan, MergeSpec, Output
 from merge_cli.planner import OUTPUT_DTYPES, build_plan
-from merge_cli.selection import Candidate, discover, order_candidates, parse_amount, read_candidate, select
+from merge_cli.selection import Candidate, Selection, discover, order_candidates, parse_amount, read_candidate, select
 
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device
@@ -139,7 +139,8 @@ def plan_average(
         shard_bytes=shard_size,
     )
     merge = build_plan(spec, inputs, steps, base_index, [Output(tuple(range(len(inputs))), chosen)])
-    true_steps = None if any(step is None for step in steps) or order != "step" else places
+    in_order = order == "step" and steps == places
+    true_steps = places if in_order else None
     notes = (*selection.notes, *warnings_for(chosen, true_steps), *merge.warnings)
     destination = Path(output) if output is not None else Path(_default_name(method, candidates))
     if destination.suffix == ".safetensors":
@@ -257,16 +258,18 @@ def _select(
     before: int | None,
     tokens_per_step: int | None,
     parameters: dict[str, Any],
-) -> Any:
+) -> Selection:
     if not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
     if parameters.get("weights") is not None and order == "step" and method == "weights":
         order = "given"  # weights belong to the checkpoints as they were typed
-    candidates = [read_candidate(path) for path in discover([Path(path) for path in paths])]
+    skipped: list[str] = []
+    candidates = [read_candidate(path) for path in discover([Path(path) for path in paths], skipped.append)]
     ordered = order_candidates(candidates, order, METHODS[method].needs_steps)
     if isinstance(every, str):
         every = parse_amount(every, tokens_per_step)
-    return select(ordered, last=last, every=every, from_step=from_step, to_step=to_step, before=before)
+    selection = select(ordered, last=last, every=every, from_step=from_step, to_step=to_step, before=before)
+    return replace(selection, notes=(*skipped, *selection.notes))
 
 
 def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:

@@ -40,6 +40,7 @@ def build_plan(
         for name, metadata, keys in _files_of(spec, inputs[base], treatment)
     )
     warnings = [note for checkpoint in inputs for note in checkpoint.notes]
+    warnings += _mixed_dtypes(inputs, inputs[base])
     warnings += config_differences(inputs, inputs[base])
     warnings += _side_file_warnings(inputs, inputs[base])
     return MergePlan(spec, tuple(inputs), tuple(steps), base, tuple(outputs), files, tuple(warnings))
@@ -229,6 +230,18 @@ def _plan_file(
         offset = header.data_start + info.start
         builder.add(key, kind, dtype, offset, header.data_start + info.end, info.num_elements, sources)
     return OutputFile(name, raw, header.file_bytes, builder.finish(), tuple(stored_of[key].name for key in keys))
+
+
+def _mixed_dtypes(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
+    """A warning where the inputs hold a tensor in other dtypes than the base, which decides the output's."""
+    mixed = [
+        key
+        for key, stored in base.tensors.items()
+        if any(checkpoint.tensors[key].info.dtype != stored.info.dtype for checkpoint in inputs)
+    ]
+    if not mixed:
+        return []
+    return [f"{len(mixed)} tensors differ in dtype between the checkpoints; {base.path} decides (first: `{mixed[0]}`)"]
 
 
 def config_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:

@@ -201,3 +201,17 @@ def test_an_interrupted_run_leaves_nothing_and_continues(run: Path) -> None:
     again = json.loads(pmerge("average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB", "--json", cwd=run.parent).stdout)
     assert again["files_reused"] >= 1
     assert torch.equal(load_file(run.parent / "out" / "part2.safetensors")["w2.3"], torch.full((4 << 20,), 1.5))
+
+
+def test_raw_checkpoints_are_never_overwritten(run: Path) -> None:
+    pmerge("average", run, "--last", 2, "-o", run / "ckpt_1000", "--overwrite", cwd=run.parent, expect=1)
+    assert (run / "ckpt_1000" / "optimizer.pt").exists()
+
+
+def test_a_closed_or_full_stream_is_no_traceback(run: Path) -> None:
+    for number, (redirect, code) in enumerate([("2>&-", 0), (">/dev/full", 1)]):
+        script = f"{PMERGE} average run --last 2 -o out{number} {redirect}"
+        done = subprocess.run(["bash", "-c", script], cwd=run.parent, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert (run.parent / f"out{number}" / "pmerge.json").exists()
+        assert done.stdout in ("", f"out{number}\n")

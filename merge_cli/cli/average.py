@@ -209,7 +209,10 @@ def _finish_dry_run(plan: AveragePlan, as_json: bool) -> None:
         console.say(f"finding: {finding.message}")
         for line in finding.details:
             console.say(f"  {line}")
-    console.say("dry run: nothing was written" + ("" if plan.findings else "; nothing would stop this run"))
+    console.say(
+        "dry run: nothing was written"
+        + ("" if plan.findings else "; nothing that headers show would stop this run (values were not read)")
+    )
     console.out(plan.output)
 
 

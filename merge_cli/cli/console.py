@@ -6,9 +6,10 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.errors import PmergeError
+from merge_cli.errors import OutputError, PmergeError
 
 if TYPE_CHECKING:
     from merge_cli.averaging import Progress
@@ -23,18 +24,29 @@ def printable(text: object) -> str:
 
 
 def out(line: object) -> None:
-    """One line of result on stdout."""
-    print(printable(line), flush=True)  # noqa: T201
+    """One line of result on stdout. Raises OutputError where stdout cannot be written, BrokenPipeError where nobody reads it."""
+    _print(printable(line))
 
 
 def out_json(value: Any) -> None:
     """A result as JSON on stdout."""
-    print(json.dumps(value, indent=2, default=str), flush=True)  # noqa: T201
+    _print(json.dumps(value, indent=2, default=str))
 
 
 def say(line: str = "") -> None:
-    """One line on stderr."""
-    print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+    """One line on stderr; a closed or broken stderr never stops a run."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def print_error(error: PmergeError) -> None:
@@ -82,7 +94,7 @@ class ProgressLine:
         self._last_line = time.monotonic()
 
     def __enter__(self) -> ProgressLine:
-        if not self._quiet and sys.stderr.isatty():
+        if not self._quiet and sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 

@@ -173,10 +173,10 @@ def check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> li
     if destination.is_symlink() or destination.exists():
         if not overwrite:
             problems.append(already_there(destination))
-        elif destination.is_symlink() or not _looks_like_checkpoint(destination):
+        elif destination.is_symlink() or not _is_merged(destination):
             problems.append(
                 OutputError(
-                    f"--overwrite replaces a checkpoint folder only, and {destination} is none",
+                    f"--overwrite replaces results of pmerge only, and {destination} has no pmerge.json",
                     hint="remove it yourself, or choose another place:  -o PATH",
                 )
             )
@@ -206,5 +206,5 @@ def _check_space(destination: Path, parent: Path, need: int) -> Sequence[OutputE
     ]
 
 
-def _looks_like_checkpoint(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "pmerge.json").exists() or any(folder.glob("*.safetensors")))
+def _is_merged(folder: Path) -> bool:
+    return (folder / "pmerge.json").is_file()
