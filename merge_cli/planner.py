@@ -67,7 +67,7 @@ def check_same_tensors(inputs: Sequence[Checkpoint], steps: Sequence[int | None]
                 continue
             if other.info.shape != stored.info.shape:
                 shapes.append((key, checkpoint))
-            elif "float" in (kind := (DTYPES[other.info.dtype].kind, DTYPES[stored.info.dtype].kind)) and kind[0] != kind[1]:
+            elif {DTYPES[other.info.dtype].kind, DTYPES[stored.info.dtype].kind} != {"float"}:
                 kinds.append(f"`{key}`  {other.info.dtype} in {checkpoint.path}, {stored.info.dtype} in {expected.path}")
     if absent:
         raise MismatchError(

@@ -178,7 +178,7 @@ def nasty_tensors(seed: int = 0) -> dict[str, Tensor]:
         "model.layers.1.mlp.up_proj.weight": normal(131, 67),
         "model.step": torch.tensor(12345, dtype=torch.int64),
         "model.layers.0.norm.weight": 1 + normal(61, dtype=torch.float32),
-        "model.embed_tokens.weight": normal(257, 1031),  # more than one block of 256 Ki elements
+        "model.embed_tokens.weight": normal(67, 1031),  # more than one block of 64 Ki elements
         "empty": torch.empty((0, 7), dtype=torch.bfloat16),
         "mask": torch.tensor([True, False, True, True, False]),
         "logit_scale": torch.tensor(2.6592, dtype=torch.float32),
