@@ -95,6 +95,7 @@ def plan_average(
     int_policy: str = "error",
     allow_nonfinite: bool = False,
     shard_size: int | None = None,
+    requantize: bool = False,
     device: str = "auto",
     memory: int | None = None,
     threads: int | None = None,
@@ -137,6 +138,7 @@ def plan_average(
         int_policy=int_policy,
         allow_nonfinite=allow_nonfinite,
         shard_bytes=shard_size,
+        requantize=requantize,
     )
     merge = build_plan(spec, inputs, steps, base_index, [Output(tuple(range(len(inputs))), chosen)])
     in_order = order == "step" and steps == places
@@ -154,6 +156,8 @@ def plan_average(
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.staging import check_destination
 
+    if requantize and dtype != "keep":
+        raise UsageError("--requantize keeps the base's dtypes, and --dtype changes them", hint="use one of them")
     where = choose_device(device)
     budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
     findings = check_destination(destination, merge, overwrite)
@@ -209,7 +213,7 @@ def run_average(
         todo = [file for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
         check_inputs_unchanged(merge)
-        write_side_files(merge.inputs[merge.base], staging.checkpoint, merge.spec.dtype)
+        write_side_files(merge.inputs[merge.base], staging.checkpoint, merge.spec.dtype, merge.dequantized)
         content = manifest(merge, merge.outputs[0], done, list(command or sys.argv))
         write_file(staging.checkpoint / MANIFEST, json.dumps(content, indent=2, default=list).encode() + b"\n")
         index = index_of(merge)

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_cli.agreement import config_differences
 from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import DTYPES, Header
-from merge_cli.planner import config_differences
 from merge_cli.selection import discover, order_candidates, read_candidate
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d+)\.")

@@ -6,7 +6,7 @@ that cannot be averaged. It does not say how the work is done (device, memory, t
 
 The unit of the plan is the `Run`: adjacent tensors of one output file that are also adjacent in every input and are treated
 alike. A checkpoint with 100,000 small tensors has a few hundred runs, so the work per tensor stays small. The engine cuts runs
-into chunks of whatever size fits its memory.
+into chunks of whatever size fits its memory. A tensor that is quantised, in an input or in the output, has a `CodedRun` of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from merge_cli.formats.checkpoint import Checkpoint, WeightFile
+from merge_cli.formats.quantization import Codec
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.methods import Coefficients
 
@@ -39,6 +41,7 @@ class MergeSpec:
     int_policy: str = "error"
     allow_nonfinite: bool = False
     shard_bytes: int | None = None
+    requantize: bool = False
 
 
 class Source(NamedTuple):
@@ -66,19 +69,107 @@ class Run:
     keys: tuple[str, ...]
     starts: tuple[int, ...]
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the base's tensors are taken over as they are."""
+        return self.kind == "copy"
+
     def key_at(self, element: int) -> str:
         """The tensor that element number `element` of the run belongs to."""
         return self.keys[bisect.bisect_right(self.starts, element) - 1]
 
+    @property
+    def bytes_read(self) -> int:
+        """The bytes that are read from all inputs for this run."""
+        return sum(self.num_elements * DTYPES[source.dtype].bits // 8 for source in self.sources)
+
+
+class Part(NamedTuple):
+    """Where one part (codes, scales ...) of a quantised tensor lies in an input."""
+
+    role: str
+    file: WeightFile
+    offset: int
+    num_bytes: int
+
+
+class CodedSource(NamedTuple):
+    """A quantised tensor in one input: `parts` are read, `codec` makes float32 of them."""
+
+    codec: Codec
+    parts: tuple[Part, ...]
+
+
+class Sink(NamedTuple):
+    """Where a tensor, or one part of a quantised one, begins in the output file; `role` is empty for plain values."""
+
+    role: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class CodedRun:
+    """One tensor, quantised in an input or in the output: `shape` of its values, one source an input (only the base's for a copy).
+
+    Plain values of `dtype` are written to the one sink, or, where `codec` is given, the parts that `encode` makes, each to the sink
+    of its role. A part that belongs into another output file is not written here: that file has this run too.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    sources: tuple[Source | CodedSource, ...]
+    is_copy: bool
+    dtype: str
+    codec: Codec | None
+    base: int
+    sinks: tuple[Sink, ...]
+
+    kind = "coded"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the 2-D view, the last dimension being the columns."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def row_step(self) -> int:
+        """Rows that no codec of this run can split."""
+        codecs = [source.codec for source in self.sources if isinstance(source, CodedSource)]
+        return math.lcm(*(codec.row_step(self.shape) for codec in [*codecs, *([self.codec] if self.codec else [])]))
+
+    def rows_at_once(self, values: int) -> int:
+        """About `values` values in rows: a multiple of the row step, at least one step, at most all rows."""
+        step = self.row_step
+        return min(max(self.num_rows, 1), max(step, values // max(self.shape[-1], 1) // step * step))
+
+    @property
+    def bytes_read(self) -> int:
+        """The bytes that are read from all inputs for this run, twice where the codec must see all values before it encodes any."""
+        once = sum(
+            sum(part.num_bytes for part in source.parts)
+            if isinstance(source, CodedSource)
+            else self.num_elements * DTYPES[source.dtype].bits // 8
+            for source in self.sources
+        )
+        return once * (2 if self.codec is not None and self.codec.needs_stats else 1)
+
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file to be written: its header's bytes, its final size, and the runs that fill it, by ascending offset."""
+    """One file to be written: its header's bytes, its final size, and the runs that fill it."""
 
     name: str
     header: bytes
     file_bytes: int
-    runs: tuple[Run, ...]
+    runs: tuple[Run | CodedRun, ...]
     names: tuple[str, ...]
 
 
@@ -92,7 +183,11 @@ class Output:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """K outputs from N inputs that share one layout, the base's. `steps` and `inputs` run from oldest to newest."""
+    """K outputs from N inputs that share one layout, the base's. `steps` and `inputs` run from oldest to newest.
+
+    `dequantized`: the base is quantised and the output is not, so config.json and side files must not say that it is. `notes` tell
+    what happens to tensors that are not simply averaged, `warnings` what may be wrong.
+    """
 
     spec: MergeSpec
     inputs: tuple[Checkpoint, ...]
@@ -101,20 +196,18 @@ class MergePlan:
     outputs: tuple[Output, ...]
     files: tuple[OutputFile, ...]
     warnings: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    dequantized: bool = False
 
     @property
     def bytes_to_read(self) -> int:
         """The bytes of weights that are read from all inputs together."""
-        return sum(self._source_bytes(run) for file in self.files for run in file.runs)
+        return sum(run.bytes_read for file in self.files for run in file.runs)
 
     @property
     def bytes_to_write(self) -> int:
         """The bytes of all weight files of all outputs, headers included."""
         return len(self.outputs) * sum(file.file_bytes for file in self.files)
-
-    @staticmethod
-    def _source_bytes(run: Run) -> int:
-        return sum(run.num_elements * DTYPES[source.dtype].bits // 8 for source in run.sources)
 
     def fingerprint(self) -> str:
         """The sha256 of everything that decides the output's bytes: request, coefficients, input headers, layout."""
@@ -127,6 +220,7 @@ class MergePlan:
                 "exclude": self.spec.exclude,
                 "int_policy": self.spec.int_policy,
                 "allow_nonfinite": self.spec.allow_nonfinite,
+                "requantize": self.spec.requantize,
             },
             "inputs": [[[f.name, f.header.sha256, f.file_bytes] for f in c.files] for c in self.inputs],
             "base": self.base,
@@ -157,7 +251,7 @@ class RunBuilder:
     """Joins the tensors of one output file into runs."""
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
+        self.runs: list[Run | CodedRun] = []
         self._kind = self._dtype = ""
         self._offset = self._count = self._end = 0
         self._sources: tuple[Source, ...] = ()
@@ -190,7 +284,12 @@ class RunBuilder:
         self._end = end
         self._next = [(source.file, source.offset + size, source.dtype) for source, size in pairs]
 
-    def finish(self) -> tuple[Run, ...]:
+    def add_coded(self, run: CodedRun) -> None:
+        """Add the run of a quantised tensor."""
+        self._close()
+        self.runs.append(run)
+
+    def finish(self) -> tuple[Run | CodedRun, ...]:
         self._close()
         return tuple(self.runs)
 

@@ -1,24 +1,45 @@
-"""From opened checkpoints to a plan: do they fit together, what happens to each tensor, where does each byte go.
+"""From opened checkpoints to a plan: what happens to each tensor, and where each byte goes.
 
 Works on names, shapes and dtypes only; a tensor that nobody has heard of is averaged like any other. Every tensor of the base is
-in the plan, under its own name and shape, in the order of the base's files.
+in the plan, under its own name and shape, in the order of the base's files. Quantised tensors are planned as what they mean
+(`formats/logical.py`): written as plain values, or, on request, quantised again in the base's way.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from merge_cli.errors import MismatchError, UnsupportedError, UsageError, first_ten
+from merge_cli.agreement import check_same_ranks, check_same_tensors, disagreements
+from merge_cli.errors import UnsupportedError, UsageError, first_ten
 from merge_cli.formats.checkpoint import Checkpoint, Stored
-from merge_cli.formats.safetensors import DTYPES, lay_out
-from merge_cli.formats.side_files import differing_files
-from merge_cli.plan import MergePlan, MergeSpec, Output, OutputFile, RunBuilder, Source
+from merge_cli.formats.experts import as_dialect_of
+from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, shape_of, view
+from merge_cli.formats.safetensors import DTYPES, Header, lay_out
+from merge_cli.plan import CodedRun, CodedSource, MergePlan, MergeSpec, Output, OutputFile, Part, RunBuilder, Sink, Source
 
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-_VOLATILE = {"transformers_version", "_name_or_path", "use_cache", "_commit_hash"}
+DEQUANTIZED = "BF16"
+ROUTER_BIAS = "e_score_correction_bias"
+
+
+class Entry(NamedTuple):
+    """A tensor of the output: `name` in its file, and how it comes about.
+
+    `kind` is one of those of `Run`, or "quantize": one part, by `role`, of the tensor `key`. `sources` are the inputs to read.
+    """
+
+    key: str
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+    sources: tuple[int, ...]
+    role: str = ""
 
 
 def build_plan(
@@ -33,127 +54,111 @@ def build_plan(
     Raises MismatchError when the checkpoints differ in their tensors, UnsupportedError for tensors that cannot be averaged, and
     UsageError for a glob that matches nothing.
     """
-    check_same_tensors(inputs, steps, base)
-    treatment = _treatments(spec, inputs, base)
-    files = tuple(
-        _plan_file(name, metadata, keys, inputs, base, treatment)
-        for name, metadata, keys in _files_of(spec, inputs[base], treatment)
-    )
-    warnings = [note for checkpoint in inputs for note in checkpoint.notes]
-    warnings += _mixed_dtypes(inputs, inputs[base])
-    warnings += config_differences(inputs, inputs[base])
-    warnings += _side_file_warnings(inputs, inputs[base])
-    return MergePlan(spec, tuple(inputs), tuple(steps), base, tuple(outputs), files, tuple(warnings))
-
-
-def check_same_tensors(inputs: Sequence[Checkpoint], steps: Sequence[int | None], base: int) -> None:
-    """Every input must hold the same tensors, of the same shapes, as `inputs[base]`; raises MismatchError with the list."""
-    expected = inputs[base]
-    _check_same_ranks(inputs, expected)
-    absent: list[str] = []
-    shapes: list[tuple[str, Checkpoint]] = []
-    kinds: list[str] = []
-    for checkpoint in inputs:
-        if checkpoint is expected:
-            continue
-        if checkpoint.tensors.keys() != expected.tensors.keys():
-            absent += [f"`{k}`  missing in {checkpoint.path}" for k in expected.tensors if k not in checkpoint.tensors]
-            absent += [
-                f"`{k}`  only in {checkpoint.path}, not in {expected.path}" for k in checkpoint.tensors if k not in expected.tensors
-            ]
-        for key, stored in expected.tensors.items():
-            other = checkpoint.tensors.get(key)
-            if other is None or (other.info.shape == stored.info.shape and other.info.dtype == stored.info.dtype):
-                continue
-            if other.info.shape != stored.info.shape:
-                shapes.append((key, checkpoint))
-            elif {DTYPES[other.info.dtype].kind, DTYPES[stored.info.dtype].kind} != {"float"}:
-                kinds.append(f"`{key}`  {other.info.dtype} in {checkpoint.path}, {stored.info.dtype} in {expected.path}")
-    if absent:
-        raise MismatchError(
-            f"checkpoints disagree on which tensors there are ({len(absent)} differences)",
-            details=first_ten(absent),
-            hint=f"compare them:  pmerge inspect {expected.path} {_other(inputs, expected).path}",
+    seen: dict[object, Any] = {}
+    views = [view(checkpoint, seen) for checkpoint in inputs]
+    notes: list[str] = []
+    tensors = [_in_base_dialect(views[base], other, notes) for other in views]
+    check_same_ranks(inputs, base)
+    check_same_tensors(inputs, tensors, steps, base)
+    if spec.requantize and not views[base].owner:
+        raise UsageError(
+            f"--requantize writes the weights as the base has them, and {inputs[base].path} is not quantised",
+            hint="leave --requantize out, or name a quantised checkpoint:  --base PATH",
         )
-    if shapes:
-        raise _shape_error(shapes, inputs, steps, expected)
-    if kinds:
-        raise MismatchError(
-            f"checkpoints disagree on the dtype of {len(kinds)} tensors, and no average is defined between these",
-            details=first_ten(kinds),
-        )
-
-
-def _check_same_ranks(inputs: Sequence[Checkpoint], expected: Checkpoint) -> None:
-    if expected.layout != "ranks":
-        return
-    want = {file.name for file in expected.files}
-    for checkpoint in inputs:
-        have = {file.name for file in checkpoint.files}
-        if checkpoint.layout == "ranks" and have != want:
-            raise MismatchError(
-                f"checkpoints disagree on their ranks: {checkpoint.path} and {expected.path}",
-                details=first_ten(
-                    [f"{name}  missing in {checkpoint.path}" for name in sorted(want - have)]
-                    + [f"{name}  missing in {expected.path}" for name in sorted(have - want)]
-                ),
-                hint="copy the missing rank, or leave that checkpoint out",
-            )
-
-
-def _shape_error(
-    shapes: Sequence[tuple[str, Checkpoint]],
-    inputs: Sequence[Checkpoint],
-    steps: Sequence[int | None],
-    expected: Checkpoint,
-) -> MismatchError:
-    key, wrong = shapes[0]
-    lines = []
-    for checkpoint, step in zip(inputs, steps, strict=True):
-        stored = checkpoint.tensors[key]
-        label = "" if step is None else f"step {step}  "
-        lines.append(f"{label}{list(stored.info.shape)}  {stored.file.path}")
-    more = len({k for k, _ in shapes}) - 1
-    return MismatchError(
-        f"checkpoints disagree on the shape of `{key}`" + (f" and of {more} more tensors" if more else ""),
-        details=first_ten(lines),
-        hint=f"leave {wrong.path} out, or compare:  pmerge inspect {expected.path} {wrong.path}",
+    entries = list(_entries(spec, views[base], tensors[base], base, len(inputs)))
+    files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
+    return MergePlan(
+        spec,
+        tuple(inputs),
+        tuple(steps),
+        base,
+        tuple(outputs),
+        files,
+        warnings=(*(note for checkpoint in inputs for note in checkpoint.notes), *disagreements(inputs, tensors, base)),
+        notes=(*notes, *_what_happens(spec, views, base, entries)),
+        dequantized=bool(views[base].owner) and not spec.requantize,
     )
 
 
-def _other(inputs: Sequence[Checkpoint], expected: Checkpoint) -> Checkpoint:
-    return next(c for c in inputs if c.tensors.keys() != expected.tensors.keys())
+def _in_base_dialect(base: View, other: View, notes: list[str]) -> Mapping[str, Logical]:
+    if other is base:
+        return base.tensors
+    tensors, note = as_dialect_of(base.tensors, other.tensors, str(other.checkpoint.path))
+    if note:
+        notes.append(note)
+    return tensors
 
 
-def _treatments(spec: MergeSpec, inputs: Sequence[Checkpoint], base: int) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """For each tensor of the base: what is done, the output dtype, and the inputs that it is read from."""
-    averaged = _glob_filter(spec, inputs[base].tensors)
-    everyone = tuple(range(len(inputs)))
-    treatment: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Sequence[Entry]) -> list[str]:
+    """What the user should know about tensors that are not simply averaged as they are."""
+    notes = []
+    for other in views:
+        if other.owner and (other is views[base] or not views[base].owner):
+            schemes = ", ".join(f"{count} tensors {scheme}" for scheme, count in other.schemes.items())
+            notes.append(f"{other.checkpoint.path} is quantised: {schemes}; read as codes times scales")
+    if views[base].owner and spec.requantize:
+        notes.append("the averages are quantised again in the same way, with new scales where values changed")
+    elif views[base].owner:
+        dtype = OUTPUT_DTYPES.get(spec.dtype, DEQUANTIZED)
+        dropped = f" and {len(views[base].activation_scales)} activation scales" if views[base].activation_scales else ""
+        notes.append(f"dequantised weights are written as {dtype}; scales{dropped} and quantization_config are left out")
+    biases = [entry.name for entry in entries if entry.name.endswith(ROUTER_BIAS) and entry.kind == "average"]
+    if biases:
+        dtypes = "/".join(sorted({entry.dtype for entry in entries if entry.name in biases}))
+        notes.append(f"{len(biases)} router biases ({ROUTER_BIAS}) are averaged in fp32 or wider and kept in {dtypes}")
+    return notes
+
+
+def _entries(spec: MergeSpec, base_view: View, tensors: Mapping[str, Logical], base: int, num_inputs: int) -> Iterable[Entry]:
+    """Every tensor of the output, in the order in which the base stores them.
+
+    Raises UnsupportedError for codes without a meaning, UsageError for a glob that matches nothing.
+    """
+    averaged = _glob_filter(spec, tensors)
+    everyone = tuple(range(num_inputs))
+    equal = everyone[-1:] if spec.int_policy == "newest" else (base, *(i for i in everyone if i != base))
+    equal_kind = "copy" if spec.int_policy == "newest" else "equal"
+    activation = set(base_view.activation_scales)
     codes: list[str] = []
-    for key, stored in inputs[base].tensors.items():
-        dtype = stored.info.dtype
-        kind = DTYPES[dtype].kind
-        if not averaged(key):
-            treatment[key] = ("copy", dtype, (base,))
-        elif kind == "float":
-            treatment[key] = ("average", OUTPUT_DTYPES.get(spec.dtype, dtype), everyone)
-        elif kind == "code":
-            codes.append(f"`{key}`  {dtype}  {stored.file.path}")
-        elif spec.int_policy == "newest":
-            treatment[key] = ("copy", dtype, (everyone[-1],))
+    for stored_key, stored in base_view.checkpoint.tensors.items():
+        name, file, info = stored.name, stored.file.name, stored.info
+        if stored_key in activation:
+            if spec.requantize:
+                yield Entry(stored_key, name, file, info.dtype, info.shape, equal_kind, equal)
+            continue
+        key = base_view.owner.get(stored_key, stored_key)
+        tensor = tensors.get(key)
+        if isinstance(tensor, Coded):
+            role = next(role for role, part in tensor.parts if part.name == name)
+            if spec.requantize:
+                kind, sources = ("quantize", everyone) if averaged(key) else ("copy", (base,))
+                yield Entry(key, name, file, info.dtype, info.shape, kind, sources, role)
+            elif role == tensor.parts[0][0]:
+                logical = key.removeprefix(f"{file}:") if base_view.checkpoint.layout == "ranks" else key
+                dtype = OUTPUT_DTYPES.get(spec.dtype, DEQUANTIZED)
+                yield Entry(key, logical, file, dtype, tensor.shape, "average", everyone if averaged(key) else (base,))
+        elif not averaged(key):
+            yield Entry(key, name, file, info.dtype, info.shape, "copy", (base,))
+        elif DTYPES[info.dtype].kind == "float":
+            yield Entry(key, name, file, _output_dtype(spec, name, info.dtype), info.shape, "average", everyone)
+        elif DTYPES[info.dtype].kind == "code":
+            codes.append(f"`{key}`  {info.dtype}  {stored.file.path}")
         else:
-            treatment[key] = ("equal", dtype, (base, *(i for i in everyone if i != base)))
+            yield Entry(key, name, file, info.dtype, info.shape, equal_kind, equal)
     if codes:
         raise UnsupportedError(
-            f"{len(codes)} tensors hold quantised codes, which cannot be averaged without their scales",
+            f"{len(codes)} tensors hold quantised codes, and nothing says what they mean",
             details=first_ten(codes),
-            hint="average the bf16 or fp32 checkpoints of the run instead, or dequantise these first",
+            hint="average the bf16 or fp32 checkpoints of the run instead, or copy these from the base:  --exclude GLOB",
         )
-    return treatment
 
 
-def _glob_filter(spec: MergeSpec, tensors: Mapping[str, Stored]) -> Callable[[str], bool]:
+def _output_dtype(spec: MergeSpec, name: str, dtype: str) -> str:
+    """The dtype of an averaged plain tensor. Router biases are balanced in steps that 16 bits cannot hold, and keep theirs."""
+    return dtype if name.endswith(ROUTER_BIAS) else OUTPUT_DTYPES.get(spec.dtype, dtype)
+
+
+def _glob_filter(spec: MergeSpec, tensors: Mapping[str, Logical]) -> Callable[[str], bool]:
     """Which tensors are averaged: those that match an --include (all, where none is given) and no --exclude."""
     patterns = {glob: re.compile(fnmatch.translate(glob)) for glob in (*spec.include, *spec.exclude)}
     for glob, pattern in patterns.items():
@@ -174,109 +179,153 @@ def _glob_filter(spec: MergeSpec, tensors: Mapping[str, Stored]) -> Callable[[st
     return averaged
 
 
-def _files_of(
-    spec: MergeSpec, base: Checkpoint, treatment: Mapping[str, tuple[str, str, tuple[int, ...]]]
-) -> list[tuple[str, Mapping[str, str], list[str]]]:
-    """The output files: name, metadata and the keys of their tensors, in order."""
+def _files_of(spec: MergeSpec, base: Checkpoint, entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, str], list[Entry]]]:
+    """The output files: name, metadata and their tensors, in order. A file of the base that held only scales is not written."""
     if spec.shard_bytes is not None:
-        return _resharded(spec.shard_bytes, base, treatment)
-    by_file: dict[str, list[str]] = {file.name: [] for file in base.files}
-    for key, stored in base.tensors.items():
-        by_file[stored.file.name].append(key)
+        return _resharded(spec.shard_bytes, base, entries)
+    by_file: dict[str, list[Entry]] = {file.name: [] for file in base.files}
+    for entry in entries:
+        by_file[entry.file].append(entry)
     renamed = {base.files[0].name: "model.safetensors"} if base.root is None else {}
     return [
-        (renamed.get(file.name, file.name), {"format": "pt", **file.header.metadata}, by_file[file.name]) for file in base.files
+        (renamed.get(file.name, file.name), {"format": "pt", **file.header.metadata}, by_file[file.name])
+        for file in base.files
+        if by_file[file.name] or not file.header.tensors
     ]
 
 
-def _resharded(
-    shard_bytes: int, base: Checkpoint, treatment: Mapping[str, tuple[str, str, tuple[int, ...]]]
-) -> list[tuple[str, Mapping[str, str], list[str]]]:
+def _resharded(shard_bytes: int, base: Checkpoint, entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, str], list[Entry]]]:
     """The Hub's naming and splitting rule."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     if base.layout == "ranks":
         raise UsageError("--shard-size cannot be used with one file per rank: names repeat between the files")
-    sizes = {key: stored.info.num_elements * DTYPES[treatment[key][1]].bits // 8 for key, stored in base.tensors.items()}
+    by_name = {entry.name: entry for entry in entries}
     split = split_state_dict_into_shards_factory(
-        {key: (key,) for key in sizes},
-        get_storage_size=lambda tensor: sizes[tensor[0]],
+        {name: (name,) for name in by_name},
+        get_storage_size=lambda tensor: math.prod(by_name[tensor[0]].shape) * DTYPES[by_name[tensor[0]].dtype].bits // 8,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
     metadata = {"format": "pt", **base.files[0].header.metadata}
-    return [(name, metadata, list(keys)) for name, keys in split.filename_to_tensors.items()]
+    return [(name, metadata, [by_name[key] for key in keys]) for name, keys in split.filename_to_tensors.items()]
 
 
 def _plan_file(
     name: str,
     metadata: Mapping[str, str],
-    keys: Sequence[str],
-    inputs: Sequence[Checkpoint],
+    entries: Sequence[Entry],
+    tensors: Sequence[Mapping[str, Logical]],
+    views: Sequence[View],
     base: int,
-    treatment: Mapping[str, tuple[str, str, tuple[int, ...]]],
 ) -> OutputFile:
-    stored_of = inputs[base].tensors
-    raw, header = lay_out([(stored_of[k].name, treatment[k][1], stored_of[k].info.shape) for k in keys], metadata)
+    raw, header = lay_out([(entry.name, entry.dtype, entry.shape) for entry in entries], metadata)
     builder = RunBuilder()
-    for key in keys:
-        kind, dtype, indices = treatment[key]
-        info = header.tensors[stored_of[key].name]
-        sources = []
-        for index in indices:
-            stored = inputs[index].tensors[key]
-            source = Source(stored.file, stored.file.header.data_start + stored.info.start, stored.info.dtype)
-            sources.append((source, stored.info.end - stored.info.start))
-        offset = header.data_start + info.start
-        builder.add(key, kind, dtype, offset, header.data_start + info.end, info.num_elements, sources)
-    return OutputFile(name, raw, header.file_bytes, builder.finish(), tuple(stored_of[key].name for key in keys))
-
-
-def _mixed_dtypes(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
-    """A warning where the inputs hold a tensor in other dtypes than the base, which decides the output's."""
-    mixed = [
-        key
-        for key, stored in base.tensors.items()
-        if any(checkpoint.tensors[key].info.dtype != stored.info.dtype for checkpoint in inputs)
-    ]
-    if not mixed:
-        return []
-    return [f"{len(mixed)} tensors differ in dtype between the checkpoints; {base.path} decides (first: `{mixed[0]}`)"]
-
-
-def config_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
-    """Where the inputs' `config.json` differ in anything but versions and paths, as warnings."""
-    warnings = []
-    expected = _flatten(base.config)
-    for checkpoint in inputs:
-        found = _flatten(checkpoint.config)
-        keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-        if keys:
-            shown = "; ".join(f"{k}: {found.get(k, 'absent')!r} against {expected.get(k, 'absent')!r}" for k in keys[:3])
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            warnings.append(f"config.json of {checkpoint.path} differs from {base.path}, which is kept: {shown}{more}")
-    return warnings
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _VOLATILE:
-            continue
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+    quantized: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.kind == "quantize":
+            quantized.setdefault(entry.key, []).append(entry)
+    for entry in entries:
+        offset = header.data_start + header.tensors[entry.name].start
+        if entry.kind == "quantize":
+            if parts := quantized.pop(entry.key, None):
+                builder.add_coded(_quantized_run(parts, header, tensors, base))
+        elif entry.kind == "average":
+            _add_average(builder, entry, offset, [tensors[i][entry.key] for i in entry.sources], base)
         else:
-            flat[prefix + key] = value
-    return flat
+            _add_plain(builder, entry, offset, [views[i].checkpoint.tensors for i in entry.sources], tensors)
+    return OutputFile(name, raw, header.file_bytes, builder.finish(), tuple(entry.name for entry in entries))
 
 
-def _side_file_warnings(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
-    warnings = []
-    if base.root is not None:
-        folders = [checkpoint.root for checkpoint in inputs if checkpoint.root is not None]
-        warnings += differing_files(folders, base.side_files.kept, base.root)
-        if (base.root / "adapter_config.json").exists():
-            warnings.append(
-                f"{base.path} is a LoRA adapter: averaging its A and B is not averaging the products B A that they stand for"
+def _add_plain(
+    builder: RunBuilder,
+    entry: Entry,
+    offset: int,
+    stored: Sequence[Mapping[str, Stored]],
+    tensors: Sequence[Mapping[str, Logical]],
+) -> None:
+    """A tensor whose bytes are taken over as they are stored: a copy, or integers that must be equal."""
+    found = [_as_stored(entry, here, tensors[i]) for i, here in zip(entry.sources, stored, strict=True)]
+    _add(builder, entry, offset, found)
+
+
+def _as_stored(entry: Entry, stored: Mapping[str, Stored], tensors: Mapping[str, Logical]) -> Stored:
+    """The stored tensor that `entry` takes over: the one it means, or a part of a quantised one that goes by its own name."""
+    tensor = tensors.get(entry.key)
+    if isinstance(tensor, Coded):
+        return dict(tensor.parts)[entry.role]
+    found = tensor if isinstance(tensor, Stored) else stored.get(entry.key)
+    if found is None or found.info.dtype != entry.dtype or found.info.shape != entry.shape:
+        raise UnsupportedError(
+            f"`{entry.name}` cannot be taken over: another checkpoint does not hold it, or holds it in another form",
+            details=[f"expected  {entry.dtype} {list(entry.shape)}"],
+            hint="average without it being written:  leave --requantize out",
+        )
+    return found
+
+
+def _add(builder: RunBuilder, entry: Entry, offset: int, found: Sequence[Stored]) -> None:
+    count = math.prod(entry.shape)
+    sources = [(Source(s.file, s.file.header.data_start + s.info.start, s.info.dtype), s.info.end - s.info.start) for s in found]
+    builder.add(entry.key, entry.kind, entry.dtype, offset, offset + count * DTYPES[entry.dtype].bits // 8, count, sources)
+
+
+def _add_average(builder: RunBuilder, entry: Entry, offset: int, found: Sequence[Logical], base: int) -> None:
+    """A tensor of plain values; where an input holds it in pieces, each piece by itself."""
+    stacked = next((tensor for tensor in found if isinstance(tensor, Stacked)), None)
+    if stacked is not None:
+        begin = 0
+        for number, piece in enumerate(stacked.pieces):
+            rows, columns = shape_of(piece)
+            size = rows * columns * DTYPES[entry.dtype].bits // 8
+            part = entry._replace(shape=(rows, columns))
+            here = [t.pieces[number] if isinstance(t, Stacked) else _rows_of(t, begin, rows, columns) for t in found]
+            _add_average(builder, part, offset, here, base)
+            begin, offset = begin + rows, offset + size
+        return
+    plain = [tensor for tensor in found if isinstance(tensor, Stored)]
+    if len(plain) == len(found):
+        _add(builder, entry, offset, plain)
+    elif math.prod(entry.shape):
+        is_copy = len(entry.sources) == 1 and entry.sources == (base,)
+        builder.add_coded(_run(entry, found, is_copy, None, base, [Sink("", offset)]))
+
+
+def _rows_of(tensor: Logical, begin: int, rows: int, columns: int) -> Stored:
+    """Rows of the 2-D view of a plain tensor as a tensor of their own."""
+    if not isinstance(tensor, Stored):
+        raise UnsupportedError(
+            f"fused quantised experts ({dtype_of(tensor)}, {file_of(tensor)}) cannot be read together with single experts",
+            hint="leave one of the two kinds of checkpoints out",
+        )
+    bits = columns * DTYPES[tensor.info.dtype].bits
+    start = tensor.info.start + begin * bits // 8
+    return tensor._replace(info=tensor.info._replace(shape=(rows, columns), start=start, end=start + rows * bits // 8))
+
+
+def _quantized_run(parts: Sequence[Entry], header: Header, tensors: Sequence[Mapping[str, Logical]], base: int) -> CodedRun:
+    """The run that fills those parts of a requantised tensor that lie in this file."""
+    entry = parts[0]
+    tensor = tensors[base][entry.key]
+    assert isinstance(tensor, Coded)
+    sinks = [Sink(part.role, header.data_start + header.tensors[part.name].start) for part in parts]
+    found = [tensors[i][entry.key] for i in entry.sources]
+    return _run(entry._replace(shape=tensor.shape), found, False, tensor, base, sinks)
+
+
+def _run(entry: Entry, found: Sequence[Logical], is_copy: bool, like: Coded | None, base: int, sinks: Sequence[Sink]) -> CodedRun:
+    sources: list[Source | CodedSource] = []
+    for tensor in found:
+        if isinstance(tensor, Coded):
+            parts = tuple(Part(role, part.file, part.offset, part.info.end - part.info.start) for role, part in tensor.parts)
+            sources.append(CodedSource(tensor.codec, parts))
+        elif isinstance(tensor, Stored):
+            sources.append(Source(tensor.file, tensor.offset, tensor.info.dtype))
+        else:
+            raise UnsupportedError(
+                f"`{entry.key}` is quantised and fused in one checkpoint, {file_of(tensor)} holds single experts",
+                hint="leave one of the two kinds of checkpoints out",
             )
-    return warnings
+    codec = None if like is None else like.codec
+    dtype = "" if like is not None else entry.dtype
+    return CodedRun(entry.key, tuple(entry.shape), tuple(sources), is_copy, dtype, codec, base, tuple(sinks))

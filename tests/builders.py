@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.float8_e5m2: "F8_E5M2",
 }
 INDEX = "model.safetensors.index.json"

@@ -24,6 +24,11 @@ def ordered(values: Tensor) -> Tensor:
     return torch.where(bits < 0, ~(bits & torch.iinfo(integer).max), bits)
 
 
+def units_apart(found: Tensor, expected: Tensor) -> Tensor:
+    """How many representable values lie between the elements, as int64 [elements]."""
+    return (ordered(found) - ordered(expected)).abs()
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit."""
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -98,7 +98,8 @@ def test_the_intervals_of_the_oracle_are_single_values(nasty_inputs: list[dict[s
         ranges = [allowed for allowed in expected.values() if not isinstance(allowed, Tensor)]
         narrow = [allowed for allowed in ranges if allowed[0].dtype != torch.float64]
         open_ = sum(int((low != high).sum()) for low, high in narrow)
-        assert open_ <= 1e-2 * sum(low.numel() for low, _ in narrow), method  # ties of .1 and .3 in ema and weights
+        # ties: .1 and .3 in ema and weights; cosine's weights are symmetrical, with pairs that sum to 1/2
+        assert open_ <= 6e-2 * sum(low.numel() for low, _ in narrow), method
     tensors = [checkpoint["model.embed_tokens.weight"] for checkpoint in nasty_inputs]
     assert sum_is_exact(tensors, [1, 2, 3, 4], torch.float32).double().mean() > 0.9999
 

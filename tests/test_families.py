@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from builders import perturbed, read_layout
+from checks import units_apart
 from reference import coefficients, exact_mean, load, weighted_sum
-from test_average_numerics import units_apart
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, logging
 
 from merge_cli import average

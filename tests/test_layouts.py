@@ -149,9 +149,8 @@ def test_quantised_codes_are_refused_by_name(tmp_path: Path) -> None:
     for step in (1, 2):
         codes = torch.ones(4, 4).to(torch.float8_e4m3fn)
         save_file({"q.weight": codes}, folder(tmp_path / f"step_{step}") / "model.safetensors")
-    with pytest.raises(UnsupportedError, match=r"quantised codes") as refused:
+    with pytest.raises(UnsupportedError, match=r"FP8 tensor `q\.weight`.*scale"):
         plan_average([tmp_path])
-    assert "`q.weight`" in str(refused.value)
 
 
 def test_an_input_that_changes_after_planning_is_noticed(tmp_path: Path) -> None:

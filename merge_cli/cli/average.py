@@ -61,6 +61,7 @@ def average_command(
     int_policy: Annotated[str, typer.Option(help="Integers that differ: error, or newest.")] = "error",
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Go on at NaN and Inf, and report.")] = False,
     shard_size: Annotated[str | None, typer.Option(help="Split anew, as 5GB (default: the base's shards).")] = None,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Quantise the result as the base is (default: bf16).")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
     threads: Annotated[int | None, typer.Option(min=1, help="Worker threads (the cores, 2 to 8).")] = None,
@@ -108,6 +109,7 @@ def average_command(
         int_policy=int_policy,
         allow_nonfinite=allow_nonfinite,
         shard_size=parse_size(shard_size, "--shard-size"),
+        requantize=requantize,
         device=device,
         memory=parse_size(memory, "--memory"),
         threads=threads,
@@ -192,7 +194,9 @@ def _show_plan(plan: AveragePlan) -> None:
     if side.kept or side.skipped:
         console.say(f"  kept from the base: {', '.join(side.kept) or 'nothing'}")
         console.say(f"  left out: {', '.join(side.skipped) or 'nothing'}")
-    copied = sorted({key for file in merge.files for run in file.runs if run.kind == "copy" for key in run.keys})
+    for note in merge.notes:
+        console.say(f"  {note}")
+    copied = sorted({key for file in merge.files for run in file.runs if run.is_copy for key in run.keys})
     if copied:
         console.say(f"  copied, not averaged: {len(copied)} tensors ({', '.join(copied[:3])}{' ...' if len(copied) > 3 else ''})")
     if merge.spec.dtype != "keep":
@@ -229,6 +233,9 @@ def _show_result(plan: AveragePlan, result: AverageResult) -> None:
         f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s; most time went into"
         f" {max(parts, key=lambda name: parts[name])} ({shares})"
     )
+    if statistics.requantization_error is not None:
+        largest, mean = statistics.requantization_error
+        console.say(f"quantising again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
     if result.reused:
         console.say(f"{result.reused} files had been finished by an earlier run and were kept")
     for key, count in sorted(result.nonfinite.items())[:10]:
@@ -254,6 +261,7 @@ def _as_json(plan: AveragePlan) -> dict[str, Any]:
         "files": len(merge.files),
         "memory_bytes": plan.budget.bytes,
         "device": plan.device.name,
+        "notes": list(merge.notes),
         "warnings": list(plan.notes),
         "findings": [str(finding) for finding in plan.findings],
     }
@@ -270,4 +278,5 @@ def _result_as_json(result: AverageResult) -> dict[str, Any]:
         "bytes_written": statistics.bytes_written,
         "files_reused": result.reused,
         "nonfinite": result.nonfinite,
+        "requantization_error": statistics.requantization_error,
     }

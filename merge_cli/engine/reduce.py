@@ -81,13 +81,25 @@ def accumulate(
     temporary: torch.Tensor,
 ) -> None:
     """`accumulator = sum_i factors[i] * sources[inputs[i]] / divisor`; all tensors [elements], `temporary` is overwritten."""
-    for position, (index, factor) in enumerate(zip(operation.inputs, operation.factors, strict=True)):
-        term = accumulator if position == 0 else temporary
-        term.copy_(sources[index])
-        if factor != 1.0:
-            term.mul_(factor)
-        if position:
-            accumulator.add_(temporary)
+    for position, index in enumerate(operation.inputs):
+        add_term(operation, position, sources[index], accumulator, temporary)
+    divide(operation, accumulator)
+
+
+def add_term(
+    operation: WeightedSum, position: int, source: torch.Tensor, accumulator: torch.Tensor, temporary: torch.Tensor
+) -> None:
+    """Add the term at `position` of the sum: `source` times its factor. Terms must come in order, from position 0."""
+    term = accumulator if position == 0 else temporary
+    term.copy_(source)
+    if operation.factors[position] != 1.0:
+        term.mul_(operation.factors[position])
+    if position:
+        accumulator.add_(temporary)
+
+
+def divide(operation: WeightedSum, accumulator: torch.Tensor) -> None:
+    """Finish the sum."""
     if operation.divisor is not None:
         accumulator.div_(torch.full((), operation.divisor, dtype=accumulator.dtype, device=accumulator.device))
 

@@ -5,7 +5,7 @@ planned offset. Chunks are taken in file order, so every file is read sequential
 computes, which is all the overlap that is needed. torch and the system calls release the interpreter lock.
 
 Memory: `workers * ((N + K) * chunk_bytes + scratch)`, whatever the size of the model or of one tensor. `fit_memory` solves this for
-the chunk and refuses when not even a small chunk fits.
+the chunk and refuses when not even a small chunk fits. Quantised tensors are worked through in rows, see `coded.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from pathlib import Path
 
 import torch
 
+from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, largest_chunk, rows_of
 from merge_cli.engine.device import SCRATCH_BYTES_PER_ELEMENT, Device, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_unchanged
 from merge_cli.engine.reduce import torch_dtype, weighted_sum
 from merge_cli.engine.writer import ShardWriter
 from merge_cli.errors import MismatchError, NonFiniteError, UsageError, first_ten
+from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.plan import MergePlan, OutputFile, Run
+from merge_cli.plan import CodedRun, MergePlan, OutputFile, Run
 
 DEFAULT_MEMORY_BYTES = 2 << 30
 TARGET_CHUNK_BYTES = 4 << 20
@@ -36,17 +38,25 @@ _CHUNK_MULTIPLE = 4096
 
 @dataclass(frozen=True)
 class Budget:
-    """How the memory is used: `bytes` in all, by `workers` threads with chunks of `chunk_elements` (at most `chunk_bytes`)."""
+    """How the memory is used: `bytes` in all, by `workers` threads with chunks of `chunk_elements` (at most `chunk_bytes`).
+
+    Quantised tensors are taken in chunks of about `coded_values` values.
+    """
 
     workers: int
     chunk_elements: int
     chunk_bytes: int
     bytes: int
+    coded_values: int = TARGET_VALUES
 
 
 @dataclass
 class Statistics:
-    """Seconds are summed over the worker threads; `nonfinite` counts elements by tensor (only with allow_nonfinite)."""
+    """Seconds are summed over the worker threads; `nonfinite` counts elements by tensor (only with allow_nonfinite).
+
+    `requantization_error`: the largest and the mean error that quantising the averages again has added, relative to the largest and
+    the mean magnitude.
+    """
 
     seconds_reading: float = 0.0
     seconds_computing: float = 0.0
@@ -54,6 +64,7 @@ class Statistics:
     bytes_read: int = 0
     bytes_written: int = 0
     nonfinite: dict[str, int] = field(default_factory=dict)
+    requantization_error: tuple[float, float] | None = None
 
 
 def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int | None = None) -> Budget:
@@ -61,29 +72,34 @@ def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int 
 
     Raises UsageError, with need and have, when not even a small chunk fits.
     """
-    dtypes = {dtype for f in plan.files for r in f.runs for dtype in (r.dtype, *(s.dtype for s in r.sources))}
+    plain = [run for file in plan.files for run in file.runs if isinstance(run, Run)]
+    coded = [run for file in plan.files for run in file.runs if isinstance(run, CodedRun)]
+    dtypes = {dtype for run in plain for dtype in (run.dtype, *(source.dtype for source in run.sources))}
     item_bytes = max((DTYPES[dtype].bits for dtype in dtypes), default=16) // 8
     buffers = len(plan.inputs) + len(plan.outputs)
-    longest = max((run.num_elements for file in plan.files for run in file.runs), default=1)
+    longest = max((run.num_elements for run in plain), default=1)
     target = min(TARGET_CHUNK_BYTES // item_bytes, -(-longest // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
 
-    def need(workers: int, chunk_elements: int) -> int:
+    def need(workers: int, chunk_elements: int, coded_values: int) -> int:
         scratch = device.block_elements(chunk_elements) * SCRATCH_BYTES_PER_ELEMENT
-        return workers * (buffers * chunk_elements * item_bytes + scratch)
+        rows = bytes_for(largest_chunk(coded, coded_values), len(plan.outputs))
+        return workers * (buffers * chunk_elements * item_bytes + scratch + rows)
 
     for workers in range(threads or max(2, min(8, len(os.sched_getaffinity(0)))), 0, -1):
-        chunk = target
-        while chunk > MIN_CHUNK_ELEMENTS and need(workers, chunk) > memory_bytes:
+        chunk, values = target, TARGET_VALUES
+        while need(workers, chunk, values) > memory_bytes and (chunk > MIN_CHUNK_ELEMENTS or values > MIN_CHUNK_ELEMENTS):
             chunk = max(MIN_CHUNK_ELEMENTS, chunk // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
-        if need(workers, chunk) <= memory_bytes:
-            return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk))
+            values = max(MIN_CHUNK_ELEMENTS, values // 2)
+        if need(workers, chunk, values) <= memory_bytes:
+            return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk, values), values)
+    least = need(1, MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS)
     raise UsageError(
         f"--memory is too small to average {len(plan.inputs)} checkpoints",
         details=[
             f"found     {memory_bytes} bytes",
-            f"expected  at least {need(1, MIN_CHUNK_ELEMENTS)} bytes",
+            f"expected  at least {least} bytes",
         ],
-        hint=f"--memory {-(-need(1, MIN_CHUNK_ELEMENTS) >> 20) + 1}MiB",
+        hint=f"--memory {-(-least >> 20) + 1}MiB",
     )
 
 
@@ -144,6 +160,7 @@ class _Job:
         self._stopped = threading.Event()
         self._finished = threading.Semaphore(0)
         self._error: BaseException | None = None
+        self._totals: torch.Tensor | None = None
 
     def run(self) -> Statistics:
         threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(self.budget.workers)]
@@ -163,16 +180,26 @@ class _Job:
                     writer.abandon()
         if self._error is not None:
             raise self._error
+        if self._totals is not None:
+            self.statistics.requantization_error = relative_errors(self._totals)
         return self.statistics
 
-    def _chunks(self, files: Sequence[OutputFile]) -> Iterator[tuple[_OpenFile, Run | None, int, int]]:
-        """Every chunk of the work, in file order: (file, run, first element, number of elements); run None for an empty file."""
+    def _chunks(self, files: Sequence[OutputFile]) -> Iterator[tuple[_OpenFile, Run | CodedRun | None, int, int]]:
+        """Every chunk of the work, in file order: (file, run, start, count); run None for an empty file.
+
+        Elements are counted, or rows for quantised tensors; those whose codec must see all values first are one chunk.
+        """
         for file in files:
             open_file = _OpenFile(file, self._folders)
             self._open.add(open_file)
             if not file.runs:
                 yield open_file, None, 0, 0
             for run in file.runs:
+                if isinstance(run, CodedRun):
+                    whole = run.codec is not None and run.codec.needs_stats
+                    chunks = [(0, run.num_rows)] if whole else rows_of(run, self.budget.coded_values)
+                    yield from ((open_file, run, r0, r1 - r0) for r0, r1 in chunks)
+                    continue
                 for start in range(0, run.num_elements, self.budget.chunk_elements):
                     yield open_file, run, start, min(self.budget.chunk_elements, run.num_elements - start)
 
@@ -186,12 +213,18 @@ class _Job:
                 self.budget.chunk_elements,
                 self.budget.chunk_bytes,
             )
+            coded = CodedReducer(self.device, self.inputs, self._operations, self.plan.spec.accumulate)
             while not self._stopped.is_set():
                 with self._lock:
                     chunk = next(self._work, None)
                 if chunk is None:
                     break
-                self._process(lane, *chunk)
+                open_file, run, start, count = chunk
+                if isinstance(run, CodedRun):
+                    self._process_coded(coded, open_file, run, start, start + count)
+                else:
+                    self._process(lane, open_file, run, start, count)
+            self._add_up(coded)
         except BaseException as error:  # handed to the main thread, which raises it
             with self._lock:
                 self._error = self._error or error
@@ -235,6 +268,40 @@ class _Job:
             statistics.bytes_written += size * len(open_file.writers)
             self._on_progress(statistics)
 
+    def _process_coded(self, reducer: CodedReducer, open_file: _OpenFile, run: CodedRun, first: int, end: int) -> None:
+        began = time.perf_counter()
+        whole = run.codec is not None and run.codec.needs_stats
+        chunks = list(rows_of(run, self.budget.coded_values)) if whole else [(first, end)]
+        stats = reducer.stats(run, chunks)
+        for r0, r1 in chunks:
+            if self._stopped.is_set():
+                return
+            merged = reducer.reduce(run, r0, r1, stats, self.plan.spec.allow_nonfinite)
+            computed = time.perf_counter()
+            written = 0
+            for k, (writer, writes) in enumerate(zip(open_file.writers, merged.writes, strict=True)):
+                for offset, data in writes:
+                    written += len(data)
+                    if len(data) and writer.write(offset, data):
+                        self._complete(open_file, k)
+            with self._lock:
+                statistics = self.statistics
+                statistics.seconds_reading += merged.seconds_reading
+                statistics.seconds_computing += computed - began - merged.seconds_reading
+                statistics.seconds_writing += time.perf_counter() - computed
+                statistics.bytes_read += merged.bytes_read
+                statistics.bytes_written += written
+                self._on_progress(statistics)
+            began = time.perf_counter()
+
+    def _add_up(self, reducer: CodedReducer) -> None:
+        """Take over what a worker has counted."""
+        with self._lock:
+            if reducer.totals is not None:
+                self._totals = reducer.totals if self._totals is None else combine_totals(self._totals, reducer.totals)
+            for key, number in reducer.nonfinite.items():
+                self.statistics.nonfinite[key] = self.statistics.nonfinite.get(key, 0) + number
+
     def _complete(self, open_file: _OpenFile, k: int) -> None:
         sha256 = open_file.writers[k].finish()
         with self._lock:
@@ -259,7 +326,7 @@ def check_equal_integers(plan: MergePlan, files: Sequence[OutputFile], inputs: I
     """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs."""
     first, other = memoryview(bytearray(block_bytes)), memoryview(bytearray(block_bytes))
     different: dict[str, set[str]] = {}
-    for run in (run for file in files for run in file.runs if run.kind == "equal"):
+    for run in (run for file in files for run in file.runs if isinstance(run, Run) and run.kind == "equal"):
         for key, begin, end in zip(run.keys, run.starts, (*run.starts[1:], run.num_elements), strict=True):
             bits = DTYPES[run.dtype].bits
             for start in range(begin * bits // 8, end * bits // 8, block_bytes):
@@ -272,7 +339,7 @@ def check_equal_integers(plan: MergePlan, files: Sequence[OutputFile], inputs: I
     if different:
         lines = [f"`{key}`  in {', '.join(sorted(paths))}" for key, paths in different.items()]
         raise MismatchError(
-            f"{len(different)} integer tensors differ between the checkpoints, and integers are not averaged",
+            f"{len(different)} tensors that are not averaged (integers, activation scales) differ between the checkpoints",
             details=first_ten(lines),
             hint="take them from the newest checkpoint:  --int-policy newest",
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from merge_cli.errors import InputError, OutputError
 from merge_cli.formats.checkpoint import Checkpoint, stays_inside
+from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
 from merge_cli.output.staging import Done, write_file
 from merge_cli.plan import MergePlan, Output
 from merge_cli.version import __version__
@@ -62,6 +63,7 @@ def manifest(plan: MergePlan, output: Output, done: Mapping[str, Done], command:
         "exclude": list(plan.spec.exclude),
         "int_policy": plan.spec.int_policy,
         "allow_nonfinite": plan.spec.allow_nonfinite,
+        "requantize": plan.spec.requantize,
         "plan": plan.fingerprint(),
         "files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(done.items())},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -89,11 +91,18 @@ def total_tensor_bytes(plan: MergePlan) -> int:
     return sum(file.file_bytes - len(file.header) for file in plan.files)
 
 
-def write_side_files(base: Checkpoint, folder: Path, dtype: str) -> None:
-    """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless that is "keep"."""
+def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> None:
+    """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless that is "keep".
+
+    The config of a checkpoint that is no longer quantised does not say that it is.
+    """
     if base.root is None:
         return
+    if dequantized and dtype == "keep":
+        dtype = "bf16"
     for name in base.side_files.kept:
+        if dequantized and name in QUANTIZATION_SIDE_FILES:
+            continue
         source = base.root / name
         if not stays_inside(base.root, source):
             raise InputError(f"{source} is a link to {source.resolve()}, outside the checkpoint; it is not copied")
@@ -102,7 +111,8 @@ def write_side_files(base: Checkpoint, folder: Path, dtype: str) -> None:
         except OSError as error:
             raise OutputError(f"cannot copy {source}: {error.strerror}") from error
         if name == "config.json" and dtype != "keep":
-            data = json.dumps(with_dtype(base.config, dtype), indent=2).encode() + b"\n"
+            config = without_quantization(base.config) if dequantized else base.config
+            data = json.dumps(with_dtype(config, dtype), indent=2).encode() + b"\n"
         write_file(folder / name, data)
 
 

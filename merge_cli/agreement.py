@@ -1,0 +1,155 @@
+"""Do these checkpoints fit together: the same tensors, shapes and kinds of numbers, and configs that say the same.
+
+Everything here works on headers and config files; what cannot be averaged is refused before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merge_cli.errors import MismatchError, first_ten
+from merge_cli.formats.checkpoint import Checkpoint, Stored
+from merge_cli.formats.logical import Logical, dtype_of, file_of, kind_of, shape_of
+from merge_cli.formats.side_files import differing_files
+
+_VOLATILE = {"transformers_version", "_name_or_path", "use_cache", "_commit_hash"}
+
+
+def check_same_tensors(
+    inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, Logical]], steps: Sequence[int | None], base: int
+) -> None:
+    """Every input must hold the same tensors, of the same shapes, as the base; raises MismatchError with the list.
+
+    `tensors[i]` are those of `inputs[i]`, as what they mean and under the base's names.
+    """
+    expected = tensors[base]
+    absent: list[str] = []
+    shapes: list[tuple[str, int]] = []
+    kinds: list[str] = []
+    for index, (checkpoint, here) in enumerate(zip(inputs, tensors, strict=True)):
+        if index == base:
+            continue
+        if here.keys() != expected.keys():
+            absent += [f"`{k}`  missing in {checkpoint.path}" for k in expected if k not in here]
+            absent += [f"`{k}`  only in {checkpoint.path}, not in {inputs[base].path}" for k in here if k not in expected]
+        for key, wanted in expected.items():
+            found = here.get(key)
+            if found is None or _alike(found, wanted):
+                continue
+            if shape_of(found) != shape_of(wanted):
+                shapes.append((key, index))
+            elif {kind_of(found), kind_of(wanted)} != {"float"}:
+                kinds.append(f"`{key}`  {dtype_of(found)} in {checkpoint.path}, {dtype_of(wanted)} in {inputs[base].path}")
+    if absent:
+        other = next(c for c, here in zip(inputs, tensors, strict=True) if here.keys() != expected.keys())
+        raise MismatchError(
+            f"checkpoints disagree on which tensors there are ({len(absent)} differences)",
+            details=first_ten(absent),
+            hint=f"compare them:  pmerge inspect {inputs[base].path} {other.path}",
+        )
+    if shapes:
+        raise _shape_error(shapes, inputs, tensors, steps, base)
+    if kinds:
+        raise MismatchError(
+            f"checkpoints disagree on the dtype of {len(kinds)} tensors, and no average is defined between these",
+            details=first_ten(kinds),
+        )
+
+
+def _alike(found: Logical, wanted: Logical) -> bool:
+    """Whether shape and dtype agree, for plain tensors without a look at more than the header's entry."""
+    if isinstance(found, Stored) and isinstance(wanted, Stored):
+        return found.info.shape == wanted.info.shape and found.info.dtype == wanted.info.dtype
+    return shape_of(found) == shape_of(wanted) and kind_of(found) == kind_of(wanted) == "float"
+
+
+def check_same_ranks(inputs: Sequence[Checkpoint], base: int) -> None:
+    """Checkpoints with one file or folder per rank must have the same ranks; raises MismatchError with those that are missing."""
+    expected = inputs[base]
+    if expected.layout != "ranks":
+        return
+    want = {file.name for file in expected.files}
+    for checkpoint in inputs:
+        have = {file.name for file in checkpoint.files}
+        if checkpoint.layout == "ranks" and have != want:
+            raise MismatchError(
+                f"checkpoints disagree on their ranks: {checkpoint.path} and {expected.path}",
+                details=first_ten(
+                    [f"{name}  missing in {checkpoint.path}" for name in sorted(want - have)]
+                    + [f"{name}  missing in {expected.path}" for name in sorted(have - want)]
+                ),
+                hint="copy the missing rank, or leave that checkpoint out",
+            )
+
+
+def _shape_error(
+    shapes: Sequence[tuple[str, int]],
+    inputs: Sequence[Checkpoint],
+    tensors: Sequence[Mapping[str, Logical]],
+    steps: Sequence[int | None],
+    base: int,
+) -> MismatchError:
+    key, wrong = shapes[0]
+    lines = []
+    for here, step in zip(tensors, steps, strict=True):
+        label = "" if step is None else f"step {step}  "
+        lines.append(f"{label}{list(shape_of(here[key]))}  {file_of(here[key])}")
+    more = len({k for k, _ in shapes}) - 1
+    return MismatchError(
+        f"checkpoints disagree on the shape of `{key}`" + (f" and of {more} more tensors" if more else ""),
+        details=first_ten(lines),
+        hint=f"leave {inputs[wrong].path} out, or compare:  pmerge inspect {inputs[base].path} {inputs[wrong].path}",
+    )
+
+
+def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, Logical]], base: int) -> list[str]:
+    """What may be wrong with averaging these, as warnings: dtypes, configs, tokenizers and vocabularies that differ, LoRA."""
+    warnings = _mixed_dtypes(tensors, base, inputs[base])
+    warnings += config_differences(inputs, inputs[base])
+    if (root := inputs[base].root) is not None:
+        folders = [checkpoint.root for checkpoint in inputs if checkpoint.root is not None]
+        warnings += differing_files(folders, inputs[base].side_files.kept, root)
+        if (root / "adapter_config.json").exists():
+            warnings.append(
+                f"{root} is a LoRA adapter: averaging its A and B is not averaging the products B A that they stand for"
+            )
+    return warnings
+
+
+def _mixed_dtypes(tensors: Sequence[Mapping[str, Logical]], base: int, checkpoint: Checkpoint) -> list[str]:
+    """A warning where the inputs hold a tensor in other dtypes than the base, which decides the output's."""
+    mixed = [
+        key
+        for key, wanted in tensors[base].items()
+        if any(here is not tensors[base] and dtype_of(here[key]) != dtype_of(wanted) for here in tensors)
+    ]
+    if not mixed:
+        return []
+    return [f"{len(mixed)} tensors differ in dtype between the checkpoints; {checkpoint.path} decides (first: `{mixed[0]}`)"]
+
+
+def config_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
+    """Where the inputs' `config.json` differ in anything but versions and paths, as warnings."""
+    warnings = []
+    expected = _flatten(base.config)
+    for checkpoint in inputs:
+        found = _flatten(checkpoint.config)
+        keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        if keys:
+            shown = "; ".join(f"{k}: {found.get(k, 'absent')!r} against {expected.get(k, 'absent')!r}" for k in keys[:3])
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            warnings.append(f"config.json of {checkpoint.path} differs from {base.path}, which is kept: {shown}{more}")
+    return warnings
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _VOLATILE:
+            continue
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

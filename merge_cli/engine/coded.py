@@ -1,0 +1,206 @@
+"""Reduce tensors that are quantised in an input or in the output: decode, average, round or encode, some rows at a time.
+
+One input after the other is read, decoded to float32 and added, so memory does not depend on their number: `BYTES_PER_VALUE` and 8
+for each output, times the values of a chunk. The arithmetic is that of `reduce.py`, the codecs are in `formats/quantization`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge_cli.engine.device import Device
+from merge_cli.engine.reader import InputFiles
+from merge_cli.engine.reduce import WeightedSum, accumulator_dtype, add_term, divide, is_clean, store, torch_dtype
+from merge_cli.errors import NonFiniteError
+from merge_cli.formats.quantization.error import combine_totals, error_totals
+from merge_cli.formats.safetensors import DTYPES
+from merge_cli.plan import CodedRun, CodedSource, Part, Source
+
+BYTES_PER_VALUE = 56  # bytes read, those of the base, float32, what decode or encode needs beside, a temporary in float64
+TARGET_VALUES = 1 << 18
+_COPY = WeightedSum((0,), (1.0,), None, True)
+
+Parts = dict[str, Tensor]
+
+
+def bytes_for(values: int, num_outputs: int) -> int:
+    """Peak memory of a chunk of `values` values."""
+    return values * (BYTES_PER_VALUE + 8 * num_outputs)
+
+
+@dataclass
+class Merged:
+    """Bytes of some rows, for each output: (offset in the file, bytes) pairs."""
+
+    writes: list[list[tuple[int, memoryview]]]
+    bytes_read: int = 0
+    seconds_reading: float = 0.0
+
+
+class CodedReducer:
+    """What one worker needs to reduce coded runs. `totals` sums up the errors that quantising again has added (see `error.py`)."""
+
+    def __init__(self, device: Device, inputs: InputFiles, operations: Sequence[WeightedSum], accumulate: str) -> None:
+        self._device = device
+        self._inputs = inputs
+        self._operations = operations
+        self._accumulate = accumulate
+        self._bytes_read = 0
+        self._seconds_reading = 0.0
+        self.totals: Tensor | None = None
+        self.nonfinite: dict[str, int] = {}
+
+    def stats(self, run: CodedRun, chunks: Iterable[tuple[int, int]]) -> list[Tensor | None]:
+        """What `encode` must know of the whole tensor, for each output; None where it needs nothing."""
+        found: list[Tensor | None] = [None] * len(self._operations)
+        if run.codec is None or not run.codec.needs_stats:
+            return found
+        for r0, r1 in chunks:
+            sums, base = self._sums(run, r0, r1)
+            for k, values in enumerate(self._finite(run, sums, r0, r1)):
+                here = run.codec.stats(values, run.shape, r0, r1, base=base)
+                earlier = found[k]
+                found[k] = here if earlier is None else torch.maximum(earlier, here)
+        return found
+
+    def reduce(self, run: CodedRun, r0: int, r1: int, stats: Sequence[Tensor | None], allow_nonfinite: bool) -> Merged:
+        """Rows r0..r1 of every output, as bytes to be written. Raises NonFiniteError."""
+        sums, base = self._sums(run, r0, r1)
+        merged = Merged([])
+        if run.codec is None:
+            for total in sums:
+                merged.writes.append([self._plain(run, total, r0, r1, allow_nonfinite)])
+        else:
+            for values, stat in zip(self._finite(run, sums, r0, r1), stats, strict=True):
+                merged.writes.append(self._encoded(run, values, r0, r1, stat, base))
+        merged.bytes_read, self._bytes_read = self._bytes_read, 0
+        merged.seconds_reading, self._seconds_reading = self._seconds_reading, 0.0
+        return merged
+
+    def _sums(self, run: CodedRun, r0: int, r1: int) -> tuple[list[Tensor], Parts | None]:
+        """The weighted sums [values], one an output, and the base's own parts where the output is quantised like it."""
+        operations = [_COPY] * len(self._operations) if run.is_copy else self._operations
+        names = ["F32" if isinstance(source, CodedSource) else source.dtype for source in run.sources]
+        dtypes = [
+            accumulator_dtype(self._accumulate, op, [names[i] for i in op.inputs], run.dtype if run.codec is None else "BF16")
+            for op in operations
+        ]
+        count = (r1 - r0) * run.shape[-1]
+        sums = [torch.empty(count, dtype=dtype, device=self._device.torch) for dtype in dtypes]
+        temporary = torch.empty(count * 8, dtype=torch.uint8, device=self._device.torch)
+        base: Parts | None = None
+        for index, source in enumerate(run.sources):
+            used = [k for k, operation in enumerate(operations) if index in operation.inputs]
+            is_base = run.codec is not None and index == run.base
+            if not used and not is_base:
+                continue
+            values, parts = self._load(source, run.shape, r0, r1)
+            base = parts if is_base else base
+            for k in used:
+                scratch = temporary[: count * dtypes[k].itemsize].view(dtypes[k])
+                add_term(operations[k], operations[k].inputs.index(index), values, sums[k], scratch)
+        for operation, total in zip(operations, sums, strict=True):
+            divide(operation, total)
+        return sums, base
+
+    def _load(self, source: Source | CodedSource, shape: tuple[int, ...], r0: int, r1: int) -> tuple[Tensor, Parts]:
+        """The values [count] of rows r0..r1 of one input, in float32 or as stored, and the parts they were decoded from."""
+        if isinstance(source, Source):
+            bits = DTYPES[source.dtype].bits * shape[-1]
+            data = self._read(source, r0 * bits // 8, r1 * bits // 8)
+            return data.view(torch_dtype(source.dtype)), {}
+        parts = {part.role: self._read(part, *source.codec.part_range(part.role, shape, r0, r1)) for part in source.parts}
+        return source.codec.decode(parts, shape, r0, r1).reshape(-1), parts
+
+    def _read(self, place: Source | Part, begin: int, end: int) -> Tensor:
+        started = time.perf_counter()
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        self._inputs.read_into(place.file, place.offset + begin, memory_of(data))
+        self._bytes_read += end - begin
+        self._seconds_reading += time.perf_counter() - started
+        return data.to(self._device.torch)
+
+    def _plain(self, run: CodedRun, total: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
+        rounded = torch.empty(total.shape, dtype=torch_dtype(run.dtype), device=total.device)
+        store(total, rounded)
+        if not bool(is_clean(total, run.dtype)):
+            if not allow_nonfinite:
+                raise self._nonfinite(run, r0, r1)
+            rounded.masked_fill_(rounded.isnan(), float("nan"))
+            self.nonfinite[run.key] = self.nonfinite.get(run.key, 0) + int((~rounded.isfinite()).sum())
+        return run.sinks[0].offset + r0 * run.shape[-1] * rounded.itemsize, memory_of(rounded.cpu())
+
+    def _finite(self, run: CodedRun, sums: Sequence[Tensor], r0: int, r1: int) -> list[Tensor]:
+        """The sums as float32 [rows, columns]; raises NonFiniteError, since codes cannot hold NaN or Inf."""
+        for total in sums:
+            if not bool(is_clean(total, "F32")):
+                raise self._nonfinite(run, r0, r1)
+        return [total.float().view(r1 - r0, run.shape[-1]) for total in sums]
+
+    def _encoded(
+        self, run: CodedRun, values: Tensor, r0: int, r1: int, stats: Tensor | None, base: Parts | None
+    ) -> list[tuple[int, memoryview]]:
+        codec = run.codec
+        assert codec is not None
+        parts = codec.encode(values, run.shape, r0, r1, stats=stats, base=base or None)
+        totals = error_totals(values, codec.decode(parts, run.shape, r0, r1))
+        self.totals = totals if self.totals is None else combine_totals(self.totals, totals)
+        writes = []
+        for role, offset in run.sinks:
+            if r0 == 0 or role not in codec.whole:
+                begin, end = codec.part_range(role, run.shape, r0, r1)
+                data = parts[role].contiguous().cpu()
+                assert data.numel() == end - begin
+                writes.append((offset + begin, memory_of(data)))
+        return writes
+
+    def _nonfinite(self, run: CodedRun, r0: int, r1: int) -> NonFiniteError:
+        """Which inputs have NaN or Inf in rows r0..r1, or that the result overflows."""
+        details = []
+        for source in run.sources:
+            bad = int((~self._load(source, run.shape, r0, r1)[0].isfinite()).sum())
+            file = source.parts[0].file if isinstance(source, CodedSource) else source.file
+            if bad:
+                details.append(f"{file.path}  {bad} elements in the chunk that was read")
+        if details:
+            hint = "leave that checkpoint out" + ("" if run.codec else ", or continue and have them reported:  --allow-nonfinite")
+            return NonFiniteError(f"`{run.key}` has NaN or Inf in an input", details=details, hint=hint)
+        return NonFiniteError(f"`{run.key}` overflows {run.dtype or 'float32'}", hint="write a wider dtype:  --dtype fp32")
+
+
+def memory_of(data: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    count = data.numel() * data.itemsize
+    if not count:
+        return memoryview(b"")
+    view = (ctypes.c_char * count).from_address(data.data_ptr())
+    view._tensor = data  # type: ignore[attr-defined]  # keeps the memory alive
+    return memoryview(view).cast("B")
+
+
+def rows_of(run: CodedRun, values: int) -> Iterable[tuple[int, int]]:
+    """The chunks (first row, end) of a run, of about `values` values each."""
+    step = run.rows_at_once(values)
+    return ((r0, min(r0 + step, run.num_rows)) for r0 in range(0, run.num_rows, step))
+
+
+def largest_chunk(runs: Iterable[CodedRun], values: int) -> int:
+    """The values of the largest chunk when chunks are to have about `values`."""
+    sizes: Mapping[object, int] = {
+        (run.shape, run.row_step): run.rows_at_once(values) * run.shape[-1] for run in _one_of_each(runs)
+    }
+    return max(sizes.values(), default=0)
+
+
+def _one_of_each(runs: Iterable[CodedRun]) -> Iterable[CodedRun]:
+    seen: dict[object, CodedRun] = {}
+    for run in runs:
+        codecs = tuple(source.codec if isinstance(source, CodedSource) else None for source in run.sources)
+        seen.setdefault((run.shape, codecs, run.codec), run)
+    return seen.values()

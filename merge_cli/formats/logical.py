@@ -1,0 +1,133 @@
+"""A checkpoint's tensors as what they mean: plain ones as they are stored, quantised ones as one tensor of values.
+
+A quantised weight is stored as codes and scales, in one shard or in several. Here it becomes one `Coded` tensor under the name and
+the shape of its values; scales are no tensors of their own, so that none can ever be averaged by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from merge_cli.formats.checkpoint import Checkpoint, Stored
+from merge_cli.formats.quantization import Codec, Found, find_quantized
+from merge_cli.formats.safetensors import DTYPES
+
+Shape = tuple[int, ...]
+
+
+class Coded(NamedTuple):
+    """A quantised tensor: the `shape` of its values, and where its parts (codes, scales ...) are stored, by role."""
+
+    shape: Shape
+    codec: Codec
+    parts: tuple[tuple[str, Stored], ...]
+
+
+class Stacked(NamedTuple):
+    """A tensor whose rows are stored as several tensors of equal width, one below the other (see `experts.py`)."""
+
+    shape: Shape
+    pieces: tuple[Stored | Coded, ...]
+
+
+Logical = Stored | Coded | Stacked
+
+
+def shape_of(tensor: Logical) -> Shape:
+    """The shape of the values."""
+    return tensor.info.shape if isinstance(tensor, Stored) else tensor.shape
+
+
+def dtype_of(tensor: Logical) -> str:
+    """The safetensors dtype; for a quantised tensor its scheme."""
+    if isinstance(tensor, Stored):
+        return tensor.info.dtype
+    return tensor.codec.scheme if isinstance(tensor, Coded) else dtype_of(tensor.pieces[0])
+
+
+def kind_of(tensor: Logical) -> str:
+    """How the values are treated: "float", "integer" or "code" (see `DTYPES`)."""
+    if isinstance(tensor, Stored):
+        return DTYPES[tensor.info.dtype].kind
+    return "float" if isinstance(tensor, Coded) else kind_of(tensor.pieces[0])
+
+
+def file_of(tensor: Logical) -> str:
+    """The path of the file that holds the tensor, or the first of its parts."""
+    if isinstance(tensor, Stored):
+        return str(tensor.file.path)
+    return file_of(tensor.parts[0][1]) if isinstance(tensor, Coded) else file_of(tensor.pieces[0])
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The tensors of a checkpoint by key, in stored order.
+
+    `owner` gives, for the key of each stored part of a quantised tensor, the key of that tensor; `activation_scales` are the keys
+    of calibrated scales, which belong to the quantised form only.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, Logical]
+    owner: Mapping[str, str] = field(default_factory=dict)
+    activation_scales: tuple[str, ...] = ()
+
+    @property
+    def schemes(self) -> dict[str, int]:
+        """How many tensors are quantised by which scheme."""
+        counts: dict[str, int] = {}
+        for key in dict.fromkeys(self.owner.values()):
+            scheme = dtype_of(self.tensors[key])
+            counts[scheme] = counts.get(scheme, 0) + 1
+        return counts
+
+    @property
+    def num_parameters(self) -> int:
+        """The values of all tensors, quantised ones counted as what they stand for."""
+        return sum(math.prod(shape_of(tensor)) for tensor in self.tensors.values())
+
+
+def view(checkpoint: Checkpoint, seen: dict[object, Found] | None = None) -> View:
+    """What the tensors of `checkpoint` mean; `seen` shares the pairing between checkpoints with equal headers and configs.
+
+    Raises UnsupportedError, naming scheme and tensor, for what is quantised and cannot be read.
+    """
+    if checkpoint.layout != "ranks":
+        return _view(checkpoint, "", checkpoint.tensors, {} if seen is None else seen)
+    by_file: dict[str, dict[str, Stored]] = {file.name: {} for file in checkpoint.files}
+    for stored in checkpoint.tensors.values():
+        by_file[stored.file.name][stored.name] = stored
+    parts = [_view(checkpoint, f"{name}:", own, {} if seen is None else seen) for name, own in by_file.items()]
+    return View(
+        checkpoint,
+        {key: tensor for part in parts for key, tensor in part.tensors.items()},
+        {key: owner for part in parts for key, owner in part.owner.items()},
+        tuple(key for part in parts for key in part.activation_scales),
+    )
+
+
+def _view(checkpoint: Checkpoint, prefix: str, stored: Mapping[str, Stored], seen: dict[object, Found]) -> View:
+    """The view of tensors by name; keys are the names after `prefix`."""
+    same = (prefix, repr(checkpoint.config), tuple(f.header.sha256 for f in checkpoint.files), len(stored))
+    found = seen.get(same)
+    if found is None:
+        found = seen[same] = find_quantized({name: tensor.info for name, tensor in stored.items()}, checkpoint.config)
+    if not found.tensors and not found.activation_scales:
+        return View(checkpoint, stored if not prefix else {prefix + name: tensor for name, tensor in stored.items()})
+    tensors: dict[str, Logical] = {}
+    activation = set(found.activation_scales)
+    for name, tensor in stored.items():
+        owner = found.owner.get(name)
+        if owner is None:
+            if name not in activation:
+                tensors[prefix + name] = tensor
+            continue
+        quantized = found.tensors[owner]
+        if quantized.parts[0][1] == name:
+            parts = tuple((role, stored[part]) for role, part in quantized.parts)
+            tensors[prefix + owner] = Coded(quantized.shape, quantized.codec, parts)
+    owners = {prefix + name: prefix + owner for name, owner in found.owner.items()}
+    return View(checkpoint, tensors, owners, tuple(prefix + name for name in found.activation_scales))

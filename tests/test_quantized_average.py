@@ -1,0 +1,200 @@
+"""Quantised checkpoints through the whole tool: every scheme, dequantised or quantised again, mixed, sharded, streamed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import INDEX, digests, read_layout, write_checkpoint
+from checks import interval, outside, units_apart
+from reference import exact_mean, load
+from safetensors.torch import load_file
+from test_quantization_contract import decoded, random_parts
+from test_quantization_pairing import FP8, READ
+from torch import Tensor
+
+from merge_cli import average, plan_average
+from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError
+from merge_cli.formats.quantization import Codec, Stored, find_quantized
+from merge_cli.formats.safetensors import DTYPES
+
+PLAIN = {"model.norm.weight": torch.linspace(0.5, 1.5, 61).bfloat16(), "lm_head.weight": torch.randn(9, 7).bfloat16()}
+
+
+def stored_parts(case: str, seed: int) -> dict[str, Tensor]:
+    """Random codes and scales of a scheme, as the tensors of a checkpoint."""
+    tensors, config, shape, codec = READ[case]
+    ((_, quantized),) = find_quantized({name: Stored(*stored) for name, stored in tensors.items()}, config).tensors.items()
+    parts = random_parts(codec, shape, seed)
+    return {name: as_stored(parts[role], *tensors[name]) for role, name in quantized.parts}
+
+
+def as_stored(data: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    return data.contiguous().view(getattr(torch, DTYPES[dtype].torch)).view(shape)
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], shards: Any = 1) -> Path:
+    return write_checkpoint(folder, tensors, shards=shards, config={"model_type": "tiny", "torch_dtype": "bfloat16", **config})
+
+
+def quantized_run(folder: Path, case: str, count: int = 3) -> tuple[list[Path], list[Tensor], str, Codec]:
+    """Checkpoints with the scale in another shard than the codes; the decoded values of each, the tensor's name."""
+    tensors, config, shape, codec = READ[case]
+    paths, values = [], []
+    for number in range(count):
+        parts = stored_parts(case, number)
+        names = list(parts)
+        shards = [["lm_head.weight", names[0]], [*reversed(names[1:]), "model.norm.weight"]]
+        paths.append(write(folder / f"step_{number + 1}", {**PLAIN, **parts}, config, shards))
+        found = find_quantized({name: Stored(*stored) for name, stored in tensors.items()}, config).tensors
+        ((name, quantized),) = found.items()
+        raw = {role: parts[stored].reshape(-1).view(torch.uint8) for role, stored in quantized.parts}
+        values.append(decoded(codec, raw, shape).view(shape))
+    return paths, values, name, codec
+
+
+@pytest.mark.parametrize("case", READ)
+def test_dequantised_average_of_every_scheme(case: str, tmp_path: Path) -> None:
+    paths, values, name, _ = quantized_run(tmp_path / "run", case)
+    result = average(paths, tmp_path / "out")
+    merged = load(result.output)
+    assert set(merged) == {name, *PLAIN}
+    assert merged[name].dtype == torch.bfloat16 and merged[name].shape == values[0].shape
+    assert not outside(merged[name], interval(values, "sma", {}, [1, 2, 3], torch.bfloat16)).numel()
+    assert torch.equal(merged["lm_head.weight"], PLAIN["lm_head.weight"])
+    layout = read_layout(result.output)
+    assert [entry[0] for entry in layout["model-00001-of-00002.safetensors"]] == ["lm_head.weight", name]
+    assert [entry[0] for entry in layout["model-00002-of-00002.safetensors"]] == ["model.norm.weight"]
+    config = json.loads((result.output / "config.json").read_text())
+    assert "quantization_config" not in json.dumps(config) and config["torch_dtype"] == "bfloat16"
+    index = json.loads((result.output / INDEX).read_text())
+    assert set(index["weight_map"]) == set(merged)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in merged.values())
+
+
+@pytest.mark.parametrize("case", READ)
+def test_requantised_copies_come_back_bit_for_bit(case: str, tmp_path: Path) -> None:
+    """Merging a checkpoint with itself gives every byte of every weight file back, whatever the rule that made its scales."""
+    parts = {**PLAIN, **stored_parts(case, 5)}
+    names = list(parts)
+    paths = [write(tmp_path / f"step_{n}", parts, READ[case][1], [names[:3], names[3:]]) for n in (1, 2)]
+    result = average(paths, tmp_path / "out", method="wma", requantize=True)
+    for file, content in read_layout(paths[1]).items():
+        assert read_layout(result.output)[file] == content
+    stored, found = load(paths[1]), load(result.output)
+    for name, tensor in stored.items():
+        assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, found[name]))), name
+    largest, mean = result.statistics.requantization_error or (1.0, 1.0)
+    assert largest < 1e-6 and mean < 1e-6  # (v + 2 v) / 3 in float32 is v but for the last bit
+    assert json.loads((result.output / "config.json").read_text()) == json.loads((paths[1] / "config.json").read_text())
+
+
+@pytest.mark.parametrize("case", READ)
+def test_requantised_average_of_every_scheme(case: str, tmp_path: Path) -> None:
+    paths, values, name, codec = quantized_run(tmp_path / "run", case)
+    result = average(paths, tmp_path / "out", requantize=True)
+    assert read_layout(result.output) == read_layout(paths[-1])
+    _, config, shape, _ = READ[case]
+    merged = load(result.output)
+    stored = {key: Stored(*READ[case][0][key]) for key in READ[case][0]}
+    quantized = find_quantized(stored, config).tensors[name]
+    raw = {role: merged[part].reshape(-1).view(torch.uint8) for role, part in quantized.parts}
+    after = decoded(codec, raw, shape).view(shape)
+    mean = (sum(v.double() for v in values) / 3).float()
+    largest, average_error = result.statistics.requantization_error or (1.0, 1.0)
+    assert 0 < average_error < 0.3 and largest <= 0.5
+    assert float((after - mean).abs().max() / mean.abs().max()) == pytest.approx(largest, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["DeepSeek-V3", "nvfp4", "gpt-oss", "packed int4, asymmetric", "per tensor"])
+@pytest.mark.parametrize("requantize", [False, True])
+def test_same_bytes_however_it_runs(case: str, requantize: bool, tmp_path: Path) -> None:
+    paths, *_ = quantized_run(tmp_path / "run", case)
+    options: dict[str, Any] = {"requantize": requantize, "method": "ema"}
+    plain = digests(average(paths, tmp_path / "plain", **options).output)
+    for number, (memory, threads) in enumerate([(9 << 20, 1), (30 << 20, 3), (1 << 30, 5)]):
+        assert digests(average(paths, tmp_path / str(number), memory=memory, threads=threads, **options).output) == plain
+
+
+def test_quantised_and_plain_checkpoints_of_a_run_mix(tmp_path: Path) -> None:
+    case = "DeepSeek-V3"
+    paths, values, name, _ = quantized_run(tmp_path / "run", case, 2)
+    plain = write(tmp_path / "run" / "step_3", {name: values[0].bfloat16(), **PLAIN}, {})
+    expected = exact_mean([values[0], values[1], values[0].bfloat16().float()], [1, 1, 1], torch.bfloat16)
+    merged = average([*paths, plain], tmp_path / "out")
+    assert "quantization_config" not in json.loads((merged.output / "config.json").read_text())
+    assert units_apart(load(merged.output)[name], expected).max() <= 1
+    other = average([*paths, plain], tmp_path / "other", base=paths[0])
+    assert torch.equal(load(other.output)[name], load(merged.output)[name])
+    again = average([*paths, plain], tmp_path / "again", base=paths[0], requantize=True)
+    assert read_layout(again.output) == read_layout(paths[0])
+    with pytest.raises(UsageError, match="not quantised"):
+        plan_average([*paths, plain], requantize=True)
+
+
+def test_excluded_quantised_tensors_are_copied(tmp_path: Path) -> None:
+    paths, values, name, _ = quantized_run(tmp_path / "run", "DeepSeek-V3")
+    merged = load(average(paths, tmp_path / "out", exclude=["a.*"], method="ema").output)
+    assert torch.equal(merged[name], values[-1].bfloat16())
+    again = load(average(paths, tmp_path / "again", exclude=["a.*"], requantize=True).output)
+    for key, tensor in load(paths[-1]).items():
+        assert torch.equal(again[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), key
+
+
+def test_nan_codes_are_found(tmp_path: Path) -> None:
+    paths, _, name, _ = quantized_run(tmp_path / "run", "DeepSeek-V3", 1)
+    parts = stored_parts("DeepSeek-V3", 9)
+    parts["a.weight"].view(torch.uint8)[7, 5] = 0x7F
+    bad = write(tmp_path / "run" / "step_9", {**PLAIN, **parts}, FP8)
+    for requantize in (False, True):
+        with pytest.raises(NonFiniteError, match=r"`a\.weight`") as raised:
+            average([*paths, bad], tmp_path / "out", requantize=requantize)
+        assert str(bad) in str(raised.value.details)
+    result = average([*paths, bad], tmp_path / "out", allow_nonfinite=True)
+    assert result.nonfinite == {name: 1}
+
+
+def test_activation_scales_are_dropped_or_must_agree(tmp_path: Path) -> None:
+    paths = []
+    for step in (1, 2, 3):
+        tensors = {**PLAIN, **stored_parts("per tensor", step)}
+        module = next(iter(stored_parts("per tensor", 0))).removesuffix(".weight")
+        tensors[f"{module}.input_scale"] = torch.tensor([0.5 if step < 3 else 0.75])
+        paths.append(write(tmp_path / f"step_{step}", tensors, READ["per tensor"][1]))
+    assert not any("input_scale" in name for name in load(average(paths, tmp_path / "out").output))
+    kept = load(average(paths[:2], tmp_path / "kept", requantize=True).output)
+    assert kept[f"{module}.input_scale"] == 0.5
+    with pytest.raises(MismatchError, match="activation scales"):
+        average(paths, tmp_path / "no", requantize=True)
+
+
+def test_one_file_per_rank(tmp_path: Path) -> None:
+    """Every rank's file holds tensors of the same names, quantised each for itself."""
+    paths = []
+    for step in (1, 2):
+        folder = tmp_path / f"step_{step}"
+        folder.mkdir()
+        for rank in (0, 1):
+            one = write(tmp_path / f"{step}{rank}", {**PLAIN, **stored_parts("DeepSeek-V3", rank)}, FP8)
+            (one / "model-00001-of-00001.safetensors").rename(folder / f"model_rank_{rank}.safetensors")
+        (folder / "config.json").write_text(json.dumps(FP8))
+        paths.append(folder)
+    out = average(paths, tmp_path / "out", requantize=True).output
+    for rank in (0, 1):
+        merged, stored = (load_file(folder / f"model_rank_{rank}.safetensors") for folder in (out, paths[1]))
+        for name, tensor in stored.items():
+            assert torch.equal(merged[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+    plain = average(paths, tmp_path / "plain").output
+    assert load_file(plain / "model_rank_0.safetensors").keys() == {*PLAIN, "a.weight"}
+
+
+@pytest.mark.parametrize("option", [{"dtype": "fp32"}])
+def test_contradictions_are_refused(option: dict[str, Any], tmp_path: Path) -> None:
+    paths, *_ = quantized_run(tmp_path / "run", "DeepSeek-V3", 2)
+    with pytest.raises(PmergeError, match="--requantize"):
+        plan_average(paths, requantize=True, **option)
+    wide = average(paths, tmp_path / "out", dtype="fp32").output
+    assert load(wide)["a.weight"].dtype == torch.float32
