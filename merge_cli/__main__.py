@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from merge_cli.errors import Interrupted, PmergeError
 
 def main() -> None:
     """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 130 or 143 interrupted."""
+    gc.set_threshold(1_000_000)  # a plan is millions of small tuples without cycles: walking them all takes as long as making them
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     from merge_cli.cli.app import app
