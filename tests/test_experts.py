@@ -120,6 +120,27 @@ def test_single_quantised_experts_go_into_a_fused_base(tmp_path: Path) -> None:
         plan_average([write_checkpoint(tmp_path / "step_0", stacked, config=config), coded])
 
 
+def test_layers_for_multi_token_prediction_and_shared_experts_are_averaged_like_any_other(tmp_path: Path) -> None:
+    """DeepSeek-V3 keeps its MTP layer under the number `num_hidden_layers`, with copies of embedding and head."""
+    names = [
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.shared_experts.gate_proj.weight",
+        "model.layers.2.eh_proj.weight",
+        "model.layers.2.embed_tokens.weight",
+        "model.layers.2.enorm.weight",
+        "model.layers.2.mlp.experts.0.gate_proj.weight",
+        "model.layers.2.shared_head.head.weight",
+    ]
+    run = [{name: torch.randn(5, 3).bfloat16() for name in names} for _ in range(2)]
+    paths = [
+        write_checkpoint(tmp_path / f"step_{i}", tensors, config={"num_hidden_layers": 2, "num_nextn_predict_layers": 1})
+        for i, tensors in enumerate(run)
+    ]
+    merged = load(average(paths, tmp_path / "out").output)
+    for name in names:
+        assert torch.equal(merged[name], ((run[0][name].float() + run[1][name].float()) / 2).bfloat16())
+
+
 def test_router_biases_keep_their_dtype_and_are_listed(tmp_path: Path) -> None:
     name = "model.layers.3.mlp.gate.e_score_correction_bias"
     run = [{name: torch.tensor([4.001 + step, -3.002]), "w": torch.ones(3)} for step in range(2)]

@@ -1,4 +1,4 @@
-"""Checkpoints as transformers saves them: eight families, sharded small, merged, loaded back."""
+"""Checkpoints as transformers saves them: eighteen families, sharded small, merged, loaded back."""
 
 import os
 from pathlib import Path
@@ -31,6 +31,20 @@ SMALL: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+QWEN_MOE: dict[str, Any] = {
+    **SMALL,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+LINEAR_ATTENTION: dict[str, Any] = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "qwen3": {**SMALL, "head_dim": 8, "tie_word_embeddings": True},
@@ -50,6 +64,48 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8,
         "v_head_dim": 8,
+    },
+    "deepseek_v2": {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "olmoe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": QWEN_MOE,
+    "qwen3_next": {**QWEN_MOE, **LINEAR_ATTENTION},
+    "qwen3_5_moe_text": {**QWEN_MOE, **LINEAR_ATTENTION},
+    "glm4_moe": {
+        **SMALL,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "llama4_text": {**SMALL, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+    "gpt_oss": {**SMALL, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "jamba": {
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 4,
+        "use_mamba_kernels": False,
     },
     "gpt2": {
         "vocab_size": 96,
