@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -185,7 +185,7 @@ def run_average(
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
     from merge_cli.engine.stream import check_inputs_unchanged, stream
-    from merge_cli.output.manifest import MANIFEST, index_of, input_fingerprints, manifest, write_side_files
+    from merge_cli.output.manifest import MANIFEST, count_nonfinite, index_of, input_fingerprints, manifest, write_side_files
     from merge_cli.output.staging import Done, Staging, write_file
 
     if plan.findings:
@@ -206,9 +206,9 @@ def run_average(
         done = staging.prepare({**state, "plan": merge.fingerprint(), "inputs": input_fingerprints(merge)})
         reused = len(done)
 
-        def finished(_: int, file: Any, sha256: str) -> None:
-            staging.record(file, sha256)
-            done[file.name] = Done(file.file_bytes, sha256)
+        def finished(_: int, file: Any, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            staging.record(file, sha256, nonfinite)
+            done[file.name] = Done(file.file_bytes, sha256, nonfinite)
 
         todo = [file for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
@@ -221,7 +221,7 @@ def run_average(
             write_file(staging.checkpoint / index[0], index[1])
         _check_complete(merge, staging.checkpoint)
         staging.publish(plan.overwrite)
-    return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, statistics.nonfinite)
+    return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, count_nonfinite(done))
 
 
 def _check_complete(merge: MergePlan, folder: Path) -> None:
