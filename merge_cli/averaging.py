@@ -8,11 +8,13 @@ Nothing is printed: progress goes to a callback, warnings are in the plan, error
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,17 @@ from merge_cli.formats.safetensors import Header
 from merge_cli.methods import METHODS, coefficients, needs_step_numbers, warnings_for
 from merge_cli.plan import MergePlan, MergeSpec, Output
 from merge_cli.planner import OUTPUT_DTYPES, build_plan
-from merge_cli.selection import Candidate, Selection, discover, order_candidates, parse_amount, read_candidate, select
+from merge_cli.selection import (
+    Candidate,
+    Selection,
+    check_doubts,
+    discover,
+    is_in_tokens,
+    order_candidates,
+    parse_amount,
+    read_candidate,
+    select,
+)
 
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device
@@ -45,12 +57,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class AveragePlan:
-    """A planned run: the merge, where it goes, how it will be done (`device`, `budget`), and what would stop it (`findings`)."""
+    """A planned run: the merge, where it goes, how it will be done (`device`, `budget`), and what would stop it (`findings`).
+
+    `notes` inform (what was left out), `warnings` name what may make the result other than the user thinks.
+    """
 
     merge: MergePlan
     output: Path
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     device: Device
     budget: Budget
     overwrite: bool
@@ -83,9 +99,9 @@ def plan_average(
     order: str = "step",
     last: int | None = None,
     every: int | str | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    before: int | None = None,
+    from_step: int | str | None = None,
+    to_step: int | str | None = None,
+    before: int | str | None = None,
     tokens_per_step: int | None = None,
     base: StrPath | None = None,
     dtype: str = "keep",
@@ -103,8 +119,9 @@ def plan_average(
 ) -> AveragePlan:
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
-    Options are those of the command: `every` in steps (or a string such as "8B" tokens, with `tokens_per_step`), `memory` and
-    `shard_size` in bytes. Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
+    Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
+    such as "8B" in tokens), `memory` and `shard_size` in bytes. Without `output` the result goes to
+    `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
     too little space) is in `findings` instead, so that a plan can always be looked at.
@@ -143,7 +160,10 @@ def plan_average(
     merge = build_plan(spec, inputs, steps, base_index, [Output(tuple(range(len(inputs))), chosen)])
     in_order = order == "step" and steps == places
     true_steps = places if in_order else None
-    notes = (*selection.notes, *warnings_for(chosen, true_steps), *merge.warnings)
+    notes = (*selection.notes, *(note for checkpoint in inputs for note in checkpoint.notes), *merge.notes)
+    warnings = (*selection.warnings, *warnings_for(chosen, true_steps), *merge.warnings)
+    if output is not None and not os.fspath(output):
+        raise UsageError("-o is empty", hint="name the folder of the result:  -o merged")
     destination = Path(output) if output is not None else Path(_default_name(method, candidates))
     if destination.suffix == ".safetensors":
         raise UsageError(
@@ -161,7 +181,7 @@ def plan_average(
     where = choose_device(device)
     budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
     findings = check_destination(destination, merge, overwrite)
-    return AveragePlan(merge, destination, candidates, notes, where, budget, overwrite, tuple(findings))
+    return AveragePlan(merge, destination, candidates, notes, warnings, where, budget, overwrite, tuple(findings))
 
 
 def average(
@@ -257,23 +277,44 @@ def _select(
     order: str,
     last: int | None,
     every: int | str | None,
-    from_step: int | None,
-    to_step: int | None,
-    before: int | None,
+    from_step: int | str | None,
+    to_step: int | str | None,
+    before: int | str | None,
     tokens_per_step: int | None,
     parameters: dict[str, Any],
 ) -> Selection:
     if not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
+    if tokens_per_step is not None and not any(map(is_in_tokens, (every, from_step, to_step, before))):
+        raise UsageError(
+            "--tokens-per-step is given, and no amount is in tokens",
+            hint="amounts in tokens have a suffix (--every 8B); plain numbers are steps, and do not need --tokens-per-step",
+        )
     if parameters.get("weights") is not None and order == "step" and method == "weights":
         order = "given"  # weights belong to the checkpoints as they were typed
+
+    def steps(option: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
+        return None if amount is None else parse_amount(amount, tokens_per_step, option=option, rounding=rounding)
+
     skipped: list[str] = []
-    candidates = [read_candidate(path) for path in discover([Path(path) for path in paths], skipped.append)]
-    ordered = order_candidates(candidates, order, METHODS[method].needs_steps)
-    if isinstance(every, str):
-        every = parse_amount(every, tokens_per_step)
-    selection = select(ordered, last=last, every=every, from_step=from_step, to_step=to_step, before=before)
-    return replace(selection, notes=(*skipped, *selection.notes))
+    candidates = [read_candidate(path) for path in discover(paths, skipped.append)]
+    ordered = order_candidates(candidates, order, METHODS[method].needs_steps or last is not None)
+    selection = select(
+        ordered,
+        last=last,
+        every=steps("--every", every, round),
+        from_step=steps("--from", from_step, math.ceil),
+        to_step=steps("--to", to_step, math.floor),
+        before=steps("--before", before, math.ceil),
+    )
+    notes, warnings = check_doubts(ordered, selection.candidates)
+    chosen = selection.candidates
+    unknown = sum(candidate.step is None for candidate in chosen)
+    if order == "step" and unknown and len(chosen) > 1:
+        notes.append(f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given")
+    if len(chosen) == 1:
+        warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
+    return Selection(chosen, (*skipped, *selection.notes, *notes), tuple(warnings))
 
 
 def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:
@@ -293,7 +334,7 @@ def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]
 
 def _find_base(candidates: Sequence[Candidate], base: StrPath | None) -> int:
     if base is None:
-        return len(candidates) - 1
+        return len(candidates) - 1  # the last in the order: the newest by step, the last one typed by --order given
     wanted = Path(base).resolve()
     for position, candidate in enumerate(candidates):
         if candidate.path.resolve() == wanted:

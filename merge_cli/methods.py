@@ -303,7 +303,8 @@ METHODS: dict[str, Method] = {
     "decay": Method(
         name="decay",
         summary="as if the learning rate had decayed over the window",
-        formula="w_i = floor + (1-floor) f(i/N), c_i = w_i - w_{i+1}, c_{N-1} = w_{N-1}",
+        formula="w_i = floor + (1-floor) f(t_i), c_i = w_i - w_{i+1}, c_{N-1} = w_{N-1}; t_i = i/N, or where steps T_i are uneven "
+        "(T_i - T_0) / (T_{N-1} - T_0 + mean gap): a checkpoint before a large gap weighs much",
         source="WSM, arXiv 2507.17634",
         needs_steps=True,
         function=decay,
