@@ -312,6 +312,9 @@ def _select(
     unknown = sum(candidate.step is None for candidate in chosen)
     if order == "step" and unknown and len(chosen) > 1:
         notes.append(f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given")
+    steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
+    if order == "given" and steps_known != sorted(steps_known):
+        notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
     if len(chosen) == 1:
         warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
     return Selection(chosen, (*skipped, *selection.notes, *notes), tuple(warnings))

@@ -16,7 +16,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from merge_cli.errors import InputError, MismatchError, UsageError, first_ten
-from merge_cli.formats.checkpoint import RANK_FOLDER
+from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 
 # A letter or a fraction after the number means that it is no step: `ckpt-7b`, `step_1.5k`. 18 digits fit any float and int64.
 _STEP = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt)[-_=]?([0-9]{1,18})(?![0-9a-z]|\.[0-9])", re.IGNORECASE)
@@ -165,7 +165,7 @@ def discover(paths: Sequence[str | os.PathLike[str]], on_skip: Callable[[str], N
     `on_skip`, results of pmerge, links to a neighbour (`latest`), folders named by step without safetensors, and checkpoints
     without a step (`final`, `best`) where others have one.
 
-    Raises InputError where nothing is found, UsageError when one checkpoint is named twice.
+    Raises InputError where nothing is found or one shard of several is given alone, UsageError when one checkpoint is named twice.
     """
     found: list[Path] = []
     for given in paths:
@@ -177,6 +177,11 @@ def discover(paths: Sequence[str | os.PathLike[str]], on_skip: Callable[[str], N
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise InputError(f"not a safetensors file: {path}", hint="pmerge reads safetensors; convert other formats first")
+            shard = SHARD_NUMBER.match(path.name)
+            if shard and int(shard["count"]) > 1:
+                raise InputError(
+                    f"{path} is one of {int(shard['count'])} shards of a checkpoint", hint=f"name its folder:  {path.parent}"
+                )
             found.append(path)
             continue
         inside, skipped = _checkpoints_in(path)
@@ -440,8 +445,7 @@ def parse_amount(
         raise UsageError(f"--tokens-per-step must be at least 1, not {tokens_per_step}", hint="--tokens-per-step 4M")
     match = _AMOUNT.fullmatch(str(text))
     if not match:
-        expected = "expected  a number of steps (500, 2k, 10_000) or, with --tokens-per-step, of tokens (8B)"
-        raise UsageError(f"{option} cannot be {text!r}", details=[expected])
+        raise UsageError(f"{option} cannot be {text!r}", details=["expected  a number such as 500, 10_000, 2k or 8B"])
     amount = Fraction(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " ")
     if tokens_per_step is None or not match[2]:
         if match[2].upper() in ("B", "T"):

@@ -141,7 +141,7 @@ def test_wrong_shape_is_named_with_steps(run: Path) -> None:
         (["average", "run", "--exclude", "*"], "nothing would be averaged"),
         (["average", "run", "--include", "model.count"], "nothing would be averaged"),
         (["average", "run", "--method", "median"], "--method cannot be 'median'"),
-        (["average", "run", "--method", "sma", "--alpha", "0.1"], "alpha"),
+        (["average", "run", "--method", "sma", "--half-life", "10"], "method sma does not take --half-life"),
         (["average", "run", "--memory", "much"], "--memory cannot be 'much'"),
         (["average", "run", "--memory", "10kB"], "--memory is too small"),
         (["average", "run", "--exclude", "nothing*"], "no tensor matches"),
@@ -265,6 +265,14 @@ def test_tokens_select_like_steps(run: Path) -> None:
     assert steps("--every", "8B", *tokens) == steps("--every", "2k") == [2000, 4000, 6000, 8000, 10000]
     assert steps("--from", "15.9B", "--before", "20B", *tokens) == steps("--from", "3_975", "--before", "5k") == [4000]
     assert steps("--to", "2000", "--from", "1B", *tokens) == [1000, 2000]
+
+
+def test_the_last_in_the_order_is_the_base(run: Path) -> None:
+    folders = ("run/ckpt_1000", "run/ckpt_10000", "run/ckpt_2000", "--dry-run")  # as the shell sorts
+    assert "ckpt_10000  10000       0.3333  base" in pmerge("average", *folders, cwd=run.parent).stderr
+    for options in (("--order", "given"), ("--weights", "0.2,0.5,0.3")):
+        shown = pmerge("average", *folders, *options, cwd=run.parent).stderr
+        assert "note: the order given is not that of the steps; the last one, run/ckpt_2000, counts as the newest" in shown
 
 
 def test_without_steps_what_needs_an_order_is_refused(run: Path) -> None:

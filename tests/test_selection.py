@@ -262,6 +262,7 @@ def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None
     checkpoint(tmp_path / "project" / "run" / "step_1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "model-00001-of-00003.safetensors").write_bytes(b"")
     for name, said in [
         ("pickles", "step_1/pytorch_model.bin"),
         ("sharded", "dcp_to_torch"),
@@ -270,6 +271,7 @@ def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None
         ("missing", "no such checkpoint"),
         ("notes.txt", "not a safetensors file"),
         ("ckpt_*", "the shell found nothing"),
+        ("model-00001-of-00003.safetensors", f"name its folder:  {tmp_path}"),
         ("nowhere/ckpt_1", f"ls {tmp_path}"),
     ]:
         with pytest.raises(InputError) as refused:

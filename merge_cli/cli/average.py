@@ -198,7 +198,7 @@ def _show_plan(plan: AveragePlan) -> None:
     console.say(f"  effective sample size {chosen.effective_sample_size:.2f}, mean age {chosen.mean_age():.2f} intervals")
     console.say(
         f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
-        f" in {len(merge.files)} files, buffers {console.human_bytes(plan.budget.bytes)}"
+        f" in {len(merge.files)} file{'s' if len(merge.files) > 1 else ''}, buffers {console.human_bytes(plan.budget.bytes)}"
         f" ({plan.budget.workers} threads), device {plan.device.name}"
     )
     side = merge.inputs[merge.base].side_files
