@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.errors import OutputError, PmergeError, UsageError
+from merge_cli.errors import OutputError, PmergeError, UsageError, first_ten
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.methods import METHODS, coefficients, needs_step_numbers, warnings_for
@@ -172,6 +172,8 @@ def plan_average(
         )
     if destination.name in ("", ".."):
         destination = destination.resolve()
+        if not destination.name:
+            raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
     from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.staging import check_destination
@@ -311,10 +313,14 @@ def _select(
     chosen = selection.candidates
     unknown = sum(candidate.step is None for candidate in chosen)
     if order == "step" and unknown and len(chosen) > 1:
-        notes.append(f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given")
+        about = f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given"
+        (notes if unknown == len(chosen) else warnings).append(f"{about}, {chosen[-1].path} last")
     steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
     if order == "given" and steps_known != sorted(steps_known):
         notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
+    merged = [str(candidate.path) for candidate in chosen if (candidate.path / "pmerge.json").exists()]
+    if merged:
+        warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
     if len(chosen) == 1:
         warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
     return Selection(chosen, (*skipped, *selection.notes, *notes), tuple(warnings))

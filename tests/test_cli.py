@@ -131,6 +131,7 @@ def test_wrong_shape_is_named_with_steps(run: Path) -> None:
         (["average", ""], "path is empty"),
         (["inspect", ""], "path is empty"),
         (["average", "run", "-o", ""], "-o is empty"),
+        (["average", "run", "-o", "/"], "the result cannot be /"),
         (["average", "run/ckpt_1000:0.5", "run/ckpt_2000:half"], "'half' is not a weight"),
         (["average", "run", "--every", "500", "--tokens-per-step", "4M"], "no amount is in tokens"),
         (["average", "run", "--tokens-per-step", "4M"], "no amount is in tokens"),
@@ -282,7 +283,10 @@ def test_without_steps_what_needs_an_order_is_refused(run: Path) -> None:
     refused = pmerge("average", run / "a", run / "b", "--last", 1, "-o", "out", cwd=run.parent, expect=2)
     assert "no step is known" in refused.stderr and "--order given" in refused.stderr
     shown = pmerge("average", run / "b", run / "a", "-o", "out", "--dry-run", cwd=run.parent).stderr
-    assert "note: no step is known for 2 of 2 checkpoints: their order is the one given" in shown
+    assert "note: no step is known for 2 of 2 checkpoints: their order is the one given, " in shown
+    pmerge("average", run, "--last", 2, "-o", run / "merged", cwd=run.parent)
+    shown = pmerge("average", *sorted(run.iterdir()), "--dry-run", cwd=run.parent).stderr
+    assert "warning: no step is known for 3 of 11 checkpoints" in shown and f"averaged again: {run / 'merged'}" in shown
     given = ("--order", "given", "--last", 1, "--dry-run", "--json")
     assert json.loads(pmerge("average", run / "b", run / "a", *given, cwd=run.parent).stdout)["base"] == str(run / "a")
 
