@@ -8,22 +8,34 @@ Nothing is printed: progress goes to a callback, warnings are in the plan, error
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.errors import OutputError, PmergeError, UsageError
+from merge_cli.errors import OutputError, PmergeError, UsageError, first_ten
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.methods import METHODS, coefficients, needs_step_numbers, warnings_for
 from merge_cli.plan import MergePlan, MergeSpec, Output
 from merge_cli.planner import OUTPUT_DTYPES, build_plan
-from merge_cli.selection import Candidate, Selection, discover, order_candidates, parse_amount, read_candidate, select
+from merge_cli.selection import (
+    Candidate,
+    Selection,
+    check_doubts,
+    discover,
+    is_in_tokens,
+    order_candidates,
+    parse_amount,
+    read_candidate,
+    select,
+)
 
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device
@@ -45,12 +57,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class AveragePlan:
-    """A planned run: the merge, where it goes, how it will be done (`device`, `budget`), and what would stop it (`findings`)."""
+    """A planned run: the merge, where it goes, how it will be done (`device`, `budget`), and what would stop it (`findings`).
+
+    `notes` inform (what was left out), `warnings` name what may make the result other than the user thinks.
+    """
 
     merge: MergePlan
     output: Path
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     device: Device
     budget: Budget
     overwrite: bool
@@ -83,9 +99,9 @@ def plan_average(
     order: str = "step",
     last: int | None = None,
     every: int | str | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    before: int | None = None,
+    from_step: int | str | None = None,
+    to_step: int | str | None = None,
+    before: int | str | None = None,
     tokens_per_step: int | None = None,
     base: StrPath | None = None,
     dtype: str = "keep",
@@ -103,8 +119,9 @@ def plan_average(
 ) -> AveragePlan:
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
-    Options are those of the command: `every` in steps (or a string such as "8B" tokens, with `tokens_per_step`), `memory` and
-    `shard_size` in bytes. Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
+    Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
+    such as "8B" in tokens), `memory` and `shard_size` in bytes. Without `output` the result goes to
+    `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
     too little space) is in `findings` instead, so that a plan can always be looked at.
@@ -143,7 +160,10 @@ def plan_average(
     merge = build_plan(spec, inputs, steps, base_index, [Output(tuple(range(len(inputs))), chosen)])
     in_order = order == "step" and steps == places
     true_steps = places if in_order else None
-    notes = (*selection.notes, *warnings_for(chosen, true_steps), *merge.warnings)
+    notes = (*selection.notes, *(note for checkpoint in inputs for note in checkpoint.notes), *merge.notes)
+    warnings = (*selection.warnings, *warnings_for(chosen, true_steps), *merge.warnings)
+    if output is not None and not os.fspath(output):
+        raise UsageError("-o is empty", hint="name the folder of the result:  -o merged")
     destination = Path(output) if output is not None else Path(_default_name(method, candidates))
     if destination.suffix == ".safetensors":
         raise UsageError(
@@ -152,6 +172,8 @@ def plan_average(
         )
     if destination.name in ("", ".."):
         destination = destination.resolve()
+        if not destination.name:
+            raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
     from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.staging import check_destination
@@ -161,7 +183,7 @@ def plan_average(
     where = choose_device(device)
     budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
     findings = check_destination(destination, merge, overwrite)
-    return AveragePlan(merge, destination, candidates, notes, where, budget, overwrite, tuple(findings))
+    return AveragePlan(merge, destination, candidates, notes, warnings, where, budget, overwrite, tuple(findings))
 
 
 def average(
@@ -185,7 +207,7 @@ def run_average(
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
     from merge_cli.engine.stream import check_inputs_unchanged, stream
-    from merge_cli.output.manifest import MANIFEST, index_of, input_fingerprints, manifest, write_side_files
+    from merge_cli.output.manifest import MANIFEST, count_nonfinite, index_of, input_fingerprints, manifest, write_side_files
     from merge_cli.output.staging import Done, Staging, write_file
 
     if plan.findings:
@@ -206,9 +228,9 @@ def run_average(
         done = staging.prepare({**state, "plan": merge.fingerprint(), "inputs": input_fingerprints(merge)})
         reused = len(done)
 
-        def finished(_: int, file: Any, sha256: str) -> None:
-            staging.record(file, sha256)
-            done[file.name] = Done(file.file_bytes, sha256)
+        def finished(_: int, file: Any, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            staging.record(file, sha256, nonfinite)
+            done[file.name] = Done(file.file_bytes, sha256, nonfinite)
 
         todo = [file for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
@@ -221,7 +243,7 @@ def run_average(
             write_file(staging.checkpoint / index[0], index[1])
         _check_complete(merge, staging.checkpoint)
         staging.publish(plan.overwrite)
-    return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, statistics.nonfinite)
+    return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, count_nonfinite(done))
 
 
 def _check_complete(merge: MergePlan, folder: Path) -> None:
@@ -257,23 +279,51 @@ def _select(
     order: str,
     last: int | None,
     every: int | str | None,
-    from_step: int | None,
-    to_step: int | None,
-    before: int | None,
+    from_step: int | str | None,
+    to_step: int | str | None,
+    before: int | str | None,
     tokens_per_step: int | None,
     parameters: dict[str, Any],
 ) -> Selection:
     if not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
+    if tokens_per_step is not None and not any(map(is_in_tokens, (every, from_step, to_step, before))):
+        raise UsageError(
+            "--tokens-per-step is given, and no amount is in tokens",
+            hint="amounts in tokens have a suffix (--every 8B); plain numbers are steps, and do not need --tokens-per-step",
+        )
     if parameters.get("weights") is not None and order == "step" and method == "weights":
         order = "given"  # weights belong to the checkpoints as they were typed
+
+    def steps(option: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
+        return None if amount is None else parse_amount(amount, tokens_per_step, option=option, rounding=rounding)
+
     skipped: list[str] = []
-    candidates = [read_candidate(path) for path in discover([Path(path) for path in paths], skipped.append)]
-    ordered = order_candidates(candidates, order, METHODS[method].needs_steps)
-    if isinstance(every, str):
-        every = parse_amount(every, tokens_per_step)
-    selection = select(ordered, last=last, every=every, from_step=from_step, to_step=to_step, before=before)
-    return replace(selection, notes=(*skipped, *selection.notes))
+    candidates = [read_candidate(path) for path in discover(paths, skipped.append)]
+    ordered = order_candidates(candidates, order, METHODS[method].needs_steps or last is not None)
+    selection = select(
+        ordered,
+        last=last,
+        every=steps("--every", every, round),
+        from_step=steps("--from", from_step, math.ceil),
+        to_step=steps("--to", to_step, math.floor),
+        before=steps("--before", before, math.ceil),
+    )
+    notes, warnings = check_doubts(ordered, selection.candidates)
+    chosen = selection.candidates
+    unknown = sum(candidate.step is None for candidate in chosen)
+    if order == "step" and unknown and len(chosen) > 1:
+        about = f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given"
+        (notes if unknown == len(chosen) else warnings).append(f"{about}, {chosen[-1].path} last")
+    steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
+    if order == "given" and steps_known != sorted(steps_known):
+        notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
+    merged = [str(candidate.path) for candidate in chosen if (candidate.path / "pmerge.json").exists()]
+    if merged:
+        warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
+    if len(chosen) == 1:
+        warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
+    return Selection(chosen, (*skipped, *selection.notes, *notes), tuple(warnings))
 
 
 def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:
@@ -293,7 +343,7 @@ def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]
 
 def _find_base(candidates: Sequence[Candidate], base: StrPath | None) -> int:
     if base is None:
-        return len(candidates) - 1
+        return len(candidates) - 1  # the last in the order: the newest by step, the last one typed by --order given
     wanted = Path(base).resolve()
     for position, candidate in enumerate(candidates):
         if candidate.path.resolve() == wanted:

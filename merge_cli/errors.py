@@ -8,7 +8,7 @@
     |-- NonFiniteError             exit 1   NaN or Inf in an input, overflow in the output
     |-- ChangedError               exit 1   an input changed while it was being read
     |-- OutputError                exit 1   the destination cannot be written (space, permission, lock)
-    `-- Interrupted                exit 130 or 143   SIGINT or SIGTERM
+    `-- Interrupted                exit 130, 143 or 129   SIGINT, SIGTERM or SIGHUP
 
 An error is written for the person at the keyboard: `message` is one line saying what is wrong and where, `details` are the
 lines below it (found, expected), `hint` is what to do, with a command that can be run where there is one. Only the command

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_cli.agreement import config_differences
+from merge_cli.errors import InputError
 from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import DTYPES, Header
-from merge_cli.selection import discover, order_candidates, read_candidate
+from merge_cli.selection import discover, read_candidate
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d+)\.")
 _FUSED = re.compile(r"^(?P<experts>.+\.experts)\.[^.]+$")
@@ -40,17 +41,39 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_checkpoints(paths: Sequence[Path]) -> tuple[list[Inspection], list[str]]:
-    """Inspect the checkpoints at `paths` (or in a run folder), by step where all have one; and say what differs between them."""
-    candidates = [read_candidate(path) for path in discover(paths)]
+@dataclass(frozen=True)
+class Report:
+    """The checkpoints that could be read, what differs between them, what discovery left out, and the errors of broken ones."""
+
+    checkpoints: list[Inspection]
+    differences: list[str]
+    notes: list[str]
+    broken: dict[str, InputError]
+
+
+def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
+    """Inspect the checkpoints at `paths` (or in a run folder), by step where all have one; and say what differs between them.
+
+    A broken checkpoint does not hide the others: its error is in `broken`, by path. Raises InputError where `paths` name nothing.
+    """
+    notes: list[str] = []
+    candidates = [read_candidate(path) for path in discover(paths, notes.append)]
     if all(candidate.step is not None for candidate in candidates):
-        candidates = sorted(candidates, key=lambda candidate: candidate.step or 0)
-    else:
-        candidates = list(order_candidates(candidates, "given", False))
+        candidates.sort(key=lambda candidate: candidate.step or 0)
+    notes += [candidate.doubt.message for candidate in candidates if candidate.doubt is not None]
     seen: dict[str, Header] = {}
-    checkpoints = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
-    found = [_inspect(c, candidate.step) for c, candidate in zip(checkpoints, candidates, strict=True)]
-    return found, _differences(checkpoints)
+    checkpoints: list[Checkpoint] = []
+    found: list[Inspection] = []
+    broken: dict[str, InputError] = {}
+    for candidate in candidates:
+        try:
+            checkpoint = open_checkpoint(candidate.path, seen=seen)
+        except InputError as error:
+            broken[str(candidate.path)] = error
+        else:
+            checkpoints.append(checkpoint)
+            found.append(_inspect(checkpoint, candidate.step))
+    return Report(found, _differences(checkpoints), notes, broken)
 
 
 def _inspect(checkpoint: Checkpoint, step: int | None) -> Inspection:
@@ -96,6 +119,8 @@ def _quantization(checkpoint: Checkpoint) -> str:
 
 def _differences(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """What differs from the last checkpoint: tensors, shapes, dtypes, config; at most ten lines per checkpoint."""
+    if not checkpoints:
+        return []
     *others, newest = checkpoints
     lines: list[str] = []
     for checkpoint in others:

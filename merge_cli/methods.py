@@ -303,7 +303,8 @@ METHODS: dict[str, Method] = {
     "decay": Method(
         name="decay",
         summary="as if the learning rate had decayed over the window",
-        formula="w_i = floor + (1-floor) f(i/N), c_i = w_i - w_{i+1}, c_{N-1} = w_{N-1}",
+        formula="w_i = floor + (1-floor) f(t_i), c_i = w_i - w_{i+1}, c_{N-1} = w_{N-1}; t_i = i/N, or if unevenly spaced "
+        "(T_i-T_0)/(T_{N-1}-T_0+mean gap), so that a checkpoint before a large gap weighs much",
         source="WSM, arXiv 2507.17634",
         needs_steps=True,
         function=decay,
@@ -374,10 +375,13 @@ def _is_finite_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _out_of_range(name: str, found: object, expected: str) -> UsageError:
-    option = "--" + name.replace("_", "-")
     return UsageError(
-        f"{option} is out of range",
+        f"{_option(name)} is out of range",
         details=[f"found     {found}", f"expected  {expected}"],
         hint="pmerge average --help lists the methods and their parameters",
     )
@@ -387,8 +391,8 @@ def _check_kind(method: Method, name: str, value: object) -> None:
     parameter = method.parameters.get(name)
     if parameter is None:
         raise UsageError(
-            f"method {method.name} has no parameter `{name}`",
-            details=[f"expected  {', '.join(method.parameters) or 'no parameters'}"],
+            f"method {method.name} does not take {_option(name)}",
+            details=[f"expected  {', '.join(map(_option, method.parameters)) or 'no parameters'}"],
             hint="leave it out, or choose the method that has it: "
             + (", ".join(m.name for m in METHODS.values() if name in m.parameters) or "none does"),
         )

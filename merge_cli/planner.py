@@ -52,7 +52,7 @@ def build_plan(
     """Plan the merge of `inputs` (oldest to newest) into `outputs`, with the layout of `inputs[base]`.
 
     Raises MismatchError when the checkpoints differ in their tensors, UnsupportedError for tensors that cannot be averaged, and
-    UsageError for a glob that matches nothing.
+    UsageError for a glob that matches nothing, or globs that leave nothing to average.
     """
     seen: dict[object, Any] = {}
     views = [view(checkpoint, seen) for checkpoint in inputs]
@@ -66,6 +66,7 @@ def build_plan(
             hint="leave --requantize out, or name a quantised checkpoint:  --base PATH",
         )
     entries = list(_entries(spec, views[base], tensors[base], base, len(inputs)))
+    _check_something_is_averaged(spec, entries, len(inputs))
     files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
     return MergePlan(
         spec,
@@ -74,10 +75,18 @@ def build_plan(
         base,
         tuple(outputs),
         files,
-        warnings=(*(note for checkpoint in inputs for note in checkpoint.notes), *disagreements(inputs, tensors, base)),
+        warnings=tuple(disagreements(inputs, tensors, base)),
         notes=(*notes, *_what_happens(spec, views, base, entries)),
         dequantized=bool(views[base].owner) and not spec.requantize,
     )
+
+
+def _check_something_is_averaged(spec: MergeSpec, entries: Sequence[Entry], num_inputs: int) -> None:
+    if any(entry.kind in ("average", "quantize") and len(entry.sources) == num_inputs for entry in entries):
+        return
+    if spec.include or spec.exclude:
+        raise UsageError("nothing would be averaged: --include and --exclude leave no tensor of floats", hint="narrow --exclude")
+    raise UsageError("nothing would be averaged: the checkpoints hold no tensor of floats")
 
 
 def _in_base_dialect(base: View, other: View, notes: list[str]) -> Mapping[str, Logical]:

@@ -7,6 +7,7 @@ its `trainer_state.json`, else the number in its name. Everything here is pure b
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from merge_cli.errors import InputError, MismatchError, UsageError, first_ten
-from merge_cli.formats.checkpoint import RANK_FOLDER
+from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 
 # A letter or a fraction after the number means that it is no step: `ckpt-7b`, `step_1.5k`. 18 digits fit any float and int64.
 _STEP = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt)[-_=]?([0-9]{1,18})(?![0-9a-z]|\.[0-9])", re.IGNORECASE)
@@ -40,21 +41,26 @@ class StepLabel:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that may be averaged; `path` is as it was given."""
+    """A checkpoint that may be averaged; `path` is as it was given.
+
+    `doubt` is why the step may be wrong: another number in the name, or a broken `trainer_state.json`.
+    """
 
     path: Path
     step: int | None
     stage: str | None
     ingredient: str | None
     mtime_ns: int
+    doubt: InputError | None = None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen checkpoints, oldest to newest, and notes on what the selection left out."""
+    """The chosen checkpoints, oldest to newest; notes that inform (what is left out), and warnings."""
 
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def parse_label(name: str) -> StepLabel:
@@ -75,13 +81,14 @@ def read_candidate(path: Path) -> Candidate:
     """The checkpoint at `path` with its step; a file without a step in its name is told by the folder it lies in.
 
     A name that says nothing (`latest`, `.`) may be a link to one that does. A folder `stage1` above the checkpoint is its stage.
+    The step of `trainer_state.json` outranks the name's; where it cannot be read, `doubt` says so.
 
-    Raises InputError for a missing path or a broken `trainer_state.json`.
+    Raises InputError for a missing path.
     """
     try:
         status = path.stat()
     except OSError as error:
-        raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {path.parent}/*") from error
+        raise no_such_checkpoint(path) from error
     named = path.absolute()
     if path.is_file() and parse_label(path.name).step is None:
         named = named.parent
@@ -89,14 +96,34 @@ def read_candidate(path: Path) -> Candidate:
     if label.step is None:
         label = parse_label(named.resolve().name)
     above = parse_label(named.parent.name)
-    step = _trainer_step(named / "trainer_state.json")
+    doubt = step = None
+    try:
+        step = _trainer_step(named / "trainer_state.json")
+    except InputError as error:
+        doubt = error
+    if step is not None and label.step not in (None, step):
+        doubt = InputError(f"{path} is step {step} by its trainer_state.json, not {label.step} as in its name")
     return Candidate(
         path,
         label.step if step is None else step,
         label.stage or above.stage,
         label.ingredient or above.ingredient,
         status.st_mtime_ns,
+        doubt,
     )
+
+
+def no_such_checkpoint(path: Path) -> InputError:
+    """The error for a path where nothing is; a glob in it means that the shell found nothing either."""
+    parent = next((above for above in path.parents if above.exists() and not _is_glob(above)), Path())
+    hint = f"look what is there:  ls {parent}"
+    if _is_glob(path):
+        return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=hint)
+    return InputError(f"no such checkpoint: {path}", hint=hint)
+
+
+def _is_glob(path: Path) -> bool:
+    return any(character in str(path) for character in "*?[")
 
 
 def _trainer_step(path: Path) -> int | None:
@@ -130,7 +157,7 @@ def is_checkpoint(folder: Path) -> bool:
     return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(rank))
 
 
-def discover(paths: Sequence[Path], on_skip: Callable[[str], None] | None = None) -> list[Path]:
+def discover(paths: Sequence[str | os.PathLike[str]], on_skip: Callable[[str], None] | None = None) -> list[Path]:
     """The checkpoints that `paths` mean: themselves, and those inside every run folder, by number.
 
     A folder given alone is a run when it holds at least two checkpoints named by step, even if a final model was saved
@@ -138,15 +165,23 @@ def discover(paths: Sequence[Path], on_skip: Callable[[str], None] | None = None
     `on_skip`, results of pmerge, links to a neighbour (`latest`), folders named by step without safetensors, and checkpoints
     without a step (`final`, `best`) where others have one.
 
-    Raises InputError where nothing is found, UsageError when one checkpoint is named twice.
+    Raises InputError where nothing is found or one shard of several is given alone, UsageError when one checkpoint is named twice.
     """
     found: list[Path] = []
-    for path in paths:
+    for given in paths:
+        if not os.fspath(given):
+            raise UsageError("a checkpoint's path is empty", hint="is a variable of the shell unset?")
+        path = Path(given)
         if not path.exists():
-            raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {path.parent}/*")
+            raise no_such_checkpoint(path)
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise InputError(f"not a safetensors file: {path}", hint="pmerge reads safetensors; convert other formats first")
+            shard = SHARD_NUMBER.match(path.name)
+            if shard and int(shard["count"]) > 1:
+                raise InputError(
+                    f"{path} is one of {int(shard['count'])} shards of a checkpoint", hint=f"name its folder:  {path.parent}"
+                )
             found.append(path)
             continue
         inside, skipped = _checkpoints_in(path)
@@ -262,6 +297,9 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_steps: bool
     if unknown:
         if len(candidates) == 1 or not needs_steps:
             return list(candidates)
+        for candidate in candidates:
+            if candidate.step is None and candidate.doubt is not None:
+                raise candidate.doubt
         raise MismatchError(
             f"no step is known for {len(unknown)} of {len(candidates)} checkpoints",
             details=first_ten(unknown),
@@ -308,10 +346,14 @@ def select(
         chosen = [c for c in chosen if to_step is None or (c.step or 0) <= to_step]
         chosen = [c for c in chosen if before is None or (c.step or 0) < before]
     if not chosen:
-        steps = [candidate.step for candidate in candidates if candidate.step is not None]
+        asked = [f"from step {from_step}"] if from_step is not None else []
+        asked += [f"up to step {to_step}"] if to_step is not None else []
+        asked += [f"before step {before}"] if before is not None else []
+        steps = [str(candidate.step) for candidate in candidates]
         raise UsageError(
             "the selection leaves no checkpoint",
-            details=[f"found     steps {min(steps)} to {max(steps)}" if steps else "found     no steps"],
+            details=[f"asked     {', '.join(asked)}", f"found     step {', '.join(first_ten(steps))}"],
+            hint="widen the range of --from, --to and --before",
         )
     if last is not None and last < 1:
         raise UsageError(f"--last must be at least 1, not {last}")
@@ -328,6 +370,24 @@ def select(
     left_out = len(candidates) - len(chosen)
     notes = (f"{left_out} of {len(candidates)} checkpoints are left out by the selection",) if left_out else ()
     return Selection(tuple(chosen), notes)
+
+
+def check_doubts(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> tuple[list[str], list[str]]:
+    """Notes and warnings on steps that may be wrong: a line on the checkpoints left out, and one on the chosen ones.
+
+    Raises the InputError of a chosen checkpoint whose `trainer_state.json` is broken and whose name has no step either.
+    """
+    for candidate in chosen:
+        if candidate.doubt is not None and candidate.step is None:
+            raise candidate.doubt
+    left_out = [candidate for candidate in candidates if candidate not in chosen]
+    return _doubts(left_out), _doubts(chosen)
+
+
+def _doubts(candidates: Sequence[Candidate]) -> list[str]:
+    doubts = [candidate.doubt for candidate in candidates if candidate.doubt is not None]
+    more = f" (and {len(doubts) - 1} more checkpoints with a doubtful step)" if len(doubts) > 1 else ""
+    return [f"{doubts[0].message}{more}"] if doubts else []
 
 
 def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> list[Candidate]:
@@ -365,24 +425,40 @@ def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> lis
     return [taken[stride][1] for stride in sorted(taken, reverse=True)]
 
 
-def parse_amount(text: str, tokens_per_step: int | None = None) -> int:
-    """Steps of "500", "2k", "1_000"; or of "8B" and other amounts in tokens when `tokens_per_step` is known.
+def is_in_tokens(amount: int | str | None) -> bool:
+    """Whether `amount` has a suffix (k, M, B, T), and so is in tokens where the tokens of a step are known."""
+    return isinstance(amount, str) and bool(_AMOUNT.fullmatch(amount)) and amount.strip()[-1].isalpha()
 
-    With `tokens_per_step` every amount is in tokens, and rounded to whole steps. Raises UsageError.
+
+def parse_amount(
+    text: int | str,
+    tokens_per_step: int | None = None,
+    *,
+    option: str = "--every",
+    rounding: Callable[[Fraction], int] = round,
+) -> int:
+    """Steps of "500", "2k", "1_000"; or, where `tokens_per_step` is given, of tokens if there is a suffix: "8B".
+
+    A plain number is always in steps. Tokens become whole steps by `rounding`. Raises UsageError, which names `option`.
     """
-    match = _AMOUNT.fullmatch(text)
+    if tokens_per_step is not None and tokens_per_step < 1:
+        raise UsageError(f"--tokens-per-step must be at least 1, not {tokens_per_step}", hint="--tokens-per-step 4M")
+    match = _AMOUNT.fullmatch(str(text))
     if not match:
-        raise UsageError(f"not a number of steps or tokens: {text!r}", details=["expected  500, 2k or, in tokens, 8B"])
+        raise UsageError(f"{option} cannot be {text!r}", details=["expected  a number such as 500, 10_000, 2k or 8B"])
     amount = Fraction(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " ")
-    if tokens_per_step is None:
+    if tokens_per_step is None or not match[2]:
         if match[2].upper() in ("B", "T"):
-            raise UsageError(f"{text} is an amount of tokens", hint="say how many tokens a step has:  --tokens-per-step 4M")
+            raise UsageError(
+                f"{option} {text} is an amount of tokens", hint="say how many tokens a step has:  --tokens-per-step 4M"
+            )
         if amount.denominator != 1:
-            raise UsageError(f"not a whole number of steps: {text}")
+            raise UsageError(f"{option} {text} is not a whole number of steps")
         return int(amount)
-    if tokens_per_step < 1:
-        raise UsageError(f"--tokens-per-step must be at least 1, not {tokens_per_step}")
-    steps: int = round(amount / tokens_per_step)
+    steps = rounding(amount / tokens_per_step)
     if steps < 1:
-        raise UsageError(f"{text} tokens are less than one step of {tokens_per_step} tokens")
+        raise UsageError(
+            f"{option} {text} tokens are less than one step of {tokens_per_step} tokens",
+            hint=f"with --tokens-per-step a suffix means tokens; steps are plain numbers:  {option} {int(amount)}",
+        )
     return steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from reference import exact_mean, load
 from torch import Tensor
 
 from merge_cli import average
+from merge_cli.engine import stream as engine_stream
 from merge_cli.errors import MismatchError, NonFiniteError
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -320,6 +322,42 @@ def test_nan_and_inf_are_reported_when_allowed(threads: int, tmp_path: Path) -> 
         assert torch.equal(found[finite], expected[finite]), name
     single = average(paths, tmp_path / "single", allow_nonfinite=True, threads=1).output
     assert digests(single) == digests(result.output)
+
+
+def test_of_several_nans_the_first_in_the_plan_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = training_run(neighbours(), 3)
+    run[0]["layers.5.weight"][0, 0] = torch.nan
+    run[2]["layers.2.weight"][0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"layers\.2\.weight") as refused:
+        average(write_run(tmp_path / "near", run), tmp_path / "out")
+    assert "--allow-nonfinite" in refused.value.hint
+    run = [{name: torch.full((1 << 21,), torch.nan) for name in ("a", "b")}] * 2
+    describe = engine_stream.describe_nonfinite
+
+    def slow_at_first(lane: Any, run: Any, start: int, count: int) -> Any:
+        time.sleep(1.0 if run.key_at(start) == "a" else 0.0)
+        return describe(lane, run, start, min(count, 1))
+
+    monkeypatch.setattr(engine_stream, "describe_nonfinite", slow_at_first)
+    with pytest.raises(NonFiniteError, match="`a`"):
+        average(write_run(tmp_path / "apart", run), tmp_path / "out", threads=4)
+
+
+def test_nan_counts_are_in_the_manifest_and_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = training_run(neighbours(), 2)
+    run[0]["layers.3.weight"][2, 3] = run[1]["layers.40.weight"][0, 0] = torch.nan
+    paths = write_run(tmp_path / "run", run, shards=2)
+    expected = {"layers.3.weight": 1, "layers.40.weight": 1}
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("merge_cli.output.manifest.write_side_files", interrupted)
+        average(paths, tmp_path / "out", allow_nonfinite=True)
+    result = average(paths, tmp_path / "out", allow_nonfinite=True)
+    assert result.reused == 2 and result.nonfinite == expected
+    assert json.loads((tmp_path / "out" / "pmerge.json").read_text())["nonfinite"] == expected
 
 
 def test_nan_counts_where_its_weight_is_zero(tmp_path: Path) -> None:

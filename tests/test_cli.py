@@ -83,7 +83,7 @@ def test_weights_by_path(run: Path) -> None:
 def test_dry_run_lists_findings_writes_nothing_and_exits_0(run: Path) -> None:
     (run.parent / "taken").mkdir()
     done = pmerge("average", run, "-o", run.parent / "taken", "--dry-run", cwd=run.parent)
-    assert "finding:" in done.stderr and "exists already" in done.stderr
+    assert "finding:" in done.stderr and "exists already" in done.stderr and "hint: choose another place" in done.stderr
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "taken"]
     plan = json.loads(pmerge("average", run, "--dry-run", "--json", "--quiet", cwd=run.parent).stdout)
     assert plan["bytes_to_read"] == 10 * (40 * 7 * 2 + 13 * 4 + 8) and plan["findings"] == []
@@ -127,8 +127,22 @@ def test_wrong_shape_is_named_with_steps(run: Path) -> None:
     ("arguments", "text"),
     [
         (["average", "nowhere"], "no such checkpoint"),
+        (["average", "run/step_*/"], "nothing matches run/step_*"),
+        (["average", ""], "path is empty"),
+        (["inspect", ""], "path is empty"),
+        (["average", "run", "-o", ""], "-o is empty"),
+        (["average", "run", "-o", "/"], "the result cannot be /"),
+        (["average", "run/ckpt_1000:0.5", "run/ckpt_2000:half"], "'half' is not a weight"),
+        (["average", "run", "--every", "500", "--tokens-per-step", "4M"], "no amount is in tokens"),
+        (["average", "run", "--tokens-per-step", "4M"], "no amount is in tokens"),
+        (["average", "run", "--every", "8B", "--tokens-per-step", "0"], "--tokens-per-step must be at least 1"),
+        (["average", "run", "--tokens-per-step", "many"], "--tokens-per-step cannot be 'many'"),
+        (["average", "run", "--from", "soon"], "--from cannot be 'soon'"),
+        (["average", "run", "--from", "9k", "--to", "1_000"], "from step 9000, up to step 1000"),
+        (["average", "run", "--exclude", "*"], "nothing would be averaged"),
+        (["average", "run", "--include", "model.count"], "nothing would be averaged"),
         (["average", "run", "--method", "median"], "--method cannot be 'median'"),
-        (["average", "run", "--method", "sma", "--alpha", "0.1"], "alpha"),
+        (["average", "run", "--method", "sma", "--half-life", "10"], "method sma does not take --half-life"),
         (["average", "run", "--memory", "much"], "--memory cannot be 'much'"),
         (["average", "run", "--memory", "10kB"], "--memory is too small"),
         (["average", "run", "--exclude", "nothing*"], "no tensor matches"),
@@ -174,6 +188,18 @@ def test_inspect_shows_what_differs(run: Path) -> None:
     assert "optimizer.pt" in pmerge("inspect", run, cwd=run).stdout
 
 
+def test_inspect_shows_the_others_when_one_is_broken(run: Path) -> None:
+    (run / "ckpt_3000" / "model-00002-of-00002.safetensors").unlink()
+    (run / "ckpt_500").mkdir()
+    done = pmerge("inspect", "run", cwd=run.parent, expect=2)
+    assert "ckpt_2000" in done.stdout and "ckpt_10000" in done.stdout and "ckpt_500 is left out" in done.stdout
+    assert "broken: run/ckpt_3000: 1 of 2 weight files are missing" in done.stderr
+    found = json.loads(pmerge("inspect", "run", "--json", cwd=run.parent, expect=2).stdout)
+    assert len(found["checkpoints"]) == 9 and found["broken"][0]["path"] == "run/ckpt_3000"
+    assert found["notes"] == ["run/ckpt_500 is left out: it holds no safetensors files"]
+    assert pmerge("inspect", run / "ckpt_3000", cwd=run, expect=2).stdout == ""
+
+
 def test_an_interrupted_run_leaves_nothing_and_continues(run: Path) -> None:
     big = run.parent / "big"
     for step in (1, 2):
@@ -201,6 +227,78 @@ def test_an_interrupted_run_leaves_nothing_and_continues(run: Path) -> None:
     again = json.loads(pmerge("average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB", "--json", cwd=run.parent).stdout)
     assert again["files_reused"] >= 1
     assert torch.equal(load_file(run.parent / "out" / "part2.safetensors")["w2.3"], torch.full((4 << 20,), 1.5))
+
+
+def test_a_reader_that_went_away_is_no_failure(run: Path) -> None:
+    for command in ("average run --last 3 -o out", "inspect run", "methods"):
+        script = f"{PMERGE} {command} | true; echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", script], cwd=run.parent, capture_output=True, text=True, timeout=120)
+        assert done.stdout == "0\n" and "roken" not in done.stderr and "rror" not in done.stderr
+    assert (run.parent / "out" / "pmerge.json").exists()
+
+
+def test_notes_inform_and_warnings_warn(run: Path) -> None:
+    (run / "ckpt_500").mkdir()
+    (run / "ckpt_2000" / "trainer_state.json").write_text("{")
+    (run / "ckpt_10000" / "trainer_state.json").write_text('{"global_step": 10001}')
+    plan = json.loads(pmerge("average", run, "--last", 3, "--dry-run", "--json", "--quiet", cwd=run.parent).stdout)
+    notes, warnings = "\n".join(plan["notes"]), "\n".join(plan["warnings"])
+    assert "ckpt_500 is left out" in notes and "7 of 10 checkpoints are left out" in notes
+    assert "ckpt_2000/trainer_state.json is not a valid trainer state" in notes
+    assert "ckpt_10000 is step 10001 by its trainer_state.json, not 10000" in warnings
+    shown = pmerge("average", run, "--last", 3, "--dry-run", cwd=run.parent).stderr
+    assert f"note: {plan['notes'][0]}" in shown and f"warning: {plan['warnings'][0]}" in shown
+    (run / "ckpt_2000").rename(run / "best")
+    assert "trainer_state" in pmerge("average", run, "--last", 3, "--dry-run", cwd=run.parent, expect=2).stderr
+
+
+def test_one_checkpoint_is_a_copy_and_says_so(run: Path) -> None:
+    shown = pmerge("average", run, "--last", 1, "--dry-run", cwd=run.parent).stderr
+    assert "average of 1 checkpoint by" in shown and "only one checkpoint is selected" in shown
+
+
+def test_tokens_select_like_steps(run: Path) -> None:
+    def steps(*options: str) -> list[int]:
+        plan = json.loads(pmerge("average", run, "--dry-run", "--json", *options, cwd=run.parent).stdout)
+        return [entry["step"] for entry in plan["inputs"]]
+
+    tokens = ("--tokens-per-step", "4M")
+    assert steps("--every", "8B", *tokens) == steps("--every", "2k") == [2000, 4000, 6000, 8000, 10000]
+    assert steps("--from", "15.9B", "--before", "20B", *tokens) == steps("--from", "3_975", "--before", "5k") == [4000]
+    assert steps("--to", "2000", "--from", "1B", *tokens) == [1000, 2000]
+
+
+def test_the_last_in_the_order_is_the_base(run: Path) -> None:
+    folders = ("run/ckpt_1000", "run/ckpt_10000", "run/ckpt_2000", "--dry-run")  # as the shell sorts
+    assert "ckpt_10000  10000       0.3333  base" in pmerge("average", *folders, cwd=run.parent).stderr
+    for options in (("--order", "given"), ("--weights", "0.2,0.5,0.3")):
+        shown = pmerge("average", *folders, *options, cwd=run.parent).stderr
+        assert "note: the order given is not that of the steps; the last one, run/ckpt_2000, counts as the newest" in shown
+
+
+def test_without_steps_what_needs_an_order_is_refused(run: Path) -> None:
+    for old, new in (("ckpt_1000", "b"), ("ckpt_2000", "a")):
+        (run / old).rename(run / new)
+        (run / new / "trainer_state.json").unlink()
+    refused = pmerge("average", run / "a", run / "b", "--last", 1, "-o", "out", cwd=run.parent, expect=2)
+    assert "no step is known" in refused.stderr and "--order given" in refused.stderr
+    shown = pmerge("average", run / "b", run / "a", "-o", "out", "--dry-run", cwd=run.parent).stderr
+    assert "note: no step is known for 2 of 2 checkpoints: their order is the one given, " in shown
+    pmerge("average", run, "--last", 2, "-o", run / "merged", cwd=run.parent)
+    shown = pmerge("average", *sorted(run.iterdir()), "--dry-run", cwd=run.parent).stderr
+    assert "warning: no step is known for 3 of 11 checkpoints" in shown and f"averaged again: {run / 'merged'}" in shown
+    given = ("--order", "given", "--last", 1, "--dry-run", "--json")
+    assert json.loads(pmerge("average", run / "b", run / "a", *given, cwd=run.parent).stdout)["base"] == str(run / "a")
+
+
+def test_folders_of_ranks_are_not_left_out(run: Path) -> None:
+    for step in (1, 2):
+        for rank in ("mp_rank_00", "mp_rank_01"):
+            (run.parent / "ranks" / f"step_{step}" / rank).mkdir(parents=True)
+            save_file({"w": torch.full((3,), float(step))}, run.parent / "ranks" / f"step_{step}" / rank / "model.safetensors")
+            (run.parent / "ranks" / f"step_{step}" / rank / "optim.pt").write_bytes(b"")
+    shown = pmerge("average", "ranks", "--dry-run", cwd=run.parent).stderr
+    assert "left out: mp_rank_00/optim.pt, mp_rank_01/optim.pt\n" in shown
 
 
 def test_raw_checkpoints_are_never_overwritten(run: Path) -> None:

@@ -249,7 +249,7 @@ def test_explicit_weights_that_are_refused(weights: list[Any], normalize: bool) 
     ("method", "parameters", "said"),
     [
         ("slerp", {}, "sma, wma, ema, decay, power, weights"),
-        ("sma", {"alpha": 0.1}, "no parameter `alpha`"),
+        ("sma", {"alpha": 0.1}, "method sma does not take --alpha"),
         ("ema", {"alpha": 0.0}, "--alpha"),
         ("ema", {"alpha": 1.1}, "--alpha"),
         ("ema", {"alpha": math.nan}, "--alpha"),
@@ -294,6 +294,12 @@ def test_which_methods_need_true_steps() -> None:
     assert [name for name in METHODS if needs_step_numbers(name)] == ["power"]
     assert needs_step_numbers("ema", half_life=5) and not needs_step_numbers("ema", half_life=None)
     assert [name for name, method in METHODS.items() if not method.needs_steps] == ["sma", "weights"]
+
+
+def test_decay_over_uneven_steps_weighs_the_checkpoint_before_a_gap() -> None:
+    assert "before a large gap" in METHODS["decay"].formula
+    values = coefficients("decay", [1, 2, 3, 10, 11]).values
+    assert max(values) == values[2]
 
 
 def test_warnings() -> None:

@@ -1,5 +1,6 @@
 """Names to steps, order and selection."""
 
+import math
 import os
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from merge_cli.errors import InputError, MismatchError, UsageError
 from merge_cli.selection import (
     Candidate,
+    check_doubts,
     discover,
     is_checkpoint,
+    is_in_tokens,
     order_candidates,
     parse_amount,
     parse_label,
@@ -89,9 +92,17 @@ def test_amounts() -> None:
     with pytest.raises(UsageError, match="tokens"):
         parse_amount("8B")
     assert parse_amount("9007199254740993") == 2**53 + 1
-    for text, tokens_per_step in [("1.5", None), ("9" * 400, None), ("1__0", None), ("8B", 0), ("2k", 4_000_000)]:
-        with pytest.raises(UsageError):
-            parse_amount(text, tokens_per_step)
+    for text, tokens_per_step in [("1.5", None), ("9" * 400, None), ("1__0", None), ("8B", 0), ("2k", 4_000_000), ("", None)]:
+        with pytest.raises(UsageError, match=r"--from|--tokens-per-step"):
+            parse_amount(text, tokens_per_step, option="--from")
+
+
+def test_only_a_suffix_means_tokens() -> None:
+    assert [parse_amount(text, 4_000_000) for text in ("500", "10_000", "8M", "1T", 7)] == [500, 10_000, 2, 250_000, 7]
+    assert [is_in_tokens(text) for text in ("500", "8B", " 8b ", None, 8, "")] == [False, True, True, False, False, False]
+    assert [parse_amount("10M", 4_000_000, rounding=way) for way in (math.floor, math.ceil)] == [2, 3]
+    with pytest.raises(UsageError, match="plain numbers:  --every 2000"):
+        parse_amount("2k", 4_000_000)
 
 
 def test_order_refuses_what_has_none() -> None:
@@ -157,8 +168,11 @@ def test_selection_without_steps_is_by_position() -> None:
     for option in ("every", "from_step", "to_step", "before"):
         with pytest.raises(UsageError, match="need the step"):
             select(unnamed, **{option: 1})
-    with pytest.raises(UsageError, match="leaves no checkpoint"):
+    with pytest.raises(UsageError, match="leaves no checkpoint") as refused:
         select(run(1, 2), from_step=5, to_step=3)
+    assert "from step 5, up to step 3" in str(refused.value) and "found     step 1, 2" in str(refused.value)
+    with pytest.raises(UsageError, match="before step 1"):
+        select(run(1, 2), before=1)
     with pytest.raises(UsageError, match="at least 1"):
         select(run(1, 2), last=0)
 
@@ -248,6 +262,7 @@ def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None
     checkpoint(tmp_path / "project" / "run" / "step_1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "model-00001-of-00003.safetensors").write_bytes(b"")
     for name, said in [
         ("pickles", "step_1/pytorch_model.bin"),
         ("sharded", "dcp_to_torch"),
@@ -255,6 +270,9 @@ def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None
         ("empty", "an empty folder"),
         ("missing", "no such checkpoint"),
         ("notes.txt", "not a safetensors file"),
+        ("ckpt_*", "the shell found nothing"),
+        ("model-00001-of-00003.safetensors", f"name its folder:  {tmp_path}"),
+        ("nowhere/ckpt_1", f"ls {tmp_path}"),
     ]:
         with pytest.raises(InputError) as refused:
             discover([tmp_path / name])
@@ -267,8 +285,9 @@ def test_trainer_state_outranks_the_name(tmp_path: Path) -> None:
     state = folder / "trainer_state.json"
     state.write_text('{"global_step": 700, "loss": NaN}')
     assert read_candidate(folder).step == read_candidate(folder / "model.safetensors").step == 700
+    assert "step 700 by its trainer_state.json, not 500 as in its name" in str(read_candidate(folder).doubt)
     state.write_text('{"epoch": 1.0}')
-    assert read_candidate(folder).step == 500
+    assert read_candidate(folder).step == 500 and read_candidate(folder).doubt is None
     assert read_candidate(folder).mtime_ns == folder.stat().st_mtime_ns
 
 
@@ -280,8 +299,20 @@ def test_trainer_state_outranks_the_name(tmp_path: Path) -> None:
 def test_a_broken_trainer_state_is_named(tmp_path: Path, text: str) -> None:
     folder = checkpoint(tmp_path / "checkpoint-500")
     (folder / "trainer_state.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match="trainer_state"):
-        read_candidate(folder)
+    found = read_candidate(folder)
+    assert found.step == 500 and "trainer_state" in str(found.doubt)
+    nameless = read_candidate(folder.rename(tmp_path / "nameless"))
+    assert nameless.step is None
+    notes, warnings = check_doubts([found, *run(1, 2)], run(1, 2))
+    assert "trainer_state" in notes[0] and warnings == []
+    notes, warnings = check_doubts([found, *run(1, 2)], [found])
+    assert notes == [] and "trainer_state" in warnings[0]
+    for attempt in (
+        lambda: check_doubts([nameless], [nameless]),
+        lambda: order_candidates([nameless, *run(1)], "step", True),
+    ):
+        with pytest.raises(InputError, match="trainer_state"):
+            attempt()
 
 
 def test_a_huge_or_odd_trainer_state_is_not_read(tmp_path: Path) -> None:
@@ -292,8 +323,7 @@ def test_a_huge_or_odd_trainer_state_is_not_read(tmp_path: Path) -> None:
     state.unlink()
     with state.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(InputError, match="larger than"):
-        read_candidate(folder)
+    assert "larger than" in str(read_candidate(folder).doubt)
 
 
 def test_stage_of_the_folder_above(tmp_path: Path) -> None:

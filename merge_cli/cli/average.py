@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_cli.cli import console
-from merge_cli.errors import Interrupted, UsageError
+from merge_cli.errors import Interrupted, UsageError, first_ten
 
 if TYPE_CHECKING:
     from merge_cli.averaging import AveragePlan, AverageResult
@@ -37,7 +37,7 @@ def average_command(
         list[str],
         typer.Argument(help="Checkpoint folders, .safetensors files, or one run folder; PATH:WEIGHT for weights."),
     ],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the result goes.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")] = None,
     method: Annotated[str | None, typer.Option(help="sma, wma, ema, decay, power or weights (default sma).")] = None,
     alpha: Annotated[float | None, typer.Option(help="ema: share of each newer checkpoint (0.2).")] = None,
     half_life: Annotated[float | None, typer.Option(help="ema: steps after which a weight has halved.")] = None,
@@ -46,14 +46,21 @@ def average_command(
     sigma_rel: Annotated[float | None, typer.Option(help="power: relative width (0.1).")] = None,
     weights: Annotated[str | None, typer.Option(help="weights: numbers in the order given, as 0.2,0.3,0.5.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="weights: divide them by their sum.")] = False,
-    order: Annotated[str, typer.Option(help="step, given or mtime.")] = "step",
+    order: Annotated[str, typer.Option(help="step, given (as typed, oldest first) or mtime.")] = "step",
     last: Annotated[int | None, typer.Option(help="Only the newest N.")] = None,
-    every: Annotated[str | None, typer.Option(help="One checkpoint every V steps (or 8B tokens).")] = None,
-    from_step: Annotated[int | None, typer.Option("--from", help="From this step on.")] = None,
-    to_step: Annotated[int | None, typer.Option("--to", help="Up to and including this step.")] = None,
-    before: Annotated[int | None, typer.Option(help="Before this step (a loss spike).")] = None,
-    tokens_per_step: Annotated[str | None, typer.Option(help="So that --every can be given in tokens: 4M.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Whose layout and side files are kept (the newest).")] = None,
+    every: Annotated[str | None, typer.Option(metavar="V", help="One every V steps (500, 2k), back from the newest.")] = None,
+    from_step: Annotated[str | None, typer.Option("--from", metavar="STEP", help="From this step on.")] = None,
+    to_step: Annotated[str | None, typer.Option("--to", metavar="STEP", help="Up to and including this step.")] = None,
+    before: Annotated[str | None, typer.Option(metavar="STEP", help="Before this step (a loss spike).")] = None,
+    tokens_per_step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="As 4M: amounts above with a suffix (--every 8B) are then tokens; plain numbers stay steps."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Whose layout and side files are kept (the last in order).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
     accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64 (auto: fp32 where that is exact).")] = "auto",
     include: Annotated[list[str] | None, typer.Option(help="Average only tensors that match this glob.")] = None,
@@ -118,7 +125,7 @@ def average_command(
     if not quiet:
         _show_plan(plan)
     if dry_run:
-        _finish_dry_run(plan, as_json)
+        _finish_dry_run(plan, as_json, quiet)
         return
     with console.ProgressLine(quiet) as progress:
         try:
@@ -139,6 +146,9 @@ def _weighted_paths(arguments: list[str]) -> tuple[list[str], list[float] | None
     weighted = [
         bool(path) and _is_float(weight) and not Path(a).exists() for a, (path, _, weight) in zip(arguments, pairs, strict=True)
     ]
+    for argument, (path, _, weight), is_weighted in zip(arguments, pairs, weighted, strict=True):
+        if path and not is_weighted and not Path(argument).exists() and Path(path).exists():
+            raise UsageError(f"{argument}: {weight!r} is not a weight", details=["expected  PATH:WEIGHT"], hint=f"{path}:0.5")
     if not any(weighted):
         return arguments, None
     if not all(weighted):
@@ -165,7 +175,7 @@ def _parse_weights(text: str) -> list[float]:
 def _parse_count(text: str | None) -> int | None:
     from merge_cli.selection import parse_amount
 
-    return None if text is None else parse_amount(text, 1)
+    return None if text is None else parse_amount(text, 1, option="--tokens-per-step")
 
 
 def _show_plan(plan: AveragePlan) -> None:
@@ -181,43 +191,42 @@ def _show_plan(plan: AveragePlan) -> None:
         for i, (candidate, value) in enumerate(zip(plan.candidates, chosen.values, strict=True))
     ]
     parameters = "".join(f" {k}={v}" for k, v in merge.spec.parameters.items() if k != "weights")
-    console.say(f"average of {len(rows)} checkpoints by {merge.spec.method}{parameters} -> {plan.output}")
+    count = f"{len(rows)} checkpoint" + ("s" if len(rows) > 1 else "")
+    console.say(f"average of {count} by {merge.spec.method}{parameters} -> {plan.output}")
     for line in console.table(("checkpoint", "step", "coefficient", ""), rows):
         console.say(line)
     console.say(f"  effective sample size {chosen.effective_sample_size:.2f}, mean age {chosen.mean_age():.2f} intervals")
     console.say(
         f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
-        f" in {len(merge.files)} files, buffers {console.human_bytes(plan.budget.bytes)}"
+        f" in {len(merge.files)} file{'s' if len(merge.files) > 1 else ''}, buffers {console.human_bytes(plan.budget.bytes)}"
         f" ({plan.budget.workers} threads), device {plan.device.name}"
     )
     side = merge.inputs[merge.base].side_files
     if side.kept or side.skipped:
-        console.say(f"  kept from the base: {', '.join(side.kept) or 'nothing'}")
-        console.say(f"  left out: {', '.join(side.skipped) or 'nothing'}")
-    for note in merge.notes:
-        console.say(f"  {note}")
+        console.say(f"  kept from the base: {console.names(side.kept) or 'nothing'}")
+        console.say(f"  left out: {console.names(side.skipped) or 'nothing'}")
     copied = sorted({key for file in merge.files for run in file.runs if run.is_copy for key in run.keys})
     if copied:
-        console.say(f"  copied, not averaged: {len(copied)} tensors ({', '.join(copied[:3])}{' ...' if len(copied) > 3 else ''})")
+        console.say(f"  copied, not averaged: {len(copied)} tensors ({console.names(copied, 3)})")
     if merge.spec.dtype != "keep":
         console.say(f"  floats are written as {merge.spec.dtype}; config.json says so")
     for note in plan.notes:
-        console.say(f"warning: {note}")
+        console.say(f"note: {note}")
+    for warning in plan.warnings:
+        console.say(f"warning: {warning}")
 
 
-def _finish_dry_run(plan: AveragePlan, as_json: bool) -> None:
+def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool) -> None:
+    if not (as_json and quiet):
+        for finding in plan.findings:
+            console.print_error(finding, "finding")
+    if not quiet:
+        fine = "" if plan.findings else "; nothing that headers show would stop this run (values were not read)"
+        console.say(f"dry run: nothing was written{fine}")
     if as_json:
         console.out_json(_as_json(plan))
-        return
-    for finding in plan.findings:
-        console.say(f"finding: {finding.message}")
-        for line in finding.details:
-            console.say(f"  {line}")
-    console.say(
-        "dry run: nothing was written"
-        + ("" if plan.findings else "; nothing that headers show would stop this run (values were not read)")
-    )
-    console.out(plan.output)
+    else:
+        console.out(plan.output)
 
 
 def _show_result(plan: AveragePlan, result: AverageResult) -> None:
@@ -238,8 +247,8 @@ def _show_result(plan: AveragePlan, result: AverageResult) -> None:
         console.say(f"quantising again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
     if result.reused:
         console.say(f"{result.reused} files had been finished by an earlier run and were kept")
-    for key, count in sorted(result.nonfinite.items())[:10]:
-        console.say(f"warning: `{key}` has {count} NaN or Inf elements")
+    for line in first_ten([f"`{key}` has {count} NaN or Inf elements" for key, count in result.nonfinite.items()], "such tensors"):
+        console.say(f"warning: {line}")
 
 
 def _as_json(plan: AveragePlan) -> dict[str, Any]:
@@ -261,8 +270,8 @@ def _as_json(plan: AveragePlan) -> dict[str, Any]:
         "files": len(merge.files),
         "memory_bytes": plan.budget.bytes,
         "device": plan.device.name,
-        "notes": list(merge.notes),
-        "warnings": list(plan.notes),
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
         "findings": [str(finding) for finding in plan.findings],
     }
 

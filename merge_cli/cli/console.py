@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ def printable(text: object) -> str:
 
 
 def out(line: object) -> None:
-    """One line of result on stdout. Raises OutputError where stdout cannot be written, BrokenPipeError where nobody reads it."""
+    """One line of result on stdout. Raises OutputError where it cannot be written; a reader that went away is no error."""
     _print(printable(line))
 
 
@@ -43,19 +44,24 @@ def say(line: str = "") -> None:
 def _print(text: str) -> None:
     try:
         print(text, flush=True)  # noqa: T201
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the reader has seen enough (`| head -1`): what was done stays done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         raise OutputError(f"cannot write to standard output: {error.strerror}") from error
 
 
-def print_error(error: PmergeError) -> None:
+def print_error(error: PmergeError, label: str = "error") -> None:
     """An error as the user sees it: what and where, found and expected, what to do."""
-    say(f"error: {error.message}")
+    say(f"{label}: {error.message}")
     for line in error.details:
         say(f"  {line}")
     if error.hint:
         say(f"hint: {error.hint}")
+
+
+def names(found: Sequence[str], most: int = 12) -> str:
+    """The first names of a list on one line, and how many more there are."""
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:

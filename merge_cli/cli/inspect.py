@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from merge_cli.cli import console
 
+if TYPE_CHECKING:
+    from merge_cli.inspection import Report
+
 
 def inspect_command(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders, files, or a run folder.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint folders, files, or a run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what checkpoints hold, and what differs between them. Reads headers only.
+    """Show what checkpoints hold, and what differs between them. Reads headers only. Exit code 2 where one is broken.
 
     Example:  pmerge inspect ckpt_1000 ckpt_2000
     """
     from merge_cli.inspection import inspect_checkpoints
 
-    found, differences = inspect_checkpoints(checkpoints)
+    report = inspect_checkpoints(checkpoints)
     if as_json:
-        console.out_json({"checkpoints": [each.as_dict() for each in found], "differences": differences})
-        return
+        console.out_json(
+            {
+                "checkpoints": [each.as_dict() for each in report.checkpoints],
+                "differences": report.differences,
+                "notes": report.notes,
+                "broken": [{"path": path, "error": str(error)} for path, error in report.broken.items()],
+            }
+        )
+    elif report.checkpoints:
+        _show(report)
+    for path, error in report.broken.items():
+        console.print_error(error, f"broken: {path}")
+    if report.broken:
+        raise typer.Exit(2)
+
+
+def _show(report: Report) -> None:
+    found = report.checkpoints
     rows = [
         (
             each.path,
@@ -54,9 +72,9 @@ def inspect_command(
     newest = found[-1]
     console.out(f"side files of {newest.path}: {', '.join(newest.side_files) or 'none'}")
     console.out(f"left out by a merge: {', '.join(newest.skipped_files) or 'nothing'}")
-    for note in dict.fromkeys(note for each in found for note in each.notes):
+    for note in dict.fromkeys([*report.notes, *(note for each in found for note in each.notes)]):
         console.out(f"note: {note}")
     if len(found) > 1:
-        console.out("differences:" if differences else "no differences in tensors or config")
-    for line in differences:
+        console.out("differences:" if report.differences else "no differences in tensors or config")
+    for line in report.differences:
         console.out(f"  {line}")

@@ -28,18 +28,18 @@ class Nonfinite:
 def describe_nonfinite(lane: Lane, run: Run, start: int, count: int) -> Nonfinite:
     """Look through the chunk of `count` elements from element `start` of `run` that lies in the lane's buffers."""
     counts: Counter[str] = Counter()
-    by_file: Counter[str] = Counter()
-    culprit = ""
+    by_file: dict[str, Counter[str]] = {}
+    first = count
     for source, buffer in zip(run.sources, lane.inputs, strict=False):
         for position in _bad_positions(elements(buffer, torch_dtype(source.dtype), 0, count)):
+            first = min(first, position)
             key = run.key_at(start + position)
-            culprit = culprit or key
-            if key == culprit:
-                by_file[str(source.file.path)] += 1
+            by_file.setdefault(key, Counter())[str(source.file.path)] += 1
             counts[key] += 1
-    if culprit:
-        details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file.items())
-        hint = "leave that checkpoint out, or continue and have them reported:  --allow-nonfinite"
+    if counts:
+        culprit = run.key_at(start + first)
+        details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file[culprit].items())
+        hint = "leave that checkpoint out; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
         return Nonfinite(culprit, "has NaN or Inf in an input", details, hint, dict(counts))
     out = elements(lane.outputs[0], torch_dtype(run.dtype), 0, count)
     overflowed = _bad_positions(out)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ class Budget:
 
 @dataclass
 class Statistics:
-    """Seconds are summed over the worker threads; `nonfinite` counts elements by tensor (only with allow_nonfinite).
+    """Seconds are summed over the worker threads.
 
     `requantization_error`: the largest and the mean error that quantising the averages again has added, relative to the largest and
     the mean magnitude.
@@ -63,7 +64,6 @@ class Statistics:
     seconds_writing: float = 0.0
     bytes_read: int = 0
     bytes_written: int = 0
-    nonfinite: dict[str, int] = field(default_factory=dict)
     requantization_error: tuple[float, float] | None = None
 
 
@@ -110,12 +110,13 @@ def stream(
     budget: Budget,
     device: Device,
     on_progress: Callable[[Statistics], None],
-    on_file: Callable[[int, OutputFile, str], None],
+    on_file: Callable[[int, OutputFile, str, Mapping[str, int]], None],
 ) -> Statistics:
     """Write `files` of the plan for every output k into `folders[k]`.
 
-    `on_file(k, file, sha256)` is called from a worker thread after a file is durable under its name. The first error stops all
-    workers and is raised; partial files stay.
+    `on_file(k, file, sha256, nonfinite)` is called from a worker thread after a file is durable under its name; `nonfinite` counts
+    the elements that are NaN or Inf, by tensor (only with allow_nonfinite). An error stops all workers; of several, the one that
+    comes first in the plan is raised. Partial files stay.
     """
     with InputFiles() as inputs:
         check_equal_integers(plan, files, inputs)
@@ -129,6 +130,7 @@ class _OpenFile:
     def __init__(self, file: OutputFile, folders: Sequence[Path]) -> None:
         self.file = file
         self.writers = [ShardWriter(file, folder) for folder in folders]
+        self.nonfinite: Counter[str] = Counter()
 
 
 class _Job:
@@ -143,7 +145,7 @@ class _Job:
         device: Device,
         inputs: InputFiles,
         on_progress: Callable[[Statistics], None],
-        on_file: Callable[[int, OutputFile, str], None],
+        on_file: Callable[[int, OutputFile, str, Mapping[str, int]], None],
     ) -> None:
         self.plan = plan
         self.budget = budget
@@ -154,12 +156,12 @@ class _Job:
         self._on_progress = on_progress
         self._on_file = on_file
         self._operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
-        self._work = self._chunks(files)
+        self._work = enumerate(self._chunks(files))
         self._open: set[_OpenFile] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._finished = threading.Semaphore(0)
-        self._error: BaseException | None = None
+        self._error: tuple[int, BaseException] | None = None
         self._totals: torch.Tensor | None = None
 
     def run(self) -> Statistics:
@@ -179,7 +181,7 @@ class _Job:
                 for writer in open_file.writers:
                     writer.abandon()
         if self._error is not None:
-            raise self._error
+            raise self._error[1]
         if self._totals is not None:
             self.statistics.requantization_error = relative_errors(self._totals)
         return self.statistics
@@ -204,6 +206,7 @@ class _Job:
                     yield open_file, run, start, min(self.budget.chunk_elements, run.num_elements - start)
 
     def _worker(self) -> None:
+        number = -1
         try:
             torch.set_num_threads(1)
             lane = Lane(
@@ -219,15 +222,16 @@ class _Job:
                     chunk = next(self._work, None)
                 if chunk is None:
                     break
-                open_file, run, start, count = chunk
+                number, (open_file, run, start, count) = chunk
                 if isinstance(run, CodedRun):
                     self._process_coded(coded, open_file, run, start, start + count)
                 else:
                     self._process(lane, open_file, run, start, count)
             self._add_up(coded)
         except BaseException as error:  # handed to the main thread, which raises it
-            with self._lock:
-                self._error = self._error or error
+            with self._lock:  # chunks are taken in order: those before this one are done or in flight, and tell for themselves
+                if self._error is None or number < self._error[0]:
+                    self._error = (number, error)
             self._stopped.set()
         finally:
             self._finished.release()
@@ -248,7 +252,7 @@ class _Job:
         read = time.perf_counter()
         if run.kind == "average":
             if not lane.reduce(run, count, self._operations, self.plan.spec.accumulate):
-                self._handle_nonfinite(lane, run, start, count)
+                self._handle_nonfinite(lane, open_file, run, start, count)
             results = lane.outputs
         else:
             results = [lane.inputs[0]] * len(open_file.writers)
@@ -277,6 +281,9 @@ class _Job:
             if self._stopped.is_set():
                 return
             merged = reducer.reduce(run, r0, r1, stats, self.plan.spec.allow_nonfinite)
+            with self._lock:
+                open_file.nonfinite.update(reducer.nonfinite)
+            reducer.nonfinite.clear()
             computed = time.perf_counter()
             written = 0
             for k, (writer, writes) in enumerate(zip(open_file.writers, merged.writes, strict=True)):
@@ -299,17 +306,15 @@ class _Job:
         with self._lock:
             if reducer.totals is not None:
                 self._totals = reducer.totals if self._totals is None else combine_totals(self._totals, reducer.totals)
-            for key, number in reducer.nonfinite.items():
-                self.statistics.nonfinite[key] = self.statistics.nonfinite.get(key, 0) + number
 
     def _complete(self, open_file: _OpenFile, k: int) -> None:
         sha256 = open_file.writers[k].finish()
         with self._lock:
             if all(writer.is_finished for writer in open_file.writers):
                 self._open.discard(open_file)
-            self._on_file(k, open_file.file, sha256)
+            self._on_file(k, open_file.file, sha256, dict(open_file.nonfinite))
 
-    def _handle_nonfinite(self, lane: Lane, run: Run, start: int, count: int) -> None:
+    def _handle_nonfinite(self, lane: Lane, open_file: _OpenFile, run: Run, start: int, count: int) -> None:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
         found = describe_nonfinite(lane, run, start, count)
         if not self.plan.spec.allow_nonfinite:
@@ -318,8 +323,7 @@ class _Job:
             values = elements(buffer, torch_dtype(run.dtype), 0, count)
             values.masked_fill_(values.isnan(), float("nan"))
         with self._lock:
-            for key, number in found.counts.items():
-                self.statistics.nonfinite[key] = self.statistics.nonfinite.get(key, 0) + number
+            open_file.nonfinite.update(found.counts)
 
 
 def check_equal_integers(plan: MergePlan, files: Sequence[OutputFile], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:

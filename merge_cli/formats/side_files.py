@@ -45,11 +45,15 @@ def list_side_files(folder: Path, weights: set[str]) -> SideFiles:
     """Sort everything in `folder` but its weight files and index (`weights`) into kept and skipped."""
     kept: list[str] = []
     skipped: list[str] = []
+    holders = {name.split("/")[0] for name in weights if "/" in name}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.name in weights:
             continue
         if entry.is_dir():
-            if entry.name in KEPT_FOLDERS:
+            if entry.name in holders:
+                inside = sorted(f"{entry.name}/{inner.name}" for inner in os.scandir(entry))
+                skipped += [name for name in inside if name not in weights]
+            elif entry.name in KEPT_FOLDERS:
                 kept += sorted(f"{entry.name}/{e.name}" for e in os.scandir(entry.path) if e.is_file())
             else:
                 skipped.append(entry.name + "/")

@@ -64,11 +64,17 @@ def manifest(plan: MergePlan, output: Output, done: Mapping[str, Done], command:
         "int_policy": plan.spec.int_policy,
         "allow_nonfinite": plan.spec.allow_nonfinite,
         "requantize": plan.spec.requantize,
+        "nonfinite": count_nonfinite(done),
         "plan": plan.fingerprint(),
         "files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(done.items())},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": command,
     }
+
+
+def count_nonfinite(done: Mapping[str, Done]) -> dict[str, int]:
+    """The elements of all inputs that were NaN or Inf, by tensor; a result that overflowed counts too."""
+    return {key: count for _, entry in sorted(done.items()) for key, count in sorted(entry.nonfinite.items())}
 
 
 def index_of(plan: MergePlan) -> tuple[str, bytes] | None:

@@ -20,7 +20,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ _OLD = ".pmerge-old"
 
 @dataclass(frozen=True)
 class Done:
-    """A finished file: its size in bytes and its sha256."""
+    """A finished file: its size in bytes, its sha256, and how many elements were NaN or Inf, by tensor."""
 
     file_bytes: int
     sha256: str
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
 
 
 class Staging:
@@ -101,16 +102,16 @@ class Staging:
         for record in sorted(self._done.iterdir()):
             try:
                 entry = json.loads(record.read_text())
-                done = Done(entry["file_bytes"], entry["sha256"])
+                done = Done(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]))
                 if (self.checkpoint / entry["name"]).stat().st_size == done.file_bytes:
                     found[str(entry["name"])] = done
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # a torn record: that file is written again
         return found
 
-    def record(self, file: OutputFile, sha256: str) -> None:
+    def record(self, file: OutputFile, sha256: str, nonfinite: Mapping[str, int]) -> None:
         """Note that `file` stands complete and durable in the staging folder."""
-        entry = {"name": file.name, "file_bytes": file.file_bytes, "sha256": sha256}
+        entry = {"name": file.name, "file_bytes": file.file_bytes, "sha256": sha256, "nonfinite": dict(nonfinite)}
         write_file(self._done / f"{file.name.replace('/', '%2F')}.json", json.dumps(entry).encode())
 
     def publish(self, overwrite: bool) -> None:
