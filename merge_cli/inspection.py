@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merge_cli.agreement import config_differences
-from merge_cli.errors import InputError
-from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
-from merge_cli.formats.safetensors import DTYPES, Header
+from merge_cli.errors import InputError, UnsupportedError
+from merge_cli.formats.checkpoint import open_checkpoint
+from merge_cli.formats.logical import View, dtype_of, shape_of, view
+from merge_cli.formats.quantization import Found
+from merge_cli.formats.safetensors import Header
 from merge_cli.selection import discover, read_candidate
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d+)\.")
@@ -21,7 +23,11 @@ _FUSED = re.compile(r"^(?P<experts>.+\.experts)\.[^.]+$")
 
 @dataclass(frozen=True)
 class Inspection:
-    """One checkpoint; `experts` maps a number of experts per layer to the number of layers that have it."""
+    """One checkpoint. `num_tensors` and `dtypes` count what is stored, `num_parameters` the values that it means.
+
+    `experts` maps a number of experts per layer to the number of layers that have it, `quantization` a scheme to its number of
+    tensors; `unreadable` says why quantised tensors cannot be averaged ("" where they can, or where there are none).
+    """
 
     path: str
     step: int | None
@@ -32,7 +38,8 @@ class Inspection:
     num_parameters: int
     tensor_bytes: int
     experts: dict[int, int]
-    quantization: str
+    quantization: dict[str, int]
+    unreadable: str
     side_files: list[str]
     skipped_files: list[str]
     notes: list[str]
@@ -62,7 +69,8 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
         candidates.sort(key=lambda candidate: candidate.step or 0)
     notes += [candidate.doubt.message for candidate in candidates if candidate.doubt is not None]
     seen: dict[str, Header] = {}
-    checkpoints: list[Checkpoint] = []
+    paired: dict[object, Found] = {}
+    views: list[View] = []
     found: list[Inspection] = []
     broken: dict[str, InputError] = {}
     for candidate in candidates:
@@ -70,13 +78,19 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
             checkpoint = open_checkpoint(candidate.path, seen=seen)
         except InputError as error:
             broken[str(candidate.path)] = error
-        else:
-            checkpoints.append(checkpoint)
-            found.append(_inspect(checkpoint, candidate.step))
-    return Report(found, _differences(checkpoints), notes, broken)
+            continue
+        unreadable = ""
+        try:
+            views.append(view(checkpoint, paired))
+        except UnsupportedError as error:
+            unreadable = error.message
+            views.append(View(checkpoint, checkpoint.tensors))
+        found.append(_inspect(views[-1], candidate.step, unreadable))
+    return Report(found, _differences(views), notes, broken)
 
 
-def _inspect(checkpoint: Checkpoint, step: int | None) -> Inspection:
+def _inspect(seen: View, step: int | None, unreadable: str) -> Inspection:
+    checkpoint = seen.checkpoint
     return Inspection(
         path=str(checkpoint.path),
         step=step,
@@ -84,54 +98,49 @@ def _inspect(checkpoint: Checkpoint, step: int | None) -> Inspection:
         num_tensors=len(checkpoint.tensors),
         num_files=len(checkpoint.files),
         dtypes=dict(Counter(stored.info.dtype for stored in checkpoint.tensors.values()).most_common()),
-        num_parameters=checkpoint.num_parameters,
+        num_parameters=seen.num_parameters,
         tensor_bytes=checkpoint.tensor_bytes,
-        experts=experts_per_layer(checkpoint),
-        quantization=_quantization(checkpoint),
+        experts=experts_per_layer(seen),
+        quantization=seen.schemes,
+        unreadable=unreadable,
         side_files=list(checkpoint.side_files.kept),
         skipped_files=list(checkpoint.side_files.skipped),
         notes=list(checkpoint.notes),
     )
 
 
-def experts_per_layer(checkpoint: Checkpoint) -> dict[int, int]:
+def experts_per_layer(seen: View) -> dict[int, int]:
     """How many layers have how many routed experts, counted by names (`experts.7.`) or by the first dimension of fused ones."""
     numbers: dict[str, set[int]] = {}
     fused: dict[str, int] = {}
-    for key, stored in checkpoint.tensors.items():
+    for key, tensor in seen.tensors.items():
+        if ".experts." not in key:
+            continue
         if match := _EXPERT.match(key):
             numbers.setdefault(match["experts"], set()).add(int(match["number"]))
-        elif (match := _FUSED.match(key)) and len(stored.info.shape) == 3:
-            fused[match["experts"]] = stored.info.shape[0]
+        elif (match := _FUSED.match(key)) and len(shape_of(tensor)) == 3:
+            fused[match["experts"]] = shape_of(tensor)[0]
     counts = Counter(len(found) for found in numbers.values())
     counts.update(size for experts, size in fused.items() if experts not in numbers)
     return dict(sorted(counts.items()))
 
 
-def _quantization(checkpoint: Checkpoint) -> str:
-    config = checkpoint.config.get("quantization_config") or {}
-    method = str(config.get("quant_method", "")) if isinstance(config, dict) else "unknown"
-    codes = sum(DTYPES[stored.info.dtype].kind == "code" for stored in checkpoint.tensors.values())
-    if not method and not codes:
-        return "none"
-    return f"{method or 'not stated in config.json'} ({codes} tensors of codes)"
-
-
-def _differences(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def _differences(views: Sequence[View]) -> list[str]:
     """What differs from the last checkpoint: tensors, shapes, dtypes, config; at most ten lines per checkpoint."""
-    if not checkpoints:
+    if not views:
         return []
-    *others, newest = checkpoints
+    *others, newest = views
     lines: list[str] = []
-    for checkpoint in others:
-        here: list[str] = []
-        here += [f"`{key}`  only in {newest.path}" for key in newest.tensors.keys() - checkpoint.tensors.keys()]
-        here += [f"`{key}`  only in {checkpoint.path}" for key in checkpoint.tensors.keys() - newest.tensors.keys()]
-        for key in newest.tensors.keys() & checkpoint.tensors.keys():
-            a, b = checkpoint.tensors[key].info, newest.tensors[key].info
-            if (a.dtype, a.shape) != (b.dtype, b.shape):
-                here.append(f"`{key}`  {a.dtype} {list(a.shape)} in {checkpoint.path}, {b.dtype} {list(b.shape)} in {newest.path}")
+    there = newest.checkpoint.path
+    for other in others:
+        path = other.checkpoint.path
+        here = [f"`{key}`  only in {there}" for key in newest.tensors.keys() - other.tensors.keys()]
+        here += [f"`{key}`  only in {path}" for key in other.tensors.keys() - newest.tensors.keys()]
+        for key in newest.tensors.keys() & other.tensors.keys():
+            a, b = other.tensors[key], newest.tensors[key]
+            if shape_of(a) != shape_of(b) or dtype_of(a) != dtype_of(b):
+                here.append(f"`{key}`  {dtype_of(a)} {list(shape_of(a))} in {path}, {dtype_of(b)} {list(shape_of(b))} in {there}")
         here.sort()
-        more = [f"... and {len(here) - 10} more between {checkpoint.path} and {newest.path}"] if len(here) > 10 else []
+        more = [f"... and {len(here) - 10} more between {path} and {there}"] if len(here) > 10 else []
         lines += here[:10] + more
-    return lines + config_differences(others, newest)
+    return lines + config_differences([other.checkpoint for other in others], newest.checkpoint)

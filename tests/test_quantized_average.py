@@ -20,6 +20,7 @@ from merge_cli import average, plan_average
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError
 from merge_cli.formats.quantization import Codec, Stored, find_quantized
 from merge_cli.formats.safetensors import DTYPES
+from merge_cli.inspection import inspect_checkpoints
 
 PLAIN = {"model.norm.weight": torch.linspace(0.5, 1.5, 61).bfloat16(), "lm_head.weight": torch.randn(9, 7).bfloat16()}
 
@@ -198,3 +199,14 @@ def test_contradictions_are_refused(option: dict[str, Any], tmp_path: Path) -> N
         plan_average(paths, requantize=True, **option)
     wide = average(paths, tmp_path / "out", dtype="fp32").output
     assert load(wide)["a.weight"].dtype == torch.float32
+
+
+def test_inspect_counts_what_codes_stand_for(tmp_path: Path) -> None:
+    paths, values, *_ = quantized_run(tmp_path / "run", "packed int4", 1)
+    unknown = {**PLAIN, "a.qweight": torch.ones(4, 4, dtype=torch.int32)}
+    write(tmp_path / "run" / "step_7", unknown, {"quantization_config": {"quant_method": "gptq"}})
+    known, refused = inspect_checkpoints([tmp_path / "run"]).checkpoints
+    assert known.path == str(paths[0]) and known.unreadable == ""
+    assert known.num_parameters == values[0].numel() + sum(tensor.numel() for tensor in PLAIN.values())
+    assert list(known.quantization.values()) == [1]
+    assert refused.quantization == {} and "gptq" in refused.unreadable

@@ -52,7 +52,8 @@ def _show(report: Report) -> None:
             f"{each.num_parameters:,}",
             console.human_bytes(each.tensor_bytes),
             " ".join(f"{count}x{layers}" for count, layers in each.experts.items()) or "-",
-            each.quantization,
+            ", ".join(f"{scheme}:{count}" for scheme, count in each.quantization.items())
+            or ("cannot be averaged" if each.unreadable else "none"),
         )
         for each in found
     ]
@@ -72,6 +73,8 @@ def _show(report: Report) -> None:
     newest = found[-1]
     console.out(f"side files of {newest.path}: {', '.join(newest.side_files) or 'none'}")
     console.out(f"left out by a merge: {', '.join(newest.skipped_files) or 'nothing'}")
+    for unreadable in dict.fromkeys(each.unreadable for each in found if each.unreadable):
+        console.out(f"not averaged: {unreadable}")
     for note in dict.fromkeys([*report.notes, *(note for each in found for note in each.notes)]):
         console.out(f"note: {note}")
     if len(found) > 1:

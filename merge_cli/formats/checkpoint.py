@@ -79,11 +79,6 @@ class Checkpoint:
         """The bytes of all tensors, headers not counted."""
         return sum(stored.info.end - stored.info.start for stored in self.tensors.values())
 
-    @property
-    def num_parameters(self) -> int:
-        """The stored elements of all tensors (codes of quantised weights count as stored)."""
-        return sum(stored.info.num_elements for stored in self.tensors.values())
-
 
 def open_checkpoint(path: str | os.PathLike[str], *, seen: dict[str, Header] | None = None) -> Checkpoint:
     """Open the checkpoint at `path` (a folder, or one `.safetensors` file) and check that it is complete.
