@@ -129,7 +129,7 @@ class CodedReducer:
     def _plain(self, run: CodedRun, total: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
         rounded = torch.empty(total.shape, dtype=torch_dtype(run.dtype), device=total.device)
         store(total, rounded)
-        if not bool(is_clean(total, run.dtype)):
+        if not bool(is_clean(rounded)):
             if not allow_nonfinite:
                 raise self._nonfinite(run, r0, r1)
             rounded.masked_fill_(rounded.isnan(), float("nan"))
@@ -138,10 +138,10 @@ class CodedReducer:
 
     def _finite(self, run: CodedRun, sums: Sequence[Tensor], r0: int, r1: int) -> list[Tensor]:
         """The sums as float32 [rows, columns]; raises NonFiniteError, since codes cannot hold NaN or Inf."""
-        for total in sums:
-            if not bool(is_clean(total, "F32")):
-                raise self._nonfinite(run, r0, r1)
-        return [total.float().view(r1 - r0, run.shape[-1]) for total in sums]
+        values = [total.float().view(r1 - r0, run.shape[-1]) for total in sums]
+        if not all(bool(is_clean(each)) for each in values if each.numel()):
+            raise self._nonfinite(run, r0, r1)
+        return values
 
     def _encoded(
         self, run: CodedRun, values: Tensor, r0: int, r1: int, stats: Tensor | None, base: Parts | None

@@ -27,7 +27,7 @@ from merge_cli.engine.reduce import (
 from merge_cli.errors import UsageError
 from merge_cli.plan import Run
 
-CPU_BLOCK_ELEMENTS = 1 << 16
+CPU_BLOCK_ELEMENTS = 1 << 18
 SCRATCH_BYTES_PER_ELEMENT = 48  # accumulator, temporary and the temporaries of rounding, in float64
 
 
@@ -107,8 +107,7 @@ class Lane:
                     dtype = accumulator_dtype(setting, operation, used, run.dtype)
                     accumulator, temporary = self._scratch.pair(length, dtype)
                     accumulate(operation, sources, accumulator, temporary)
-                    clean.append(is_clean(accumulator, run.dtype))
-                    self._store(accumulator, elements(buffer, out_dtype, start, length))
+                    clean.append(self._store(accumulator, elements(buffer, out_dtype, start, length)))
             return bool(torch.stack(clean).all().item())  # waits for the stream
 
     def _active(self) -> AbstractContextManager[object]:
@@ -117,13 +116,15 @@ class Lane:
     def _upload(self, host: torch.Tensor) -> torch.Tensor:
         return host if self._stream is None else host.to(self._device.torch, non_blocking=True)
 
-    def _store(self, accumulator: torch.Tensor, host: torch.Tensor) -> None:
+    def _store(self, accumulator: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+        """Round into `host`; a bool tensor []: whether all is finite."""
         if self._stream is None:
             store(accumulator, host)
-            return
+            return is_clean(host)
         rounded = torch.empty(host.shape, dtype=host.dtype, device=accumulator.device)
         store(accumulator, rounded)
         host.copy_(rounded, non_blocking=True)
+        return is_clean(rounded)
 
 
 def elements(buffer: HostBuffer, dtype: torch.dtype, start: int, length: int) -> torch.Tensor:
