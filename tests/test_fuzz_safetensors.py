@@ -71,11 +71,22 @@ def compare(path: Path, data: bytes, tally: Counter[str]) -> None:
         assert header is None, "pmerge accepts what the library refuses"
         tally["both refuse"] += 1
     elif header is None:
-        assert STRICTER.search(why), why
+        assert STRICTER.search(why) or has_a_name_twice(data), why
         tally["pmerge is stricter"] += 1
     else:
         assert {name: (info.dtype, list(info.shape)) for name, info in header.tensors.items()} == expected
         tally["both accept"] += 1
+
+
+def has_a_name_twice(data: bytes) -> bool:
+    """Whether the header has one: an earlier entry may then be broken, which the library never sees."""
+    twice = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        twice.append(len({name for name, _ in pairs}) < len(pairs))
+
+    json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")], object_pairs_hook=look)
+    return any(twice)
 
 
 @pytest.fixture

@@ -19,13 +19,14 @@ import json
 import os
 import re
 import stat
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError
+from merge_cli.formats.files import read_exactly
+from merge_cli.formats.untrusted_json import DECODER, may_hold_surrogates, walk_object
 
 
 class DType(NamedTuple):
@@ -67,9 +68,7 @@ MAX_WRITTEN_HEADER_BYTES = 25_000_000  # the Hub refuses larger ones
 DATA_ALIGNMENT = 4096  # the data of a written file begins on a page, so that it can be read and written directly
 _U64 = 1 << 64
 _ENTRY = re.compile(r"\{[^{}]{0,4096}\}")  # a tensor's entry: nothing nested, and short
-_SPACE = r"[ \t\n\r]*"
-_BEGIN, _COLON, _NEXT = (re.compile(_SPACE + mark + _SPACE) for mark in (r"\{", ":", "([,}])"))
-_DEEPEST = 100
+_FIELDS = "expected an object with exactly the fields dtype, shape and data_offsets"
 
 
 class TensorInfo(NamedTuple):
@@ -112,8 +111,8 @@ def read_header(path: Path, seen: dict[str, Header] | None = None) -> Header:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputError(f"cannot open {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot open {path}: {getattr(error, 'strerror', error)}") from error
     try:
         status = os.fstat(fd)
         return _read_open_header(fd, status, path, seen if seen is not None else {})
@@ -151,19 +150,6 @@ def _read_open_header(fd: int, status: os.stat_result, path: Path, seen: dict[st
     return header
 
 
-def read_exactly(fd: int, length: int, offset: int) -> bytes:
-    """`length` bytes from `offset`; fewer only at the end of the file."""
-    pieces = []
-    while length > 0:
-        piece = os.pread(fd, length, offset)
-        if not piece:
-            break
-        pieces.append(piece)
-        offset += len(piece)
-        length -= len(piece)
-    return b"".join(pieces)
-
-
 def parse_header(raw: bytes, file_bytes: int, path: Path, digest: str = "") -> Header:
     """Parse the JSON header `raw` of a file of `file_bytes` bytes; `path` is only named in errors."""
     try:
@@ -198,7 +184,7 @@ def _read_entries(text: str, path: Path) -> tuple[dict[str, str], dict[str, Tens
     """The metadata and the tensors of a header. Raises ValueError where `text` is not JSON, InputError for what is not a header."""
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorInfo] = {}
-    escapes = _may_hold_surrogates(text)
+    escapes = may_hold_surrogates(text)
     has_metadata = False
 
     def add_metadata(key: str, at: int) -> int:
@@ -206,7 +192,7 @@ def _read_entries(text: str, path: Path) -> tuple[dict[str, str], dict[str, Tens
             raise InputError(f"the header of {path}: the key {key[:200]!r} of __metadata__ occurs twice")
         if not text.startswith('"', at):
             raise InputError(f"the header of {path}: __metadata__ must map strings to strings; {key[:200]!r} is something else")
-        metadata[key], at = _DECODER.raw_decode(text, at)
+        metadata[key], at = DECODER.raw_decode(text, at)
         if escapes:
             (key + metadata[key]).encode()
         return at
@@ -219,47 +205,19 @@ def _read_entries(text: str, path: Path) -> tuple[dict[str, str], dict[str, Tens
             has_metadata = True
             if not text.startswith("{", at):
                 raise InputError(f"the header of {path}: __metadata__ must be an object that maps strings to strings")
-            return _walk_object(text, at, add_metadata)
+            return walk_object(text, at, add_metadata)
         if escapes:
             name.encode()
         if not _ENTRY.match(text, at):
             raise InputError(f"the header of {path}: tensor `{name[:200]}`: {_FIELDS}")
-        entry, at = _DECODER.raw_decode(text, at)
+        entry, at = DECODER.raw_decode(text, at)
         tensors[name] = _tensor_info(name, entry, path)
         return at
 
-    end = _walk_object(text, 0, add)
+    end = walk_object(text, 0, add)
     if text[end:].strip(" \t\n\r"):
         raise ValueError(f"more text after the end of the object, at character {end}")
     return metadata, tensors
-
-
-def _walk_object(text: str, at: int, visit: Callable[[str, int], int]) -> int:
-    """Walk the JSON object at `at`; `visit(key, position)` reads a value and returns where it ends. Returns the object's end."""
-    found = _BEGIN.match(text, at)
-    if found is None:
-        raise ValueError(f"expected an object at character {at}")
-    at = found.end()
-    if text.startswith("}", at):
-        return at + 1
-    while True:
-        if not text.startswith('"', at):
-            raise ValueError(f"expected a name in double quotes at character {at}")
-        key, at = _DECODER.raw_decode(text, at)
-        colon = _COLON.match(text, at)
-        if colon is None:
-            raise ValueError(f"expected a colon at character {at}")
-        at = visit(key, colon.end())
-        found = _NEXT.match(text, at)
-        if found is None:
-            raise ValueError(f"expected a comma or the end of the object at character {at}")
-        if found[1] == "}":
-            return found.end(1)
-        at = found.end()
-
-
-def _may_hold_surrogates(text: str) -> bool:
-    return re.search(r"\\u[dD][89a-fA-F]", text) is not None
 
 
 def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
@@ -287,56 +245,6 @@ def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
     if bits % 8 or bits // 8 != end - start:
         raise refuse(f"shape {shape!r:.80} of {dtype} takes {bits / 8:g} bytes, but data_offsets span {end - start}")
     return TensorInfo(dtype, tuple(shape), start, end)
-
-
-def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse an untrusted JSON object: unique keys, unsigned integers, no NaN, no unpaired surrogates, bounded depth."""
-    try:
-        text = raw.decode("utf-8")
-        value = _DECODER.decode(text)
-        if _may_hold_surrogates(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise InputError(f"{what} is nested too deeply") from None
-    except ValueError as error:  # also UnicodeError and json.JSONDecodeError
-        raise InputError(f"{what} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what} must be a JSON object")
-    check_depth(value, what)
-    return value
-
-
-def check_depth(value: Any, what: str) -> None:
-    """Raise InputError where objects and lists are nested more than 100 deep, which would stop whoever walks them."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        members = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [inner for each in members for inner in each if isinstance(inner, dict | list)]
-        if not level:
-            return
-    raise InputError(f"{what} is nested too deeply", details=[f"expected  at most {_DEEPEST} levels"])
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice[:200]!r} occurs twice")
-    return result
-
-
-def _unsigned(text: str) -> int:
-    if text[0] == "-":
-        raise ValueError(f"the number {text[:40]} is negative")
-    return int(text)
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_unsigned, parse_constant=_no_constant)
-_FIELDS = "expected an object with exactly the fields dtype, shape and data_offsets"
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, Header]:

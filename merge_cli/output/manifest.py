@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_cli.errors import InputError, OutputError
-from merge_cli.formats.checkpoint import Checkpoint, stays_inside
+from merge_cli.formats.checkpoint import Checkpoint
+from merge_cli.formats.files import check_stays_inside, read_regular_file
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
+from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
 from merge_cli.output.staging import Done, write_file
 from merge_cli.plan import MergePlan, Output
 from merge_cli.version import __version__
@@ -110,12 +111,8 @@ def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bo
         if dequantized and name in QUANTIZATION_SIDE_FILES:
             continue
         source = base.root / name
-        if not stays_inside(base.root, source):
-            raise InputError(f"{source} is a link to {source.resolve()}, outside the checkpoint; it is not copied")
-        try:
-            data = source.read_bytes()
-        except OSError as error:
-            raise OutputError(f"cannot copy {source}: {error.strerror}") from error
+        check_stays_inside(base.root, source)
+        data = read_regular_file(source, MAX_SIDE_FILE_BYTES)
         if name == "config.json" and dtype != "keep":
             config = without_quantization(base.config) if dequantized else base.config
             data = json.dumps(with_dtype(config, dtype), indent=2).encode() + b"\n"
