@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import INDEX, nasty_run, training_run, write_checkpoint, write_run
+from test_quantized_average import quantized_run
 
 from merge_cli import average, verify
 from merge_cli.errors import InputError, UsageError
@@ -249,6 +250,21 @@ def test_any_run_can_be_computed_again(tmp_path: Path, layout: str, options: dic
     average(run, tmp_path / "out", **given)
     assert problems(tmp_path / "out", against_inputs=True, sample=None) == ""
     assert problems(tmp_path / "out", against_inputs=True, sample=5) == ""
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("case", ["DeepSeek-V3", "nvfp4", "gpt-oss", "packed int4, asymmetric", "per tensor"])
+def test_quantised_weights_are_computed_again(tmp_path: Path, case: str, requantize: bool) -> None:
+    paths, *_ = quantized_run(tmp_path, case)
+    out = average(paths, tmp_path / "out", method="wma", requantize=requantize).output
+    found = verify(out, against_inputs=True)
+    assert found.ok and found.recomputed == found.num_tensors, found.problems
+    for path in out.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        forge(out, path.name)
+        assert "is not what its inputs and coefficients give" in problems(out, against_inputs=True)
 
 
 def test_nan_that_was_allowed_is_computed_again(tmp_path: Path) -> None:
