@@ -35,7 +35,7 @@ from merge_cli.methods import Coefficients
 from merge_cli.plan import CodedRun, MergePlan, MergeSpec, Output, OutputFile, Run, Source
 from merge_cli.planner import build_plan
 
-MAX_MANIFEST_BYTES = 100_000_000
+MAX_MANIFEST_BYTES = 64 << 20
 _PIECE_BYTES = 4 << 20
 _WEIGHTS = (".safetensors", INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".distcp")
 

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from merge_cli.errors import InputError
+from merge_cli.formats.checkpoint import read_index
 from merge_cli.formats.safetensors import DTYPES, Header, read_header
 
 CASES = int(os.environ.get("PMERGE_FUZZ_CASES", "1500"))
@@ -301,3 +302,30 @@ def test_mutated_files(tmp_path: Path, tally: Counter[str], real_files: list[byt
         compare(tmp_path / f"{number}.safetensors", data, tally)
     assert tally == {"both accept": 4}
     run_mutated(tmp_path / "case.safetensors", tally, real_files)
+
+
+INDEX = {"metadata": {"total_size": 12}, "weight_map": {"a": "x.safetensors", "größe": "y.safetensors", "b.c": "x.safetensors"}}
+
+
+@fuzz
+@given(ascii_only=st.booleans(), seed=st.integers(0, 2**62))
+def run_index(path: Path, tally: Counter[str], ascii_only: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    text = bytearray(json.dumps(INDEX, ensure_ascii=ascii_only, indent=rng.choice([None, 2])).encode())
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        text = rng.choice(MUTATIONS)(text, rng) or bytearray(b"\0")
+    path.write_bytes(text)
+    try:
+        weight_map, metadata = read_index(path)
+    except InputError as error:
+        assert str(path) in error.message and len(str(error)) < 2000
+        tally["both refuse"] += 1
+        return
+    expected = json.loads(text)
+    assert weight_map == expected["weight_map"] and metadata == (expected.get("metadata") or {})
+    tally["both accept"] += 1
+
+
+def test_mutated_indexes(tmp_path: Path, tally: Counter[str]) -> None:
+    """What pmerge reads from an index is what the standard library reads."""
+    run_index(tmp_path / "case.safetensors.index.json", tally)

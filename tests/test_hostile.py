@@ -232,6 +232,7 @@ INDEX_ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "map is a list": (put('{"weight_map":["a"]}'), "`weight_map` must be"),
     "metadata of 2 MB": (put('{"metadata":"' + "x" * 2_000_000 + '","weight_map":{"a":"b"}}'), "longer than 1048576"),
     "metadata is a list": (put('{"metadata":[1],"weight_map":{"a":"b.safetensors"}}'), "`metadata` must be"),
+    "metadata is a number": (put('{"metadata":1,"weight_map":{"a":"b.safetensors"}}'), "`metadata` must be"),
     "a list": (put("[]"), "expected an object"),
     "duplicate tensor": (put('{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}'), "'a' of `weight_map` occurs twice"),
     "duplicate map": (put('{"weight_map":{},"weight_map":{}}'), "'weight_map' occurs twice"),
@@ -486,7 +487,7 @@ def test_weights_that_are_none(tmp_path: Path, weights: list[float]) -> None:
 def test_dtypes_that_differ_are_reported(tmp_path: Path) -> None:
     run = [write_checkpoint(tmp_path / f"ckpt_{i}", {EXPERT: torch.ones(2, dtype=dtype)}, index=False)
            for i, dtype in enumerate((torch.float32, torch.bfloat16))]  # fmt: skip
-    assert any(EXPERT in note for note in plan_average(run, tmp_path / "out").notes)
+    assert any(EXPERT in note for note in plan_average(run, tmp_path / "out").merge.warnings)
 
 
 def test_a_shard_that_shrinks_or_is_replaced_before_it_is_read_stops_the_run(tmp_path: Path) -> None:

@@ -267,6 +267,19 @@ def test_quantised_weights_are_computed_again(tmp_path: Path, case: str, requant
         assert "is not what its inputs and coefficients give" in problems(out, against_inputs=True)
 
 
+def test_ranks_and_single_files_are_computed_again(tmp_path: Path) -> None:
+    run = training_run({"a.weight": torch.ones(7).bfloat16(), "count": torch.tensor(3)}, 2)
+    for step, own in enumerate(run, 1):
+        for rank in range(2):
+            write_checkpoint(tmp_path / f"step_{step}" / f"mp_rank_0{rank}", own, index=False, config=None, side_files=False)
+    ranks = [tmp_path / f"step_{step}" for step in (1, 2)]
+    files = [folder / "mp_rank_00" / "model.safetensors" for folder in ranks]
+    for number, paths in enumerate((ranks, files)):
+        found = verify(average(paths, tmp_path / f"out{number}").output, against_inputs=True)
+        assert found.ok and found.recomputed == (4, 2)[number], found.problems
+        assert len(found.files) == (3, 2)[number]
+
+
 def test_nan_that_was_allowed_is_computed_again(tmp_path: Path) -> None:
     run = [write_checkpoint(tmp_path / f"ckpt_{i}", {"w": torch.tensor([1.0, value])}) for i, value in ((1, torch.nan), (2, 1.0))]
     average(run, tmp_path / "out", allow_nonfinite=True)

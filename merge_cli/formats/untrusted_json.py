@@ -22,7 +22,7 @@ _LONGEST = 1 << 20
 
 def check_depth(value: Any, what: str) -> None:
     """Raise InputError where objects and lists are nested more than 100 deep, which would stop whoever walks them."""
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(_DEEPEST):
         members = (each.values() if isinstance(each, dict) else each for each in level)
         level = [inner for each in members for inner in each if isinstance(inner, dict | list)]
