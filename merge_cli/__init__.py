@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from merge_cli.averaging import AveragePlan, AverageResult, Progress, average, plan_average, run_average
     from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
     from merge_cli.methods import Coefficients, coefficients
+    from merge_cli.verification import Verification, verify
 
 __all__ = [
     "AveragePlan",
@@ -24,18 +25,21 @@ __all__ = [
     "Checkpoint",
     "Coefficients",
     "Progress",
+    "Verification",
     "__version__",
     "average",
     "coefficients",
     "open_checkpoint",
     "plan_average",
     "run_average",
+    "verify",
 ]
 
 _HOMES = {
     **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "averaging"),
     **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
     **dict.fromkeys(["Coefficients", "coefficients"], "methods"),
+    **dict.fromkeys(["Verification", "verify"], "verification"),
 }
 
 

@@ -207,13 +207,20 @@ def run_average(
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
     from merge_cli.engine.stream import check_inputs_unchanged, stream
-    from merge_cli.output.manifest import MANIFEST, count_nonfinite, index_of, input_fingerprints, manifest, write_side_files
+    from merge_cli.output.manifest import (
+        MANIFEST,
+        count_nonfinite,
+        digest,
+        index_of,
+        input_fingerprints,
+        manifest,
+        seal,
+        write_side_files,
+    )
     from merge_cli.output.staging import Done, Staging, write_file
 
     if plan.findings:
         raise plan.findings[0]
-    import json
-
     began = time.perf_counter()
     merge = plan.merge
     total_read, total_write = merge.bytes_to_read, merge.bytes_to_write
@@ -235,10 +242,12 @@ def run_average(
         todo = [file for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
         check_inputs_unchanged(merge)
-        write_side_files(merge.inputs[merge.base], staging.checkpoint, merge.spec.dtype, merge.dequantized)
-        content = manifest(merge, merge.outputs[0], done, list(command or sys.argv))
-        write_file(staging.checkpoint / MANIFEST, json.dumps(content, indent=2, default=list).encode() + b"\n")
+        beside = write_side_files(merge.inputs[merge.base], staging.checkpoint, merge.spec.dtype, merge.dequantized)
         index = index_of(merge)
+        if index is not None:
+            beside[index[0]] = digest(index[1])
+        content = manifest(merge, merge.outputs[0], done, list(command or sys.argv), beside)
+        write_file(staging.checkpoint / MANIFEST, seal(content))
         if index is not None:
             write_file(staging.checkpoint / index[0], index[1])
         _check_complete(merge, staging.checkpoint)

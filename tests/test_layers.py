@@ -15,6 +15,7 @@ LAYERS = [
     {"engine"},
     {"output"},
     {"averaging", "inspection"},
+    {"verification"},
     {"cli"},
     {"__main__", "__init__"},
 ]

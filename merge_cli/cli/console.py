@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _LINE_EVERY_S = 10.0
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # and the two line separators
+_CONTROL |= {code: f"\\u{code:04x}" for code in _DIRECTION}
 
 
 def printable(text: object) -> str:

@@ -80,7 +80,7 @@ class InputFiles:
 
 def _open_unchanged(file: WeightFile) -> int:
     try:
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # never wait at a pipe
     except OSError as error:
         raise ChangedError(f"cannot open {file.path}: {error.strerror}") from error
     try:

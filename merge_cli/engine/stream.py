@@ -25,7 +25,7 @@ from merge_cli.engine.device import SCRATCH_BYTES_PER_ELEMENT, Device, Lane, ele
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_unchanged
 from merge_cli.engine.reduce import torch_dtype, weighted_sum
-from merge_cli.engine.writer import ShardWriter
+from merge_cli.engine.writer import ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
@@ -111,25 +111,26 @@ def stream(
     device: Device,
     on_progress: Callable[[Statistics], None],
     on_file: Callable[[int, OutputFile, str, Mapping[str, int]], None],
+    writer: Callable[[OutputFile, Path], Writer] = ShardWriter,
 ) -> Statistics:
     """Write `files` of the plan for every output k into `folders[k]`.
 
     `on_file(k, file, sha256, nonfinite)` is called from a worker thread after a file is durable under its name; `nonfinite` counts
     the elements that are NaN or Inf, by tensor (only with allow_nonfinite). An error stops all workers; of several, the one that
-    comes first in the plan is raised. Partial files stay.
+    comes first in the plan is raised. Partial files stay. `writer(file, folder)` makes what takes the bytes of a file.
     """
     with InputFiles() as inputs:
         check_equal_integers(plan, files, inputs)
-        job = _Job(plan, files, folders, budget, device, inputs, on_progress, on_file)
+        job = _Job(plan, files, folders, budget, device, inputs, on_progress, on_file, writer)
         return job.run()
 
 
 class _OpenFile:
     """An output file in progress: one writer for each output."""
 
-    def __init__(self, file: OutputFile, folders: Sequence[Path]) -> None:
+    def __init__(self, file: OutputFile, writers: Sequence[Writer]) -> None:
         self.file = file
-        self.writers = [ShardWriter(file, folder) for folder in folders]
+        self.writers = writers
         self.nonfinite: Counter[str] = Counter()
 
 
@@ -146,6 +147,7 @@ class _Job:
         inputs: InputFiles,
         on_progress: Callable[[Statistics], None],
         on_file: Callable[[int, OutputFile, str, Mapping[str, int]], None],
+        writer: Callable[[OutputFile, Path], Writer],
     ) -> None:
         self.plan = plan
         self.budget = budget
@@ -155,6 +157,7 @@ class _Job:
         self._folders = folders
         self._on_progress = on_progress
         self._on_file = on_file
+        self._writer = writer
         self._operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
         self._work = enumerate(self._chunks(files))
         self._open: set[_OpenFile] = set()
@@ -192,7 +195,7 @@ class _Job:
         Elements are counted, or rows for quantised tensors; those whose codec must see all values first are one chunk.
         """
         for file in files:
-            open_file = _OpenFile(file, self._folders)
+            open_file = _OpenFile(file, [self._writer(file, folder) for folder in self._folders])
             self._open.add(open_file)
             if not file.runs:
                 yield open_file, None, 0, 0

@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import Protocol
 
 from merge_cli.errors import OutputError
 from merge_cli.plan import OutputFile
@@ -29,6 +30,19 @@ def write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
                 f"cannot write {path} at byte {offset + done}: {error.strerror}",
                 hint="nothing was published; make room or mend the storage, then run the same command again",
             ) from error
+
+
+class Writer(Protocol):
+    """What takes the bytes of one output file, from several threads."""
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    def write(self, offset: int, data: memoryview) -> bool: ...
+
+    def finish(self) -> str: ...
+
+    def abandon(self) -> None: ...
 
 
 class ShardWriter:

@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError, first_ten
-from merge_cli.formats.safetensors import Header, TensorInfo, parse_json_object, read_header
+from merge_cli.formats.files import check_stays_inside, list_folder, read_regular_file
+from merge_cli.formats.safetensors import Header, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
+from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_NUMBER = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 RANK_FOLDER = re.compile(r"^(?:[a-z]*_)?(?:mp|tp|pp|ep|dp|cp|rank)(?:_rank)?[_-]?\d+(?:[_-].*)?$", re.IGNORECASE)
-_MAX_JSON_BYTES = 256 << 20
+MAX_INDEX_BYTES = 100_000_000  # as much as a header; the largest in use have about 20 MB
+MAX_CONFIG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +97,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, seen: dict[str, Header] | N
         return Checkpoint(path, None, "single", (file,), tensors)
     if not path.is_dir():
         raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {path.parent}/*")
-    entries = sorted(entry.name for entry in os.scandir(path))
+    entries = [entry.name for entry in list_folder(path)]
     found = [name for name in entries if name.endswith(".safetensors")]
     index_name = _choose_index(path, [name for name in entries if name.endswith(INDEX_SUFFIX)], found)
     notes: list[str] = []
     index_metadata: Mapping[str, Any] = {}
     if index_name:
+        check_stays_inside(path, path / index_name)
         weight_map, index_metadata = read_index(path / index_name)
         names = sorted(set(weight_map.values()))
         stray = sorted(set(found) - set(names))
@@ -115,6 +119,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, seen: dict[str, Header] | N
         _check_numbering(path, names)
         files = _open_files(path, names, seen)
         layout, tensors = _without_index(files)
+    check_stays_inside(path, path / "config.json")
     return Checkpoint(
         path=path,
         root=path,
@@ -131,55 +136,83 @@ def open_checkpoint(path: str | os.PathLike[str], *, seen: dict[str, Header] | N
 
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """The `weight_map` (tensor name -> file name) and `metadata` of an index file, checked to be of that shape."""
-    index = parse_json_object(_read_bounded(path), str(path))
-    weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
-    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
-        raise InputError(f"{path}: expected an object `weight_map` that is not empty, and an object `metadata`")
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not _is_plain_path(file_name):
+    weight_map, metadata = _parse_index(read_regular_file(path, MAX_INDEX_BYTES), path)
+    if not weight_map:
+        raise InputError(f"{path}: `weight_map` must be an object that maps tensors to files, and not empty")
+    names = set(weight_map.values())
+    folded = {name.casefold(): name for name in names}
+    if len(folded) < len(names):
+        twice = next(name for name in sorted(names) if folded[name.casefold()] != name)
+        raise InputError(f"{path}: {twice[:200]!r} and {folded[twice.casefold()][:200]!r} are one file where case does not count")
+    return weight_map, metadata
+
+
+def _parse_index(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    weight_map: dict[str, str] = {}
+    members: dict[str, Any] = {}
+    names: dict[str, str] = {}  # each file name once, however many tensors it holds
+
+    def add_tensor(tensor: str, at: int) -> int:
+        if tensor in weight_map:
+            raise InputError(f"{path}: the key {tensor[:200]!r} of `weight_map` occurs twice")
+        name, end = DECODER.raw_decode(text, at) if text.startswith('"', at) else (None, at)
+        if name is None or (name not in names and not _is_plain_path(name)):
+            found = f"{name!r:.200}" if name is not None else text[at : at + 40]
             raise InputError(
-                f"{path}: weight_map[{name[:200]!r}] is {str(file_name)[:200]!r}, which is not a file name in this folder",
-                hint="an index may only name files beside it, without '..' or a leading '/'",
+                f"{path}: weight_map[{tensor[:200]!r}] is {found}, which is not the name of a safetensors file here",
+                hint="an index may only name *.safetensors files beside it, without '..' or a leading '/'",
             )
+        weight_map[tensor] = names.setdefault(name, name)
+        return end
+
+    def add_member(key: str, at: int) -> int:
+        if key in members:
+            raise InputError(f"{path}: the key {key[:200]!r} occurs twice")
+        members[key] = None
+        if key == "weight_map" and text.startswith("{", at):
+            return walk_object(text, at, add_tensor)
+        members[key], end = parse_member(text, at, f"{path}: `{key[:200]}`")
+        return end
+
+    try:
+        text = raw.decode("utf-8")
+        if text[walk_object(text, 0, add_member) :].strip(" \t\n\r"):
+            raise ValueError("more text after the end of the object")
+        if may_hold_surrogates(text):
+            json.dumps([weight_map, members], ensure_ascii=False).encode()
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    metadata = members.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}: `metadata` must be an object")
     return weight_map, metadata
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json`, {} where there is none."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
-        config = json.loads(_read_bounded(path))
-    except (ValueError, RecursionError) as error:
+        config = json.loads(read_regular_file(path, MAX_CONFIG_BYTES))
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply") from None
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must be a JSON object")
+    check_depth(config, str(path))
     return config
-
-
-def stays_inside(root: Path, path: Path) -> bool:
-    """Whether `path`, links followed, lies in `root`, or is a link of a Hub cache snapshot into the same cache's blobs."""
-    real, real_root = path.resolve(), root.resolve()
-    if real.is_relative_to(real_root):
-        return True
-    snapshots = real_root.parent
-    return snapshots.name == "snapshots" and real.parent == snapshots.parent / "blobs"
 
 
 def _is_plain_path(name: str) -> bool:
     parts = name.split("/")
-    return bool(name) and "\0" not in name and "\\" not in name and all(p not in ("", ".", "..") for p in parts)
-
-
-def _read_bounded(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            raise InputError(f"not a regular file: {path}")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB, which no such file is")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return (
+        len(name) <= 1000
+        and name.endswith(".safetensors")
+        and "\0" not in name
+        and "\\" not in name
+        and all(p not in ("", ".", "..") for p in parts)
+    )
 
 
 def _choose_index(folder: Path, indexes: Sequence[str], found: Sequence[str]) -> str:
@@ -193,7 +226,8 @@ def _choose_index(folder: Path, indexes: Sequence[str], found: Sequence[str]) ->
 
 
 def _open_files(folder: Path, names: Sequence[str], seen: dict[str, Header]) -> tuple[WeightFile, ...]:
-    missing = [name for name in names if not (folder / name).is_file()]
+    there = {entry.name for entry in list_folder(folder)}
+    missing = [name for name in names if name.split("/")[0] not in there or not os.path.lexists(folder / name)]
     if missing:
         raise InputError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder}",
@@ -201,11 +235,7 @@ def _open_files(folder: Path, names: Sequence[str], seen: dict[str, Header]) -> 
             hint="the checkpoint is still being written or was copied in part: copy the missing files, or leave it out",
         )
     for name in names:
-        if not stays_inside(folder, folder / name):
-            raise InputError(
-                f"{folder / name} is a link to {(folder / name).resolve()}, outside the checkpoint",
-                hint="copy the file into the checkpoint, or name the folder that it really lies in",
-            )
+        check_stays_inside(folder, folder / name)
     return tuple(_weight_file(folder / name, name, seen) for name in names)
 
 
@@ -250,7 +280,7 @@ def _by_index(
 def _rank_files(folder: Path, entries: Sequence[str]) -> list[str]:
     """The safetensors files in folders that are named like ranks, as paths relative to `folder`."""
     ranks = [name for name in entries if RANK_FOLDER.match(name) and (folder / name).is_dir()]
-    return sorted(f"{rank}/{e.name}" for rank in ranks for e in os.scandir(folder / rank) if e.name.endswith(".safetensors"))
+    return sorted(f"{rank}/{e.name}" for rank in ranks for e in list_folder(folder / rank) if e.name.endswith(".safetensors"))
 
 
 def _check_numbering(folder: Path, names: Sequence[str]) -> None:

@@ -2,9 +2,12 @@
 
 A file is 8 bytes (little-endian header length), a JSON header, then the tensors' bytes. Two things happen here and nothing else:
 `read_header` turns a file's first bytes into a `Header`, refusing whatever the format's own library refuses (holes, overlaps,
-trailing bytes, wrong sizes, duplicate names); `lay_out` computes the header of a file to be written, and every offset in it,
+trailing bytes, wrong sizes) and duplicate names; `lay_out` computes the header of a file to be written, and every offset in it,
 before a byte is written. No tensor data is read here, and files are never mapped into memory: a fault on a network file system
 would kill the process instead of raising an error.
+
+A header is walked tensor by tensor rather than parsed whole: the first entry that is not one ends the walk, so that a hostile
+header of 100 MB costs little more memory than its own text.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -14,14 +17,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError
+from merge_cli.formats.files import read_exactly
+from merge_cli.formats.untrusted_json import DECODER, may_hold_surrogates, walk_object
 
 
 class DType(NamedTuple):
@@ -62,6 +67,8 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit when reading
 MAX_WRITTEN_HEADER_BYTES = 25_000_000  # the Hub refuses larger ones
 DATA_ALIGNMENT = 4096  # the data of a written file begins on a page, so that it can be read and written directly
 _U64 = 1 << 64
+_ENTRY = re.compile(r"\{[^{}]{0,4096}\}")  # a tensor's entry: nothing nested, and short
+_FIELDS = "expected an object with exactly the fields dtype, shape and data_offsets"
 
 
 class TensorInfo(NamedTuple):
@@ -104,8 +111,8 @@ def read_header(path: Path, seen: dict[str, Header] | None = None) -> Header:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputError(f"cannot open {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot open {path}: {getattr(error, 'strerror', error)}") from error
     try:
         status = os.fstat(fd)
         return _read_open_header(fd, status, path, seen if seen is not None else {})
@@ -133,7 +140,9 @@ def _read_open_header(fd: int, status: os.stat_result, path: Path, seen: dict[st
     raw = read_exactly(fd, length, 8)
     if len(raw) < length:
         raise InputError(f"the file ended while its header was read: {path}")
-    digest = hashlib.sha256(prefix + raw).hexdigest()
+    hashed = hashlib.sha256(prefix)
+    hashed.update(raw)
+    digest = hashed.hexdigest()
     header = seen.get(digest)
     if header is None or header.file_bytes != file_bytes:
         header = parse_header(raw, file_bytes, path, digest)
@@ -141,33 +150,21 @@ def _read_open_header(fd: int, status: os.stat_result, path: Path, seen: dict[st
     return header
 
 
-def read_exactly(fd: int, length: int, offset: int) -> bytes:
-    """`length` bytes from `offset`; fewer only at the end of the file."""
-    pieces = []
-    while length > 0:
-        piece = os.pread(fd, length, offset)
-        if not piece:
-            break
-        pieces.append(piece)
-        offset += len(piece)
-        length -= len(piece)
-    return b"".join(pieces)
-
-
 def parse_header(raw: bytes, file_bytes: int, path: Path, digest: str = "") -> Header:
     """Parse the JSON header `raw` of a file of `file_bytes` bytes; `path` is only named in errors."""
-    entries = parse_json_object(raw, f"the header of {path}")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InputError(f"the header of {path}: __metadata__ must map strings to strings")
-    tensors = {name: _tensor_info(name, entry, path) for name, entry in entries.items()}
+    try:
+        metadata, tensors = _read_entries(raw.decode("utf-8"), path)
+    except RecursionError:
+        raise InputError(f"the header of {path} is nested too deeply") from None
+    except ValueError as error:  # also UnicodeError and json.JSONDecodeError
+        raise InputError(f"the header of {path} is not valid JSON: {error}") from error
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
     end = 0
     for name, info in tensors.items():
         if info.start != end:
             raise InputError(
-                f"the header of {path}: tensor `{name}` begins at byte {info.start} of the data, not at {end}",
-                details=["tensors must follow each other without holes or overlaps"],
+                f"the header of {path}: tensor `{name[:200]}` begins at byte {info.start} of the data, not at {end}",
+                details=["data_offsets must follow each other without holes or overlaps"],
             )
         end = info.end
     data_start = 8 + len(raw)
@@ -183,65 +180,71 @@ def parse_header(raw: bytes, file_bytes: int, path: Path, digest: str = "") -> H
     return Header(tensors, metadata, data_start, file_bytes, digest)
 
 
+def _read_entries(text: str, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The metadata and the tensors of a header. Raises ValueError where `text` is not JSON, InputError for what is not a header."""
+    metadata: dict[str, str] = {}
+    tensors: dict[str, TensorInfo] = {}
+    escapes = may_hold_surrogates(text)
+    has_metadata = False
+
+    def add_metadata(key: str, at: int) -> int:
+        if key in metadata:
+            raise InputError(f"the header of {path}: the key {key[:200]!r} of __metadata__ occurs twice")
+        if not text.startswith('"', at):
+            raise InputError(f"the header of {path}: __metadata__ must map strings to strings; {key[:200]!r} is something else")
+        metadata[key], at = DECODER.raw_decode(text, at)
+        if escapes:
+            (key + metadata[key]).encode()
+        return at
+
+    def add(name: str, at: int) -> int:
+        nonlocal has_metadata
+        if name in tensors or (name == "__metadata__" and has_metadata):
+            raise InputError(f"the header of {path}: the key {name[:200]!r} occurs twice")
+        if name == "__metadata__":
+            has_metadata = True
+            if not text.startswith("{", at):
+                raise InputError(f"the header of {path}: __metadata__ must be an object that maps strings to strings")
+            return walk_object(text, at, add_metadata)
+        if escapes:
+            name.encode()
+        if not _ENTRY.match(text, at):
+            raise InputError(f"the header of {path}: tensor `{name[:200]}`: {_FIELDS}")
+        entry, at = DECODER.raw_decode(text, at)
+        tensors[name] = _tensor_info(name, entry, path)
+        return at
+
+    end = walk_object(text, 0, add)
+    if text[end:].strip(" \t\n\r"):
+        raise ValueError(f"more text after the end of the object, at character {end}")
+    return metadata, tensors
+
+
 def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
     def refuse(what: str) -> InputError:
-        return InputError(f"the header of {path}: tensor `{name}`: {what}")
+        return InputError(f"the header of {path}: tensor `{name[:200]}`: {what}")
 
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse("expected exactly the fields dtype, shape and data_offsets")
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse(_FIELDS)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if known is None:
-        raise refuse(f"unknown dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
+        raise refuse(f"unknown dtype {dtype!r:.40}; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise refuse("shape must be a list and data_offsets a list of two")
     bits = known.bits
     for dim in shape:
         if type(dim) is not int or dim >= _U64:
-            raise refuse("every dimension must be an unsigned 64-bit integer")
+            raise refuse(f"shape: every dimension must be an unsigned 64-bit integer, not {dim!r:.40}")
         bits *= dim
         if bits >= _U64:
-            raise refuse(f"shape {shape} is larger than any file")
+            raise refuse(f"shape {shape!r:.80} is larger than any file")
     start, end = offsets
     if type(start) is not int or type(end) is not int or end < start or end >= _U64:
         raise refuse(f"data_offsets {offsets!r:.80} are not two ascending integers")
     if bits % 8 or bits // 8 != end - start:
-        raise refuse(f"shape {shape} of {dtype} takes {bits / 8:g} bytes, but data_offsets span {end - start}")
+        raise refuse(f"shape {shape!r:.80} of {dtype} takes {bits / 8:g} bytes, but data_offsets span {end - start}")
     return TensorInfo(dtype, tuple(shape), start, end)
-
-
-def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse an untrusted JSON object: unique keys, unsigned integers, no NaN, no unpaired surrogates, bounded depth."""
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_unsigned, parse_constant=_no_constant)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise InputError(f"{what} is nested too deeply") from None
-    except ValueError as error:  # also UnicodeError and json.JSONDecodeError
-        raise InputError(f"{what} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what} must be a JSON object")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice[:200]!r} occurs twice")
-    return result
-
-
-def _unsigned(text: str) -> int:
-    if text[0] == "-":
-        raise ValueError(f"the number {text[:40]} is negative")
-    return int(text)
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, Header]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_cli.errors import InputError
+from merge_cli.formats.files import check_stays_inside, list_folder, read_regular_file
 
 SKIPPED = (
     # training state
@@ -42,26 +42,37 @@ class SideFiles:
 
 
 def list_side_files(folder: Path, weights: set[str]) -> SideFiles:
-    """Sort everything in `folder` but its weight files and index (`weights`) into kept and skipped."""
+    """Sort everything in `folder` but its weight files and index (`weights`) into kept and skipped.
+
+    Raises InputError for a link among the kept files that is broken or leaves the checkpoint.
+    """
     kept: list[str] = []
     skipped: list[str] = []
     holders = {name.split("/")[0] for name in weights if "/" in name}
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+    for entry in list_folder(folder):
         if entry.name in weights:
             continue
-        if entry.is_dir():
-            if entry.name in holders:
-                inside = sorted(f"{entry.name}/{inner.name}" for inner in os.scandir(entry))
-                skipped += [name for name in inside if name not in weights]
-            elif entry.name in KEPT_FOLDERS:
-                kept += sorted(f"{entry.name}/{e.name}" for e in os.scandir(entry.path) if e.is_file())
-            else:
+        if (folder / entry.name).is_dir():
+            if entry.name not in holders and entry.name not in KEPT_FOLDERS:
                 skipped.append(entry.name + "/")
-        elif _is_kept(entry.name) and entry.is_file() and entry.stat().st_size <= MAX_SIDE_FILE_BYTES:
+                continue
+            check_stays_inside(folder, folder / entry.name)
+            inside = [f"{entry.name}/{inner.name}" for inner in list_folder(folder / entry.name)]
+            if entry.name in holders:
+                skipped += [name for name in inside if name not in weights]
+            else:
+                kept += [name for name in inside if _is_small_file(folder, name)]
+        elif _is_kept(entry.name) and _is_small_file(folder, entry.name):
             kept.append(entry.name)
         else:
             skipped.append(entry.name)
     return SideFiles(tuple(kept), tuple(skipped))
+
+
+def _is_small_file(root: Path, name: str) -> bool:
+    """Whether `name` in the checkpoint `root` is a regular file that is small enough to be copied."""
+    check_stays_inside(root, root / name)
+    return (root / name).is_file() and (root / name).stat().st_size <= MAX_SIDE_FILE_BYTES
 
 
 def _is_kept(name: str) -> bool:
@@ -101,9 +112,6 @@ def _gives_meaning(name: str) -> bool:
 
 
 def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return "absent"
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return hashlib.sha256(read_regular_file(path, MAX_SIDE_FILE_BYTES)).hexdigest()

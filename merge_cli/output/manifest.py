@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_cli.errors import InputError, OutputError
-from merge_cli.formats.checkpoint import Checkpoint, stays_inside
+from merge_cli.formats.checkpoint import Checkpoint
+from merge_cli.formats.files import check_stays_inside, read_regular_file
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
+from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
 from merge_cli.output.staging import Done, write_file
 from merge_cli.plan import MergePlan, Output
 from merge_cli.version import __version__
 
 MANIFEST = "pmerge.json"
+_SEAL = b',\n  "sha256": "%s"\n}\n'
 
 
 def input_fingerprints(plan: MergePlan) -> list[dict[str, Any]]:
@@ -38,8 +41,13 @@ def input_fingerprints(plan: MergePlan) -> list[dict[str, Any]]:
     ]
 
 
-def manifest(plan: MergePlan, output: Output, done: Mapping[str, Done], command: list[str]) -> dict[str, Any]:
-    """The content of `pmerge.json`: where the checkpoint comes from and what its files must hash to."""
+def manifest(
+    plan: MergePlan, output: Output, done: Mapping[str, Done], command: list[str], beside: Mapping[str, Done]
+) -> dict[str, Any]:
+    """The content of `pmerge.json`: where the checkpoint comes from and what its files must hash to.
+
+    `done` are the weight files, `beside` the side files and the index.
+    """
     import torch
 
     fingerprints = input_fingerprints(plan)
@@ -56,6 +64,8 @@ def manifest(plan: MergePlan, output: Output, done: Mapping[str, Done], command:
             }
             for index, coefficient in zip(output.inputs, output.coefficients.values, strict=True)
         ],
+        "numerators": output.coefficients.numerators,
+        "denominator": output.coefficients.denominator,
         "base": str(plan.inputs[plan.base].path.resolve()),
         "dtype": plan.spec.dtype,
         "accumulate": plan.spec.accumulate,
@@ -65,8 +75,10 @@ def manifest(plan: MergePlan, output: Output, done: Mapping[str, Done], command:
         "allow_nonfinite": plan.spec.allow_nonfinite,
         "requantize": plan.spec.requantize,
         "nonfinite": count_nonfinite(done),
+        "shard_bytes": plan.spec.shard_bytes,
         "plan": plan.fingerprint(),
         "files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(done.items())},
+        "side_files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(beside.items())},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": command,
     }
@@ -75,6 +87,18 @@ def manifest(plan: MergePlan, output: Output, done: Mapping[str, Done], command:
 def count_nonfinite(done: Mapping[str, Done]) -> dict[str, int]:
     """The elements of all inputs that were NaN or Inf, by tensor; a result that overflowed counts too."""
     return {key: count for _, entry in sorted(done.items()) for key, count in sorted(entry.nonfinite.items())}
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """`content` as the bytes of `pmerge.json`, which end with the sha256 of all that stands before it."""
+    text = json.dumps(content, indent=2, default=list).encode().removesuffix(b"\n}")
+    return text + _SEAL % hashlib.sha256(text).hexdigest().encode()
+
+
+def is_sealed(raw: bytes) -> bool:
+    """Whether the bytes of `pmerge.json` end with the sha256 of what stands before it: no bit of them has changed."""
+    text = raw[: -len(_SEAL % bytes(64))]
+    return raw == text + _SEAL % hashlib.sha256(text).hexdigest().encode()
 
 
 def index_of(plan: MergePlan) -> tuple[str, bytes] | None:
@@ -97,29 +121,33 @@ def total_tensor_bytes(plan: MergePlan) -> int:
     return sum(file.file_bytes - len(file.header) for file in plan.files)
 
 
-def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> None:
+def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, Done]:
     """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless that is "keep".
 
-    The config of a checkpoint that is no longer quantised does not say that it is.
+    The config of a checkpoint that is no longer quantised does not say that it is. Returns size and sha256 of what was written.
     """
+    written: dict[str, Done] = {}
     if base.root is None:
-        return
+        return written
     if dequantized and dtype == "keep":
         dtype = "bf16"
     for name in base.side_files.kept:
         if dequantized and name in QUANTIZATION_SIDE_FILES:
             continue
         source = base.root / name
-        if not stays_inside(base.root, source):
-            raise InputError(f"{source} is a link to {source.resolve()}, outside the checkpoint; it is not copied")
-        try:
-            data = source.read_bytes()
-        except OSError as error:
-            raise OutputError(f"cannot copy {source}: {error.strerror}") from error
+        check_stays_inside(base.root, source)
+        data = read_regular_file(source, MAX_SIDE_FILE_BYTES)
         if name == "config.json" and dtype != "keep":
             config = without_quantization(base.config) if dequantized else base.config
             data = json.dumps(with_dtype(config, dtype), indent=2).encode() + b"\n"
         write_file(folder / name, data)
+        written[name] = digest(data)
+    return written
+
+
+def digest(data: bytes) -> Done:
+    """Size and sha256 of a small file's bytes."""
+    return Done(len(data), hashlib.sha256(data).hexdigest())
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""`pmerge verify`: is a merged checkpoint still what pmerge wrote?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merge_cli.cli import console
+from merge_cli.errors import UsageError
+
+
+def verify_command(
+    output: Annotated[Path, typer.Argument(help="A folder that pmerge average has written.")],
+    against_inputs: Annotated[
+        bool, typer.Option("--against-inputs", help="Compute tensors again from the inputs, and compare bits.")
+    ] = False,
+    sample: Annotated[str | None, typer.Option(help="How many tensors, drawn at random, or all (64).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only what does not hold, on stderr.")] = False,
+) -> None:
+    """Check headers, sizes, sha256, index and side files of a result; exit code 0 only if all holds.
+
+    Example:  pmerge verify merged-ema-1000-10000 --against-inputs
+    """
+    from merge_cli.verification import verify
+
+    count = _parse_sample(sample)
+    if sample is not None and not against_inputs:
+        raise UsageError("--sample says how many tensors are computed again", hint="add --against-inputs")
+    with console.ProgressLine(quiet) as line:
+        found = verify(output, against_inputs=against_inputs, sample=count, on_progress=line.update)
+    if as_json:
+        console.out_json(
+            {
+                "path": str(found.path),
+                "ok": found.ok,
+                "files": found.files,
+                "problems": found.problems,
+                "notes": found.notes,
+                "recomputed": found.recomputed,
+                "tensors": found.num_tensors,
+                "bytes_read": found.bytes_read,
+                "seconds": found.seconds,
+            }
+        )
+    elif not quiet:
+        for row in console.table(("file", "state"), [(name, state[:100]) for name, state in found.files.items()], indent=""):
+            console.out(row)
+        if found.num_tensors:
+            console.out(f"{found.recomputed} of {found.num_tensors} tensors were computed again")
+        console.out("all holds" if found.ok else f"{len(found.problems)} things do not hold")
+    for problem in found.problems[:20]:
+        console.say(f"error: {problem}")
+    if len(found.problems) > 20:
+        console.say(f"... and {len(found.problems) - 20} more; --json lists them all")
+    if not quiet:
+        for note in found.notes[:10]:
+            console.say(f"note: {note}")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _parse_sample(text: str | None) -> int | None:
+    if text == "all":
+        return None
+    if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
+        raise UsageError(f"--sample cannot be {text!r}", details=["expected  a number of tensors, or all"], hint="--sample 64")
+    return 64 if text is None else int(text)

@@ -1,0 +1,350 @@
+"""`pmerge verify`: a result as it was written passes, and a bit that flips anywhere in it is found."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import INDEX, nasty_run, training_run, write_checkpoint, write_run
+from test_quantized_average import quantized_run
+
+from merge_cli import average, verify
+from merge_cli.errors import InputError, UsageError
+from merge_cli.output.manifest import seal
+
+PMERGE = str(Path(sys.executable).with_name("pmerge"))
+FLIPS = 40  # for each file
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and its average `out`."""
+    place = tmp_path_factory.mktemp("verify")
+    run = nasty_run(place / "run", layout="sharded")
+    average(run, place / "out", method="ema", alpha=0.3)
+    return place
+
+
+@pytest.fixture
+def out(original: Path, tmp_path: Path) -> Path:
+    """A copy of the average that may be damaged."""
+    return Path(shutil.copytree(original / "out", tmp_path / "out"))
+
+
+def problems(path: Path, **options: Any) -> str:
+    found = verify(path, **options)
+    assert found.ok == (not found.problems)
+    return "\n".join(found.problems)
+
+
+def reseal(out: Path, **changes: Any) -> None:
+    """Change `pmerge.json` as somebody would who knows how its checksum is made."""
+    content = json.loads((out / "pmerge.json").read_bytes())
+    del content["sha256"]
+    (out / "pmerge.json").write_bytes(seal(content | changes))
+
+
+def forge(out: Path, name: str) -> None:
+    """Record the file `name` as it is now."""
+    data = (out / name).read_bytes()
+    content = json.loads((out / "pmerge.json").read_bytes())
+    key = "files" if name in content["files"] else "side_files"
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    reseal(out, **{key: content[key] | {name: entry}})
+
+
+def test_a_result_passes(original: Path) -> None:
+    out = original / "out"
+    progress: list[Any] = []
+    found = verify(out, against_inputs=True, sample=None, on_progress=progress.append)
+    assert found.ok and not found.notes, found.problems
+    assert set(found.files) == {path.name for path in out.iterdir()}
+    assert set(found.files.values()) == {"ok"}
+    assert found.recomputed == found.num_tensors == 23  # 25, of which 2 are empty
+    assert 0 < progress[0].bytes_read < progress[-1].bytes_read == found.bytes_read <= progress[-1].bytes_to_read
+
+
+def test_a_flipped_bit_in_any_file_is_found(out: Path) -> None:
+    rng = random.Random(0)
+    for path in sorted(out.iterdir()):
+        data = path.read_bytes()
+        for position in rng.sample(range(len(data)), min(FLIPS, len(data))):
+            changed = bytearray(data)
+            changed[position] ^= 1 << rng.randrange(8)
+            path.write_bytes(changed)
+            assert path.name in problems(out), f"{path.name}: bit flip at byte {position}"
+        path.write_bytes(data)
+    assert problems(out) == ""
+
+
+def test_every_bit_of_the_manifest_counts(out: Path) -> None:
+    from merge_cli.output.manifest import is_sealed
+
+    raw = (out / "pmerge.json").read_bytes()
+    assert is_sealed(raw)
+    for position in range(len(raw)):
+        assert not is_sealed(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
+    assert not any(map(is_sealed, (b"", b"{}", raw[:-1], raw + b"\n", raw[1:])))
+
+
+def test_a_file_cut_short_grown_missing_or_replaced_is_found(out: Path) -> None:
+    for path in sorted(out.iterdir()):
+        if path.name == "pmerge.json":
+            continue
+        data = path.read_bytes()
+        path.write_bytes(data[:-1])
+        assert f"{path}: has {len(data) - 1} bytes, not {len(data)}" in problems(out)
+        path.write_bytes(data + b"\0")
+        assert f"{path}: has {len(data) + 1} bytes" in problems(out)
+        path.unlink()
+        assert f"{path}: is missing" in problems(out)
+        path.mkdir()
+        assert f"{path}: is not a regular file" in problems(out)
+        path.rmdir()
+        os.mkfifo(path)
+        assert f"{path}: is not a regular file" in problems(out)
+        path.unlink()
+        (out.parent / "elsewhere").write_bytes(data)
+        path.symlink_to("../elsewhere")
+        assert "leads outside" in problems(out)
+        path.unlink()
+        path.write_bytes(data)
+    assert problems(out) == ""
+
+
+def test_the_index_must_fit_the_shards_whatever_the_checksums_say(out: Path) -> None:
+    index = json.loads((out / INDEX).read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    name = next(tensor for tensor, file in index["weight_map"].items() if file == first)
+    others = {tensor: file for tensor, file in index["weight_map"].items() if tensor != name}
+
+    def problems_with(changed: dict[str, Any]) -> str:
+        (out / INDEX).write_text(json.dumps(index | changed))
+        forge(out, INDEX)
+        return problems(out)
+
+    assert problems_with({}) == ""
+    assert f"`{name}` is missing in {last}" in problems_with({"weight_map": others | {name: last}})
+    assert f"`{name}` of {first} is not listed" in problems_with({"weight_map": others})
+    assert "`ghost` is missing in" in problems_with({"weight_map": index["weight_map"] | {"ghost": first}})
+    assert "is missing in nowhere.safetensors" in problems_with({"weight_map": others | {name: "nowhere.safetensors"}})
+    assert "total_size" in problems_with({"metadata": {"total_size": 1}})
+    assert "total_size" in problems_with({"metadata": {}})
+    assert "weight_map['x'] is '../x.safetensors'" in problems_with({"weight_map": {"x": "../x.safetensors"}})
+
+
+def test_a_tensor_in_two_shards_is_found(out: Path) -> None:
+    first, second, _ = sorted(path.name for path in out.glob("*.safetensors"))
+    shutil.copy(out / first, out / second)
+    forge(out, second)
+    assert "is in 2 files" in problems(out)
+
+
+def test_a_broken_header_is_found_whatever_the_checksums_say(out: Path) -> None:
+    path = next(iter(sorted(out.glob("*.safetensors"))))
+    path.write_bytes(path.read_bytes() + b"\0")
+    forge(out, path.name)
+    assert "does not fit its header" in problems(out)
+
+
+def test_weights_that_pmerge_did_not_write_are_a_problem_and_others_a_note(out: Path) -> None:
+    (out / "README.md").write_text("our best model")
+    (out / "sub").mkdir()
+    (out / "sub" / "notes.txt").write_text("x")
+    found = verify(out)
+    assert found.ok and [Path(note.split(": ")[0]).name for note in found.notes] == ["README.md", "notes.txt"]
+    for name in ("model.safetensors", "sub/pytorch_model.bin", "other.safetensors.index.json"):
+        (out / name).write_bytes(b"x")
+        assert f"{out / name}: pmerge did not write these weights" in problems(out)
+        (out / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"files":[]}',
+        b'{"files":{"../x":{"bytes":1,"sha256":""}}}',
+        b'{"files":{"x":1}}',
+    ],
+)
+def test_a_broken_manifest_is_a_problem(out: Path, content: bytes) -> None:
+    (out / "pmerge.json").write_bytes(content)
+    assert "pmerge.json" in problems(out) and "pmerge.json" in problems(out, against_inputs=True)
+
+
+def test_a_manifest_that_reaches_outside_is_refused(out: Path) -> None:
+    (out.parent / "secret").write_text("x")
+    reseal(out, side_files={"../secret": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}})
+    assert "outside the folder" in problems(out)
+
+
+def test_what_is_no_result_is_wrong_usage(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "ckpt", {"w": torch.ones(3)})
+    for path in (folder, tmp_path / "nowhere", folder / "config.json"):
+        with pytest.raises(InputError, match="no result of pmerge"):
+            verify(path)
+    with pytest.raises(UsageError, match="sample of 0"):
+        verify(folder, sample=0)
+
+
+def test_weights_that_are_not_the_average_are_found_whatever_the_checksums_say(out: Path) -> None:
+    """One bit of one tensor, in a checkpoint that is otherwise forged to perfection."""
+    from safetensors import safe_open
+
+    path = sorted(out.glob("*.safetensors"))[-1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    forge(out, path.name)
+    with safe_open(path, framework="pt") as file:
+        last = list(file.offset_keys())[-1]
+    assert problems(out) == ""
+    assert problems(out, against_inputs=True, sample=None) == f"{path}: `{last}` is not what its inputs and coefficients give"
+
+
+def test_a_sample_finds_a_wrong_tensor_as_often_as_it_is_drawn(tmp_path: Path) -> None:
+    names = [f"layers.{i}.weight" for i in range(8)]
+    run = training_run({name: torch.ones(5).bfloat16() for name in names}, 2)
+    average(write_run(tmp_path / "run", run), tmp_path / "out")
+    path = tmp_path / "out" / "model-00001-of-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last tensor
+    path.write_bytes(data)
+    forge(tmp_path / "out", path.name)
+    results = [verify(tmp_path / "out", against_inputs=True, sample=2) for _ in range(60)]
+    assert {(found.recomputed, found.num_tensors) for found in results} == {(2, 8)}
+    assert 3 < sum(not found.ok for found in results) < 30  # a quarter is expected
+    assert {line for found in results for line in found.problems} == {
+        f"{path}: `{names[-1]}` is not what its inputs and coefficients give"
+    }
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded", "mixed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sma"},
+        {"method": "wma", "dtype": "fp32"},
+        {"method": "ema", "half_life": 150.0, "exclude": ["*norm*"]},
+        {"method": "decay", "shape": "cosine", "accumulate": "fp32", "shard_size": 60_000},
+        {"method": "weights", "weights": [0.5, -0.25, 0.5, 0.25], "base": 1},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_any_run_can_be_computed_again(tmp_path: Path, layout: str, options: dict[str, Any]) -> None:
+    run = nasty_run(tmp_path / "run", layout=layout)
+    given = options | ({"base": run[options["base"]]} if "base" in options else {})
+    average(run, tmp_path / "out", **given)
+    assert problems(tmp_path / "out", against_inputs=True, sample=None) == ""
+    assert problems(tmp_path / "out", against_inputs=True, sample=5) == ""
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("case", ["DeepSeek-V3", "nvfp4", "gpt-oss", "packed int4, asymmetric", "per tensor"])
+def test_quantised_weights_are_computed_again(tmp_path: Path, case: str, requantize: bool) -> None:
+    paths, *_ = quantized_run(tmp_path, case)
+    out = average(paths, tmp_path / "out", method="wma", requantize=requantize).output
+    found = verify(out, against_inputs=True)
+    assert found.ok and found.recomputed == found.num_tensors, found.problems
+    for path in out.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        forge(out, path.name)
+        assert "is not what its inputs and coefficients give" in problems(out, against_inputs=True)
+
+
+def test_ranks_and_single_files_are_computed_again(tmp_path: Path) -> None:
+    run = training_run({"a.weight": torch.ones(7).bfloat16(), "count": torch.tensor(3)}, 2)
+    for step, own in enumerate(run, 1):
+        for rank in range(2):
+            write_checkpoint(tmp_path / f"step_{step}" / f"mp_rank_0{rank}", own, index=False, config=None, side_files=False)
+    ranks = [tmp_path / f"step_{step}" for step in (1, 2)]
+    files = [folder / "mp_rank_00" / "model.safetensors" for folder in ranks]
+    for number, paths in enumerate((ranks, files)):
+        found = verify(average(paths, tmp_path / f"out{number}").output, against_inputs=True)
+        assert found.ok and found.recomputed == (4, 2)[number], found.problems
+        assert len(found.files) == (3, 2)[number]
+
+
+def test_nan_that_was_allowed_is_computed_again(tmp_path: Path) -> None:
+    run = [write_checkpoint(tmp_path / f"ckpt_{i}", {"w": torch.tensor([1.0, value])}) for i, value in ((1, torch.nan), (2, 1.0))]
+    average(run, tmp_path / "out", allow_nonfinite=True)
+    assert problems(tmp_path / "out", against_inputs=True) == ""
+
+
+def test_inputs_that_changed_are_named(tmp_path: Path) -> None:
+    run = nasty_run(tmp_path / "run", 3, layout="sharded")
+    average(run, tmp_path / "out")
+    shard = sorted(run[1].glob("model-*"))[0]
+    before = shard.stat()
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert f"{shard}: this input has changed" in problems(tmp_path / "out", against_inputs=True)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert problems(tmp_path / "out", against_inputs=True) == ""
+    shard.rename(shard.with_suffix(".gone"))
+    assert f"missing in {run[1]}" in problems(tmp_path / "out", against_inputs=True)
+    shutil.rmtree(run[1])
+    assert str(run[1]) in problems(tmp_path / "out", against_inputs=True)
+    assert problems(tmp_path / "out") == "", "without its inputs the result can still be checked"
+
+
+def test_another_request_is_not_taken_for_the_recorded_one(out: Path) -> None:
+    content = json.loads((out / "pmerge.json").read_bytes())
+    content["inputs"][0]["coefficient"] += 1e-9
+    reseal(out, inputs=content["inputs"])
+    assert "another plan" in problems(out, against_inputs=True)
+    reseal(out, inputs="none")
+    assert "does not describe a run" in problems(out, against_inputs=True)
+    reseal(out, algorithm=2, method="sma")
+    assert "does not describe a run" in problems(out, against_inputs=True)
+
+
+def command(*arguments: object, cwd: Path, expect: int) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([PMERGE, "verify", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expect, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_the_command(out: Path) -> None:
+    here = out.parent
+    good = command("out", "--against-inputs", "--sample", "all", cwd=here, expect=0)
+    assert good.stdout.endswith("23 of 23 tensors were computed again\nall holds\n") and good.stderr == ""
+    assert command("out", "--quiet", cwd=here, expect=0).stdout == ""
+    (out / "tokenizer.json").write_text("{}")
+    bad = command("out", cwd=here, expect=1)
+    assert "1 things do not hold" in bad.stdout and bad.stderr.startswith("error: out/tokenizer.json: has 2 bytes")
+    quiet = command("out", "-q", cwd=here, expect=1)
+    assert quiet.stdout == "" and quiet.stderr == bad.stderr
+    found = json.loads(command("out", "--json", cwd=here, expect=1).stdout)
+    assert found["ok"] is False and "tokenizer.json" in found["problems"][0] and found["files"][INDEX] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nowhere"], "no result of pmerge"),
+        (["."], "no result of pmerge"),
+        (["out", "--sample", "5"], "add --against-inputs"),
+        (["out", "--against-inputs", "--sample", "0"], "--sample cannot be '0'"),
+        (["out", "--against-inputs", "--sample", "9" * 5000], "--sample cannot be"),
+        (["out", "--against-inputs", "--sample", "few"], "--sample cannot be 'few'"),
+        ([], "Missing argument"),
+    ],
+)
+def test_wrong_usage_of_the_command(out: Path, arguments: list[str], text: str) -> None:
+    assert text in command(*arguments, cwd=out.parent, expect=2).stderr
