@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,9 @@ def average_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
     threads: Annotated[int | None, typer.Option(min=1, help="Worker threads (the cores, 2 to 8).")] = None,
+    storage_bandwidth: Annotated[
+        str | None, typer.Option(help="Bytes per second, as 5GB, for the time that --dry-run estimates (measured).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result, at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
@@ -90,6 +94,9 @@ def average_command(
         typed = _parse_weights(weights)
     if typed is not None and method not in (None, "weights"):
         raise UsageError(f"--method {method} does not take weights", hint="leave --method out, or say --method weights")
+    bandwidth = parse_size(storage_bandwidth, "--storage-bandwidth")
+    if bandwidth is not None and not dry_run:
+        raise UsageError("--storage-bandwidth is for the estimate of --dry-run", hint="add --dry-run")
     plan = plan_average(
         paths,
         output,
@@ -125,7 +132,7 @@ def average_command(
     if not quiet:
         _show_plan(plan)
     if dry_run:
-        _finish_dry_run(plan, as_json, quiet)
+        _finish_dry_run(plan, as_json, quiet, bandwidth)
         return
     with console.ProgressLine(quiet) as progress:
         try:
@@ -216,15 +223,23 @@ def _show_plan(plan: AveragePlan) -> None:
         console.say(f"warning: {warning}")
 
 
-def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool) -> None:
+def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwidth: int | None) -> None:
+    from merge_cli.engine.estimate import estimate
+
     if not (as_json and quiet):
         for finding in plan.findings:
             console.print_error(finding, "finding")
+    expected = estimate(plan.merge, storage_bandwidth)
+    rate = console.human_bytes(expected.storage_bandwidth)
     if not quiet:
+        console.say(
+            f"  about {console.human_seconds(expected.seconds)}, decided by {expected.bottleneck}, at {rate}/s"
+            f" {'as given' if storage_bandwidth else 'measured on the first bytes'}"
+        )
         fine = "" if plan.findings else "; nothing that headers show would stop this run (values were not read)"
         console.say(f"dry run: nothing was written{fine}")
     if as_json:
-        console.out_json(_as_json(plan))
+        console.out_json({**_as_json(plan), "estimate": asdict(expected)})
     else:
         console.out(plan.output)
 

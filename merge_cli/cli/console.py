@@ -92,6 +92,13 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def human_seconds(seconds: float) -> str:
+    """A duration as one would say it: 4.2 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class ProgressLine:
     """A bar on a terminal, a line now and then elsewhere, nothing when quiet."""
 

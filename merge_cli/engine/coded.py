@@ -184,6 +184,14 @@ def memory_of(data: Tensor) -> memoryview:
     return memoryview(view).cast("B")
 
 
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed for the next chunk: giving it back and faulting it in costs as much as the arithmetic."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl and macOS have none
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
 def rows_of(run: CodedRun, values: int) -> Iterable[tuple[int, int]]:
     """The chunks (first row, end) of a run, of about `values` values each."""
     step = run.rows_at_once(values)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, largest_chunk, rows_of
+from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, keep_freed_memory, largest_chunk, rows_of
 from merge_cli.engine.device import SCRATCH_BYTES_PER_ELEMENT, Device, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_unchanged
@@ -119,6 +119,8 @@ def stream(
     the elements that are NaN or Inf, by tensor (only with allow_nonfinite). An error stops all workers; of several, the one that
     comes first in the plan is raised. Partial files stay. `writer(file, folder)` makes what takes the bytes of a file.
     """
+    if any(isinstance(run, CodedRun) for file in files for run in file.runs):
+        keep_freed_memory()
     with InputFiles() as inputs:
         check_equal_integers(plan, files, inputs)
         job = _Job(plan, files, folders, budget, device, inputs, on_progress, on_file, writer)
