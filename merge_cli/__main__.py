@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
 import sys
+import threading
 from types import FrameType
 
 from merge_cli.errors import Interrupted, PmergeError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_S = 1.5
+
 
 def main() -> None:
-    """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 130 or 143 interrupted."""
+    """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 129, 130 or 143 interrupted."""
     gc.set_threshold(1_000_000)  # a plan is millions of small tuples without cycles: walking them all takes as long as making them
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    _handle_signals()
     from merge_cli.cli.app import app
     from merge_cli.cli.console import print_error
 
     try:
-        app()
+        try:
+            app()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise PmergeError(f"{where}{error.strerror or error}") from error
+        except MemoryError as error:
+            raise PmergeError("not enough memory", hint="--memory 256MiB --threads 1, or a higher ulimit -v") from error
+    except Interrupted as stop:
+        print_error(stop)
+        os._exit(stop.exit_code)
     except PmergeError as error:
         print_error(error)
         sys.exit(error.exit_code)
@@ -29,11 +44,46 @@ def main() -> None:
         sys.exit(1)
 
 
+def _handle_signals() -> None:
+    """The first signal stops at the next safe point; the second, or the end of `GRACE_S`, ends the process at once.
+
+    A signal that the process was started to ignore (nohup) stays ignored. The handler runs when the main thread is back from the
+    system call it is in, which a slow disk can hold for long. So a second thread hears of the signal too, and does not wait for
+    that: any moment is a safe point, since a killed run can be continued.
+    """
+    heard, wakeup = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(heard,), daemon=True).start()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """The first signal stops at the next safe point; the next one ends the process at once."""
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_DFL)
-    raise Interrupted(number, hint="run the same command again to continue")
+    for other in SIGNALS:
+        if signal.getsignal(other) == _interrupt:
+            signal.signal(other, signal.SIG_DFL)
+    raise _interrupted(number)
+
+
+def _interrupted(number: int) -> Interrupted:
+    return Interrupted(number, hint=f"to continue, run the same command again:  {shlex.join(['pmerge', *sys.argv[1:]])}")
+
+
+def _watch(heard: int) -> None:
+    number = os.read(heard, 1)[0]
+    late = threading.Timer(GRACE_S, _give_up, (number,))
+    late.daemon = True
+    late.start()
+    os._exit(128 + os.read(heard, 1)[0])
+
+
+def _give_up(number: int) -> None:
+    from merge_cli.cli.console import print_error
+
+    print_error(_interrupted(number))
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

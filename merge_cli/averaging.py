@@ -8,6 +8,7 @@ Nothing is printed: progress goes to a callback, warnings are in the plan, error
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -70,6 +71,8 @@ class AveragePlan:
     device: Device
     budget: Budget
     overwrite: bool
+    restart: bool
+    verify_resume: bool
     findings: tuple[PmergeError, ...]
 
 
@@ -116,11 +119,14 @@ def plan_average(
     memory: int | None = None,
     threads: int | None = None,
     overwrite: bool = False,
+    restart: bool = False,
+    verify_resume: bool = False,
 ) -> AveragePlan:
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
     Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
-    such as "8B" in tokens), `memory` and `shard_size` in bytes. Without `output` the result goes to
+    such as "8B" in tokens), `memory` and `shard_size` in bytes. `restart` throws away what an unfinished run to this output left,
+    `verify_resume` reads its finished files again before they are trusted. Without `output` the result goes to
     `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
@@ -183,7 +189,9 @@ def plan_average(
     where = choose_device(device)
     budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
     findings = check_destination(destination, merge, overwrite)
-    return AveragePlan(merge, destination, candidates, notes, warnings, where, budget, overwrite, tuple(findings))
+    return AveragePlan(
+        merge, destination, candidates, notes, warnings, where, budget, overwrite, restart, verify_resume, tuple(findings)
+    )
 
 
 def average(
@@ -206,18 +214,19 @@ def run_average(
     plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
-    from merge_cli.engine.stream import check_inputs_unchanged, stream
+    from merge_cli.engine.durable import write_file
+    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
     from merge_cli.output.manifest import (
         MANIFEST,
         count_nonfinite,
         digest,
         index_of,
-        input_fingerprints,
         manifest,
+        request_state,
         seal,
         write_side_files,
     )
-    from merge_cli.output.staging import Done, Staging, write_file
+    from merge_cli.output.staging import Done, Staging
 
     if plan.findings:
         raise plan.findings[0]
@@ -230,9 +239,12 @@ def run_average(
             seconds = time.perf_counter() - began
             on_progress(Progress(statistics.bytes_read, total_read, statistics.bytes_written, total_write, seconds))
 
-    with Staging(plan.output) as staging:
-        state = {"about": "an unfinished pmerge run; run the same command again to continue it, or delete this folder"}
-        done = staging.prepare({**state, "plan": merge.fingerprint(), "inputs": input_fingerprints(merge)})
+    with Staging(plan.output, plan.overwrite) as staging:
+        done = staging.prepare(request_state(merge), restart=plan.restart, verify=plan.verify_resume)
+        if staging.is_published:  # by an earlier run of this request, which died before it could say so
+            staging.clean()
+            nonfinite = json.loads((plan.output / MANIFEST).read_bytes())["nonfinite"]
+            return AverageResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), nonfinite)
         reused = len(done)
 
         def finished(_: int, file: Any, sha256: str, nonfinite: Mapping[str, int]) -> None:
@@ -251,7 +263,7 @@ def run_average(
         if index is not None:
             write_file(staging.checkpoint / index[0], index[1])
         _check_complete(merge, staging.checkpoint)
-        staging.publish(plan.overwrite)
+        staging.publish()
     return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, count_nonfinite(done))
 
 

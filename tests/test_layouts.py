@@ -165,23 +165,26 @@ def test_an_input_that_changes_after_planning_is_noticed(tmp_path: Path) -> None
 def test_another_run_on_the_same_destination_is_told_who_holds_it(tmp_path: Path) -> None:
     with Staging(tmp_path / "out"), pytest.raises(OutputError, match="another run") as refused:
         average(list(two(tmp_path)), tmp_path / "out")
-    assert f"pid {os.getpid()}" in str(refused.value)
+    assert f"pid       {os.getpid()}" in str(refused.value)
 
 
 def test_a_finished_file_is_kept_only_for_the_same_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = two(tmp_path)
     staged = tmp_path / "out.pmerge-partial"
 
-    def stop(self: Staging, overwrite: bool) -> None:
+    def stop(self: Staging) -> None:
         raise OutputError("stopped")
 
     for method in ("sma", "wma"):
         with monkeypatch.context() as patch:
             patch.setattr(Staging, "publish", stop)
             with pytest.raises(OutputError, match="stopped"):
-                average(inputs, tmp_path / "out", method=method)
+                average(inputs, tmp_path / "out", method=method, restart=True)
         assert not (tmp_path / "out").exists()
         assert (staged / "done" / "x.safetensors.json").exists()
+    with pytest.raises(OutputError, match="another request") as refused:
+        average(inputs, tmp_path / "out", method="sma")
+    assert "request, method  was wma, is sma" in str(refused.value)
     again = average(inputs, tmp_path / "out", method="wma")
     assert again.reused == 1
     assert load_file(tmp_path / "out" / "x.safetensors")["a.weight"][0, 0] == torch.tensor(7 / 3)

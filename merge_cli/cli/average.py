@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_cli.cli import console
-from merge_cli.errors import Interrupted, UsageError, first_ten
+from merge_cli.errors import UsageError, first_ten
 
 if TYPE_CHECKING:
     from merge_cli.averaging import AveragePlan, AverageResult
@@ -78,6 +78,8 @@ def average_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result, at the end.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False,
+    verify_resume: Annotated[bool, typer.Option("--verify-resume", help="Read finished files again before trusting them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
@@ -128,6 +130,8 @@ def average_command(
         memory=parse_size(memory, "--memory"),
         threads=threads,
         overwrite=overwrite,
+        restart=restart,
+        verify_resume=verify_resume,
     )
     if not quiet:
         _show_plan(plan)
@@ -135,10 +139,7 @@ def average_command(
         _finish_dry_run(plan, as_json, quiet, bandwidth)
         return
     with console.ProgressLine(quiet) as progress:
-        try:
-            result = run_average(plan, on_progress=progress.update, command=sys.argv)
-        except Interrupted as stop:
-            raise Interrupted(stop.exit_code - 128, hint=f"run the same command again to continue {plan.output}") from None
+        result = run_average(plan, on_progress=progress.update, command=sys.argv)
     if not quiet:
         _show_result(plan, result)
     if as_json:

@@ -23,7 +23,7 @@ import torch
 from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, keep_freed_memory, largest_chunk, rows_of
 from merge_cli.engine.device import SCRATCH_BYTES_PER_ELEMENT, Device, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
-from merge_cli.engine.reader import InputFiles, check_unchanged
+from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
 from merge_cli.engine.reduce import torch_dtype, weighted_sum
 from merge_cli.engine.writer import ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, UsageError, first_ten
@@ -250,6 +250,8 @@ class _Job:
         sources = run.sources if run.kind == "average" else run.sources[:1]
         bytes_read = 0
         for source, buffer in zip(sources, lane.inputs, strict=False):
+            if self._stopped.is_set():
+                return
             bits = DTYPES[source.dtype].bits
             size = count * bits // 8
             self.inputs.read_into(source.file, source.offset + start * bits // 8, buffer.memory[:size])
@@ -359,3 +361,4 @@ def check_inputs_unchanged(plan: MergePlan) -> None:
     for checkpoint in plan.inputs:
         for file in checkpoint.files:
             check_unchanged(file)
+            check_header_unchanged(file)

@@ -7,29 +7,17 @@ came early are read back when the front reaches them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
 from pathlib import Path
 from typing import Protocol
 
-from merge_cli.errors import OutputError
+from merge_cli.engine.durable import fsync_file, fsync_folder, make_folder, output_error, reserve, write_all
 from merge_cli.plan import OutputFile
 
 _READ_BACK_BYTES = 4 << 20
-
-
-def write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    """Write `data` at `offset`, short writes continued. Raises OutputError with the path and what is needed."""
-    done = 0
-    while done < len(data):
-        try:
-            done += os.pwrite(fd, data[done:], offset + done)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {path} at byte {offset + done}: {error.strerror}",
-                hint="nothing was published; make room or mend the storage, then run the same command again",
-            ) from error
 
 
 class Writer(Protocol):
@@ -59,11 +47,15 @@ class ShardWriter:
         self._hashing = False
         self._sha256 = hashlib.sha256(file.header)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._fd, file.file_bytes)
         except OSError as error:
-            raise OutputError(f"cannot create {self.partial}: {error.strerror}") from error
+            raise output_error(error, f"cannot create {self.partial}", self.partial, file.file_bytes) from error
+        try:
+            reserve(self._fd, file.file_bytes, self.partial)
+        except BaseException:
+            self.abandon()
+            raise
 
     @property
     def is_finished(self) -> bool:
@@ -92,20 +84,30 @@ class ShardWriter:
                 if end is None:
                     self._hashing = False
                     return self._remaining == 0 and not self._written
-            for position in range(start, end, _READ_BACK_BYTES):
-                self._sha256.update(os.pread(self._fd, min(_READ_BACK_BYTES, end - position), position))
+            self._hash_back(start, end)
+
+    def _hash_back(self, start: int, end: int) -> None:
+        while start < end:
+            try:
+                piece = os.pread(self._fd, min(_READ_BACK_BYTES, end - start), start)
+                if not piece:
+                    raise OSError(errno.EIO, "the file ended early")
+            except OSError as error:
+                raise output_error(error, f"cannot read back {self.partial} at byte {start}", self.partial) from error
+            self._sha256.update(piece)
+            start += len(piece)
 
     def finish(self) -> str:
         """Write the header, fsync, rename to the final name, fsync the folder; the file's sha256."""
         write_all(self._fd, memoryview(self.file.header), 0, self.partial)
         try:
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            fsync_file(self._fd)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
             self.partial.rename(self.path)
             fsync_folder(self.path.parent)
         except OSError as error:
-            raise OutputError(f"cannot complete {self.path}: {error.strerror}") from error
+            raise output_error(error, f"cannot complete {self.path}", self.path, self.file.file_bytes) from error
         return self._sha256.hexdigest()
 
     def abandon(self) -> None:
@@ -113,12 +115,3 @@ class ShardWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

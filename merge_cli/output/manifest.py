@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -9,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from merge_cli.engine.durable import write_file
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.files import check_stays_inside, read_regular_file
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
-from merge_cli.output.staging import Done, write_file
-from merge_cli.plan import MergePlan, Output
+from merge_cli.output.staging import Done
+from merge_cli.plan import ALGORITHM, MergePlan, Output
 from merge_cli.version import __version__
 
 MANIFEST = "pmerge.json"
@@ -39,6 +41,18 @@ def input_fingerprints(plan: MergePlan) -> list[dict[str, Any]]:
         }
         for checkpoint in plan.inputs
     ]
+
+
+def request_state(plan: MergePlan) -> dict[str, Any]:
+    """What an unfinished run must agree on to be continued, in a form in which differences can be shown."""
+    return {
+        "algorithm": ALGORITHM,
+        "request": dataclasses.asdict(plan.spec),
+        "base": str(plan.inputs[plan.base].path.resolve()),
+        "coefficients": [list(output.coefficients.values) for output in plan.outputs],
+        "inputs": {entry["path"]: {file.pop("name"): file for file in entry["files"]} for entry in input_fingerprints(plan)},
+        "plan": plan.fingerprint(),
+    }
 
 
 def manifest(

@@ -2,34 +2,55 @@
 
 Everything is first written to `OUT.pmerge-partial/` beside the destination, on the same filesystem:
 
-    state.json      what is being made: the plan's fingerprint, the inputs' fingerprints, the command
+    state.json      what is being made: the request, the inputs' fingerprints, the plan's hash; and by which command
     lock            held (flock) by the run that works on it
-    done/           one record per finished file: its size and sha256
+    done/           one record per finished file: its size, modification time and sha256
     checkpoint/     the result as it grows: shards, then side files and pmerge.json, the index last
+    publish.json    what is about to get the final name; written when all of checkpoint/ is durable
+    replaced/       with --overwrite, the old result in the moment between two renames
 
-`publish` makes `checkpoint/` durable and renames it to the destination in one step. A run that dies leaves the staging folder;
-the same command continues with the files that are not done. Another request for the same destination starts afresh.
+`publish` makes `checkpoint/` durable and renames it to the destination in one step. A run that dies leaves the staging folder, and
+the same command continues with the files that are not done. A staging folder of another request, or of inputs that have changed
+since, is an error that names the differences: nothing is ever mixed. Wherever a run dies while it publishes, `_recover` of the next
+one finds out from `publish.json` which side of the rename it died on.
+
+Not guaranteed: that a finished file still holds its bytes when a run continues (its size and modification time are looked at; with
+`verify` it is read and hashed again).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
+import shlex
 import shutil
-import socket
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.writer import fsync_folder, write_all
-from merge_cli.errors import OutputError, UsageError
+from merge_cli.engine.durable import (
+    NOT_SUPPORTED,
+    exchange,
+    fsync_folder,
+    fsync_tree,
+    output_error,
+    rename_to_new,
+    write_file,
+)
+from merge_cli.errors import OutputError, UsageError, first_ten
+from merge_cli.output.lock import Lock
 from merge_cli.plan import MergePlan, OutputFile
 
 SUFFIX = ".pmerge-partial"
-_OLD = ".pmerge-old"
+_MANIFEST = "pmerge.json"
+_NO_FOLDER_RENAME = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EISDIR, errno.EMLINK)
+_READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -42,112 +63,293 @@ class Done:
 
 
 class Staging:
-    """The staging folder of one destination, locked while the context is open."""
+    """The staging folder of one destination, locked while the context is open.
 
-    def __init__(self, destination: Path) -> None:
+    `is_published` is true after `prepare` when an earlier run of the same request died after its rename: the result stands.
+    """
+
+    def __init__(self, destination: Path, overwrite: bool = False) -> None:
         self.destination = destination
+        self.overwrite = overwrite
         self.folder = destination.with_name(destination.name + SUFFIX)
         self.checkpoint = self.folder / "checkpoint"
+        self.is_published = False
         self._done = self.folder / "done"
-        self._lock_fd = -1
+        self._state_file = self.folder / "state.json"
+        self._publish_file = self.folder / "publish.json"
+        self._replaced = self.folder / "replaced"
+        self._state: Mapping[str, Any] = {}
+        self._lock = Lock(self.folder / "lock", destination)
 
     def __enter__(self) -> Staging:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(f"cannot create {self.folder}: {error.strerror}", hint="choose another place:  -o PATH") from error
-        self._take_lock()
+        self._lock.acquire()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._lock_fd)
+        self._lock.release()
 
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return  # a filesystem without locks: two runs at once are then up to the user
-            holder = os.pread(self._lock_fd, 200, 0).decode(errors="replace").strip()
-            os.close(self._lock_fd)
-            raise OutputError(
-                f"another run is writing {self.destination}",
-                details=[f"held by  {holder or 'an unknown process'}"],
-                hint="wait for it, stop it, or write somewhere else:  -o PATH",
-            ) from error
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    def prepare(self, state: Mapping[str, Any], *, restart: bool = False, verify: bool = False) -> dict[str, Done]:
+        """Get ready to write what `state` describes; the files that an earlier run of the same finished, by name.
 
-    def prepare(self, state: Mapping[str, Any]) -> dict[str, Done]:
-        """Get ready to write what `state` describes; the files that an earlier run of the same finished, by name."""
-        state_file = self.folder / "state.json"
+        `restart` throws away what an earlier run left, `verify` reads finished files again and drops those whose sha256 is
+        another. Raises OutputError where the destination exists, or what is there belongs to another request.
+        """
+        self._state = json.loads(json.dumps(state))
         try:
-            same = json.loads(state_file.read_text()) == json.loads(json.dumps(state))
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            for part in (self._done, self.checkpoint):
-                shutil.rmtree(part, ignore_errors=True)
-        try:
+            if self._recover() and not restart:
+                self.is_published = True
+                return {}
+            if os.path.lexists(self.destination) and not self.overwrite:
+                raise already_there(self.destination)
+            if restart:
+                self._discard()
+            self._check_same_request()
+            done = self._finished_files(verify)
+            self._remove_all_but(done)
             self._done.mkdir(exist_ok=True)
             self.checkpoint.mkdir(exist_ok=True)
-            write_file(state_file, json.dumps(state, indent=2).encode())
+            if not self._state_file.exists():
+                about = "an unfinished pmerge run: run the same command again to continue it, with --restart to begin afresh"
+                made_by = {"about": about, "command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+                write_file(self._state_file, json.dumps({**made_by, "state": self._state}, indent=2).encode())
         except OSError as error:
-            raise OutputError(f"cannot write in {self.folder}: {error.strerror}") from error
-        return self._finished_files()
-
-    def _finished_files(self) -> dict[str, Done]:
-        found = {}
-        for record in sorted(self._done.iterdir()):
-            try:
-                entry = json.loads(record.read_text())
-                done = Done(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]))
-                if (self.checkpoint / entry["name"]).stat().st_size == done.file_bytes:
-                    found[str(entry["name"])] = done
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # a torn record: that file is written again
-        return found
+            raise output_error(error, f"cannot work in {self.folder}", self._state_file) from error
+        return done
 
     def record(self, file: OutputFile, sha256: str, nonfinite: Mapping[str, int]) -> None:
         """Note that `file` stands complete and durable in the staging folder."""
-        entry = {"name": file.name, "file_bytes": file.file_bytes, "sha256": sha256, "nonfinite": dict(nonfinite)}
-        write_file(self._done / f"{file.name.replace('/', '%2F')}.json", json.dumps(entry).encode())
+        mtime_ns = (self.checkpoint / file.name).stat().st_mtime_ns
+        entry = {"name": file.name, "file_bytes": file.file_bytes, "mtime_ns": mtime_ns, "sha256": sha256}
+        write_file(self._record_file(file.name), json.dumps({**entry, "nonfinite": dict(nonfinite)}).encode())
 
-    def publish(self, overwrite: bool) -> None:
+    def publish(self) -> None:
         """Make the checkpoint durable and give it its final name; with `overwrite` an older one is replaced only now."""
-        old = self.destination.with_name(self.destination.name + _OLD)
         try:
-            fsync_folder(self.checkpoint)
-            if overwrite and self.destination.exists():
-                if old.exists():
-                    shutil.rmtree(old)
-                self.destination.rename(old)
-            elif self.destination.exists():
-                raise already_there(self.destination)
-            self.checkpoint.rename(self.destination)
+            fsync_tree(self.checkpoint)
+        except OSError as error:
+            shutil.rmtree(self._done, ignore_errors=True)  # who knows which names were lost: nothing here is finished any more
+            raise output_error(error, f"cannot make {self.checkpoint} durable", self.checkpoint) from error
+        marker = {"inode": self.checkpoint.stat().st_ino, "manifest": _sha256(self.checkpoint / _MANIFEST), "state": self._state}
+        write_file(self._publish_file, json.dumps(marker).encode())
+        try:
+            if self.overwrite and _is_merged(self.destination):
+                self._replace()
+            else:
+                self._appear()
+        except FileExistsError as error:
+            raise already_there(self.destination) from error
+        except OSError as error:
+            raise output_error(error, f"cannot publish {self.destination}", self.destination) from error
+        try:
             fsync_folder(self.destination.parent)
         except OSError as error:
-            raise OutputError(f"cannot publish {self.destination}: {error.strerror}") from error
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self._take_back()
+            raise output_error(error, f"cannot make the name {self.destination} durable", self.destination) from error
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove the staging folder after the result was published; what another put into it stays."""
+        with suppress(OSError):  # the result stands: what cannot be removed is only litter
+            for part in (self.checkpoint, self._replaced, self._done):
+                shutil.rmtree(part, ignore_errors=True)
+            for file in (self._state_file, self._publish_file):
+                file.unlink(missing_ok=True)
+            self._lock.remove_files()
+            self.folder.rmdir()
+
+    def _appear(self) -> None:
+        try:
+            rename_to_new(self.checkpoint, self.destination)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_RENAME:
+                raise
+            self._move_files()
+
+    def _move_files(self) -> None:
+        """Where folders cannot be renamed: file by file, what makes it a checkpoint (pmerge.json, the index) last."""
+        self.destination.mkdir()
+        marker = {**_read_json(self._publish_file), "inode": self.destination.stat().st_ino, "by_file": True}
+        write_file(self._publish_file, json.dumps(marker).encode())
+        try:
+            for path in sorted(_files_in(self.checkpoint), key=_publishing_order):
+                target = self.destination / path.relative_to(self.checkpoint)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if _publishing_order(path)[0]:
+                    fsync_tree(self.destination)  # the weights' names are durable before the index can be
+                path.rename(target)
+            fsync_tree(self.destination)
+        except OSError:
+            with suppress(OSError):
+                self._move_files_back()
+            raise
+        shutil.rmtree(self.checkpoint)
+
+    def _replace(self) -> None:
+        if exchange(self.checkpoint, self.destination):
+            return
+        try:
+            self.destination.rename(self._replaced)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_RENAME:
+                raise
+            raise OutputError(
+                f"{self.destination} cannot be replaced: its filesystem cannot rename folders",
+                hint="remove it, then run the same command again: what is finished is kept",
+            ) from error
+        try:
+            fsync_folder(self.folder)
+            rename_to_new(self.checkpoint, self.destination)
+        except BaseException:
+            self._replaced.rename(self.destination)
+            raise
+
+    def _take_back(self) -> None:
+        """Undo the rename whose durability failed, so that the next run does it anew instead of believing a second fsync."""
+        if self._replaced.exists():
+            self.destination.rename(self.checkpoint)
+            self._replaced.rename(self.destination)
+        elif self.checkpoint.exists():
+            exchange(self.checkpoint, self.destination)
+        else:
+            self.destination.rename(self.checkpoint)
+
+    def _recover(self) -> bool:
+        """Finish or undo what a run that died while publishing began; True when it was this request and is complete."""
+        marker = _read_json(self._publish_file)
+        half_moved = bool(marker.get("by_file")) and self.checkpoint.exists()
+        ours = self.destination.is_dir() and self.destination.stat().st_ino == marker.get("inode")
+        if ours and not half_moved:
+            ours = _sha256(self.destination / _MANIFEST) == marker.get("manifest")
+        if self._replaced.exists() and not ours:
+            self._put_back_replaced()
+        if ours and half_moved:
+            self._move_files_back()
+        elif ours:
+            fsync_folder(self.destination.parent)
+            if marker.get("state") == self._state:
+                return True
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._discard()
+        elif marker and self.destination.is_dir() and not any(self.destination.iterdir()):
+            self.destination.rmdir()  # made to be filled file by file
+        self._publish_file.unlink(missing_ok=True)
+        return False
+
+    def _put_back_replaced(self) -> None:
+        if os.path.lexists(self.destination):
+            raise OutputError(
+                f"{self._replaced} was moved aside to be replaced, but {self.destination} is not what should replace it",
+                hint=f"keep one of the two; to keep what was moved aside:  mv {self._replaced} SOMEWHERE",
+            )
+        self._replaced.rename(self.destination)
+        fsync_folder(self.destination.parent)
+
+    def _move_files_back(self) -> None:
+        for path in sorted(_files_in(self.destination), key=_publishing_order, reverse=True):
+            target = self.checkpoint / path.relative_to(self.destination)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        shutil.rmtree(self.destination)
+
+    def _discard(self) -> None:
+        """Remove what an earlier run left, and nothing else."""
+        for part in (self._done, self.checkpoint):
+            if part.exists():
+                shutil.rmtree(part)
+        self._state_file.unlink(missing_ok=True)
+
+    def _check_same_request(self) -> None:
+        """Raise OutputError unless the staging folder is empty or belongs to this very request."""
+        if not self._state_file.exists():
+            strange = sorted({path.name for path in self.folder.iterdir()} - {"lock", "lock.owner", "state.json.partial"})
+            if not any((self.folder / name).is_file() or any((self.folder / name).iterdir()) for name in strange):
+                return
+            raise OutputError(
+                f"{self.folder} holds files, and no state.json that says what they are",
+                details=first_ten(strange),
+                hint="look at it; to throw away what an earlier run left there, add --restart",
+            )
+        was = _read_json(self._state_file).get("state")
+        if was == self._state:
+            return
+        raise OutputError(
+            f"{self.folder} is the unfinished run of another request or of inputs that have changed since",
+            details=first_ten(differences(was or {}, self._state), "more differences"),
+            hint="repeat the command that began it, or throw its work away:  --restart",
+        )
+
+    def _finished_files(self, verify: bool) -> dict[str, Done]:
+        found = {}
+        for record in sorted(self._done.glob("*.json")):
+            entry = _read_json(record)
+            try:
+                path, done = self.checkpoint / entry["name"], Done(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]))
+                status = path.stat()
+                if (status.st_size, status.st_mtime_ns) != (done.file_bytes, entry["mtime_ns"]):
+                    continue
+            except (OSError, KeyError, TypeError, ValueError):
+                continue  # a torn record, or its file is gone: that file is written again
+            if not verify or _sha256(path) == done.sha256:
+                found[str(entry["name"])] = done
+        return found
+
+    def _remove_all_but(self, done: Mapping[str, Done]) -> None:
+        """Remove every file that no record vouches for: parts of shards, side files of the last attempt, an old result."""
+        kept = {self.checkpoint / name for name in done} | {self._record_file(name) for name in done}
+        for path in (*_files_in(self.checkpoint), *_files_in(self._done)):
+            if path not in kept:
+                path.unlink()
+
+    def _record_file(self, name: str) -> Path:
+        return self._done / f"{name.replace('/', '%2F')}.json"
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole and durable, or not at all; its mode follows the umask."""
-    partial = path.with_name(path.name + ".partial")
-    fd = -1
+def differences(was: Any, now: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, one line each: what, was, is."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = [*was, *(key for key in now if key not in was)]
+        return [
+            line
+            for key in keys
+            for line in differences(was.get(key, "absent"), now.get(key, "absent"), f"{where}, {key}" if where else key)
+        ]
+    return [] if was == now else [f"{where}  was {_short(was)}, is {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value) if not isinstance(value, dict) else "present"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _publishing_order(path: Path) -> tuple[int, str]:
+    return (2 if path.name.endswith(".index.json") else path.name == _MANIFEST, str(path))
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            yield Path(parent, name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        write_all(fd, memoryview(data), 0, partial)
-        os.fsync(fd)
-        partial.rename(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if fd >= 0:
-            os.close(fd)
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _sha256(path: Path) -> str:
+    """The sha256 of a file, "" where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(_READ_BYTES):
+                digest.update(piece)
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 def already_there(destination: Path) -> OutputError:
@@ -171,41 +373,58 @@ def check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> li
                 )
             )
             break
-    if destination.is_symlink() or destination.exists():
+    was_publishing = (destination.with_name(destination.name + SUFFIX) / "publish.json").exists()
+    if (destination.is_symlink() or destination.exists()) and not was_publishing:
         if not overwrite:
             problems.append(already_there(destination))
-        elif destination.is_symlink() or not _is_merged(destination):
+        elif not _is_merged(destination):
             problems.append(
                 OutputError(
                     f"--overwrite replaces results of pmerge only, and {destination} has no pmerge.json",
                     hint="remove it yourself, or choose another place:  -o PATH",
                 )
             )
-    parent = real.parent
-    while not parent.exists():
+    return [*problems, *_check_parent(destination, real.parent, plan)]
+
+
+def _check_parent(destination: Path, parent: Path, plan: MergePlan) -> list[OutputError]:
+    """Whether what has to be written can be, as far as the nearest folder that exists tells."""
+    elsewhere = "choose another place:  -o PATH"
+    while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
+    if not parent.is_dir():
+        return [OutputError(f"cannot write {destination}: {parent} is not a folder", hint=elsewhere)]
+    try:
+        status = os.statvfs(parent)
+    except OSError as error:
+        return [output_error(error, f"cannot look at {parent}", parent)]
+    if status.f_flag & os.ST_RDONLY:
+        return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=elsewhere)]
     if not os.access(parent, os.W_OK | os.X_OK):
-        problems.append(OutputError(f"no permission to write in {parent}", hint="choose another place:  -o PATH"))
-    problems += _check_space(destination, parent, plan.bytes_to_write)
-    return problems
+        return [OutputError(f"no permission to write in {parent}", hint=elsewhere)]
+    return _check_space(destination, parent, status, plan)
 
 
-def _check_space(destination: Path, parent: Path, need: int) -> Sequence[OutputError]:
-    status = os.statvfs(parent)
-    free = status.f_bavail * status.f_frsize
-    staged = destination.with_name(destination.name + SUFFIX) / "checkpoint"
-    if staged.is_dir():
-        free += sum(f.stat().st_blocks * 512 for f in staged.rglob("*") if f.is_file())
-    if free >= need:
-        return []
+def _check_space(destination: Path, parent: Path, status: os.statvfs_result, plan: MergePlan) -> list[OutputError]:
+    """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote counts as free."""
+    staged = list(_files_in(destination.with_name(destination.name + SUFFIX)))
+    side_files = plan.inputs[plan.base].side_files.kept
+    need = {"bytes": plan.bytes_to_write, "inodes": 2 * len(plan.files) + len(side_files) + 12}
+    have = {"bytes": status.f_bavail * status.f_frsize, "inodes": status.f_favail}
+    for path in staged:
+        with suppress(OSError):
+            have["bytes"] += path.stat().st_blocks * 512
+    have["inodes"] = have["inodes"] + len(staged) if status.f_files else need["inodes"]  # 0: made as they are needed
     return [
         OutputError(
-            f"not enough space for {destination}",
-            details=[f"need  {need} bytes", f"have  {free} bytes free in {parent}"],
+            f"not enough {'space' if what == 'bytes' else what} for {destination}",
+            details=[f"need  {need[what]} {what}", f"have  {have[what]} {what} free in {parent}"],
             hint="make room, or write to another filesystem:  -o PATH",
         )
+        for what in need
+        if have[what] < need[what]
     ]
 
 
 def _is_merged(folder: Path) -> bool:
-    return (folder / "pmerge.json").is_file()
+    return not folder.is_symlink() and (folder / _MANIFEST).is_file()

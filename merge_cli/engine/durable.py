@@ -1,0 +1,173 @@
+"""The system calls that decide what is on a disk after a crash, and what their failures mean to the person at the keyboard.
+
+A failed fsync is an error that is never retried: the kernel may have dropped the pages and report success the next time. Whoever
+calls these functions throws the file away instead. Filesystems that cannot sync (EINVAL and its like, as on some FUSE mounts)
+promise nothing about power loss, and pmerge then promises no more than they do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from merge_cli.errors import OutputError
+
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    """Write `data` at `offset`, short writes continued. Raises OutputError with the path and what is needed."""
+    done = 0
+    while done < len(data):
+        try:
+            count = os.pwrite(fd, data[done:], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the storage took no byte")
+        except OSError as error:
+            raise output_error(error, f"cannot write {path} at byte {offset + done}", path, len(data) - done) from error
+        done += count
+
+
+def reserve(fd: int, size: int, path: Path) -> None:
+    """Give the file `size` bytes, its blocks reserved where the filesystem does so by itself. Raises OutputError.
+
+    This is fallocate(2), not posix_fallocate(3), which would write zeros where the filesystem cannot.
+    """
+    try:
+        if size and hasattr(_LIBC, "fallocate"):
+            _call(_LIBC.fallocate, fd, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+        else:
+            os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise output_error(error, f"cannot reserve {size} bytes for {path}", path, size) from error
+        try:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            raise output_error(error, f"cannot give {path} its {size} bytes", path, size) from error
+
+
+def fsync_file(fd: int) -> None:
+    """Make the content of an open file durable. Raises OSError: what was written is then lost, whatever a second try says."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fsync_file(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make the names in `folder` and in every folder below it durable. Raises OSError."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        fsync_folder(Path(path))
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it, each name durable. Raises OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    fsync_folder(folder.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole and durable, or not at all; its mode follows the umask."""
+    partial = path.with_name(path.name + ".partial")
+    fd = -1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        write_all(fd, memoryview(data), 0, partial)
+        fsync_file(fd)
+        partial.rename(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise output_error(error, f"cannot write {path}", path, len(data)) from error
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def rename_to_new(source: Path, destination: Path) -> None:
+    """Rename in one step, never onto something. Raises FileExistsError and other OSErrors.
+
+    Where the system has no such call, the name is looked up first; a file or a folder with something in it that appears in
+    between is still never replaced, only an empty folder.
+    """
+    try:
+        _rename2(source, destination, _NO_REPLACE)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        if os.path.lexists(destination):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination)) from None
+        source.rename(destination)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False where the filesystem cannot. Raises other OSErrors."""
+    try:
+        _rename2(one, other, _EXCHANGE)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return False
+    return True
+
+
+def _rename2(source: Path, destination: Path, flags: int) -> None:
+    if not hasattr(_LIBC, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    _call(_LIBC.renameat2, _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(destination), flags)
+
+
+def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
+    while function(*arguments) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def output_error(error: OSError, what: str, path: Path, need: int = 0) -> OutputError:
+    """`what` failed at `path` for lack of something: an OutputError that says what is needed. `need` is in bytes."""
+    details, hint = [], "mend the storage, then run the same command again: what is finished is kept"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        details = [f"need  {need} bytes and a free inode", *_space(path)]
+        room = "ask for a larger quota" if error.errno == errno.EDQUOT else "make room"
+        hint = f"{room}, then run the same command again: what is finished is kept"
+    elif error.errno == errno.EFBIG:
+        details = ["the file would be larger than the limit of this shell (ulimit -f) or of the filesystem"]
+        hint = "ulimit -f unlimited, then the same command again; or smaller files:  --shard-size 1GB"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        details, hint = ["too few open files are allowed"], "ulimit -n 1024, then the same command again"
+    elif error.errno == errno.EROFS:
+        hint = "the filesystem is read-only: remount it, or choose another place:  -o PATH"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        hint = "get permission to write there, or choose another place:  -o PATH"
+    return OutputError(f"{what}: {error.strerror}", details=details, hint=hint)
+
+
+def _space(path: Path) -> list[str]:
+    try:
+        status = os.statvfs(path.parent)
+    except OSError:
+        return []
+    return [f"have  {status.f_bavail * status.f_frsize} bytes and {status.f_favail} inodes free in {path.parent}"]
