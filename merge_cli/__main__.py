@@ -19,12 +19,13 @@ GRACE_S = 1.5
 def main() -> None:
     """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 129, 130 or 143 interrupted."""
     gc.set_threshold(1_000_000)  # a plan is millions of small tuples without cycles: walking them all takes as long as making them
-    _handle_signals()
-    from merge_cli.cli.app import app
     from merge_cli.cli.console import print_error
 
     try:
         try:
+            _handle_signals()
+            from merge_cli.cli.app import app
+
             app()
         except OSError as error:
             if isinstance(error, BrokenPipeError):

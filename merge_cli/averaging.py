@@ -253,7 +253,6 @@ def run_average(
 
         todo = [file for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
-        check_inputs_unchanged(merge)
         beside = write_side_files(merge.inputs[merge.base], staging.checkpoint, merge.spec.dtype, merge.dequantized)
         index = index_of(merge)
         if index is not None:
@@ -263,6 +262,7 @@ def run_average(
         if index is not None:
             write_file(staging.checkpoint / index[0], index[1])
         _check_complete(merge, staging.checkpoint)
+        check_inputs_unchanged(merge)
         staging.publish()
     return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, count_nonfinite(done))
 

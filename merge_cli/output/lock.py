@@ -69,6 +69,9 @@ class Lock:
             if self._flock(fd):
                 if not self._is_still_there(fd):
                     return False
+                if self._owner.exists():  # a run that could not flock, where we can
+                    self._check_dead(self._owner)
+                    self._owner.unlink()
             else:
                 self._take_file(fd)
             record = json.dumps(identity()).encode()
@@ -106,18 +109,28 @@ class Lock:
         holder = _read(self.path)
         if holder and not is_dead(holder):  # a run that could flock, where we cannot
             raise self._held(holder, f"if that run is no more:  rm {shlex.quote(str(self.path))}")
+        if not _create(self._owner):
+            self._take_over()
+        self._owns_file = True
+
+    def _take_over(self) -> None:
+        """Replace the owner file of a dead run; only one run at a time may do that."""
+        self._check_dead(self._owner)
         takeover = self._owner.with_name("lock.takeover")
-        if not _create(takeover):  # only its holder may replace what a dead run left
+        if not _create(takeover):
             raise self._held(_read(takeover), f"if that run is no more:  rm {shlex.quote(str(takeover))}")
         try:
-            holder = _read(self._owner)
-            if is_dead(holder):
-                self._owner.unlink()
+            self._check_dead(self._owner)
+            self._owner.unlink()
             if not _create(self._owner):
-                raise self._held(holder, f"if that run is no more:  rm {shlex.quote(str(self._owner))}")
+                raise self._held(_read(self._owner), "wait for it, stop it, or write somewhere else:  -o PATH")
         finally:
             takeover.unlink()
-        self._owns_file = True
+
+    def _check_dead(self, path: Path) -> None:
+        holder = _read(path)
+        if not is_dead(holder):
+            raise self._held(holder, f"if that run is no more:  rm {shlex.quote(str(path))}")
 
     def _held(self, holder: dict[str, Any], hint: str) -> OutputError:
         lines = [f"{name:8}  {holder[name]}" for name in ("host", "pid", "since", "command") if name in holder]
