@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.errors import OutputError, PmergeError, UsageError, first_ten
+from merge_cli.errors import InputError, OutputError, PmergeError, UsageError, first_ten
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.methods import METHODS, coefficients, needs_step_numbers, warnings_for
@@ -272,7 +272,10 @@ def _check_complete(merge: MergePlan, folder: Path) -> None:
     from merge_cli.formats.safetensors import read_header
 
     for file in merge.files:
-        header = read_header(folder / file.name)
+        try:
+            header = read_header(folder / file.name)
+        except InputError as error:
+            raise OutputError(f"cannot read back what was written: {error.message}", details=error.details) from error
         if tuple(header.tensors) != file.names and set(header.tensors) != set(file.names):
             raise OutputError(f"{folder / file.name} does not hold the tensors that were planned")
 

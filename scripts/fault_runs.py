@@ -52,6 +52,7 @@ class FaultRuns:
     def __exit__(self, *exc: object) -> None:
         cast(TextIO, self._server.stdin).close()
         self._server.wait(60)
+        cast(TextIO, self._server.stdout).close()
         self._folder.cleanup()
 
     def run(

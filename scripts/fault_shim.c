@@ -106,16 +106,16 @@ SIZED(ssize_t, pread, "pread", void *, off_t)
 SIZED(ssize_t, pread64, "pread", void *, off64_t)
 
 #define VECTOR(name, offset_type)                                                     \
-    ssize_t name(int fd, const struct iovec *parts, int count, offset_type offset) {  \
+    ssize_t name(int fd, const struct iovec *parts, int count, offset_type offset, int flags) {  \
         REAL(name);                                                                   \
         int what = fault_fd("pread", fd);                                             \
         if (what == FAIL) return -1;                                                  \
         struct iovec half = parts[0];                                                 \
         half.iov_len = half.iov_len > 1 ? half.iov_len / 2 : half.iov_len;            \
-        return what == SHORT ? real(fd, &half, 1, offset) : real(fd, parts, count, offset); \
+        return what == SHORT ? real(fd, &half, 1, offset, flags) : real(fd, parts, count, offset, flags); \
     }
-VECTOR(preadv, off_t)
-VECTOR(preadv64, off64_t)
+VECTOR(preadv2, off_t)
+VECTOR(preadv64v2, off64_t)
 
 #define ON_FD(name, label, declared, passed) \
     int name declared { REAL(name); return fault_fd(label, fd) == FAIL ? -1 : real passed; }

@@ -140,13 +140,16 @@ def write_checkpoint(folder: Path, step: int, elements: int) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file; of pmerge.json only what does not tell how the run was started."""
+    """The sha256 of every file; pmerge.json without how the run was started, and when the inputs were copied to their place."""
     found = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         if path.is_file():
             data = path.read_bytes()
             if path.name == "pmerge.json":
-                data = json.dumps({**json.loads(data), "command": ""}, sort_keys=True).encode()
+                manifest = {**json.loads(data), "command": ""}
+                for file in (file for entry in manifest["inputs"] for file in entry["files"]):
+                    file |= {"mtime_ns": 0, "inode": 0}
+                data = json.dumps(manifest, sort_keys=True).encode()
             found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

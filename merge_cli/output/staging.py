@@ -103,7 +103,8 @@ class Staging:
                 raise already_there(self.destination)
             if restart:
                 self._discard()
-            self._check_same_request()
+            else:
+                self._check_same_request()
             done = self._finished_files(verify)
             self._remove_all_but(done)
             self._done.mkdir(exist_ok=True)
