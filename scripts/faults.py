@@ -241,7 +241,10 @@ def pmerge(cwd: Path, *arguments: object, before: str = "", **options: object) -
 def mounted(folder: Path, *arguments: str) -> Iterator[Path]:
     """Mount something at `folder`. Raises CannotTry where that is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
+    except OSError as error:
+        raise CannotTry(f"mount: {error}") from error
     if done.returncode:
         raise CannotTry(f"mount: {done.stderr.strip()}")
     try:

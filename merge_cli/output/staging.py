@@ -301,6 +301,9 @@ class Staging:
         for path in (*_files_in(self.checkpoint), *_files_in(self._done)):
             if path not in kept:
                 path.unlink()
+        for folder, _, _ in os.walk(self.checkpoint, topdown=False):
+            with suppress(OSError):  # not empty
+                Path(folder).rmdir()
 
     def _record_file(self, name: str) -> Path:
         return self._done / f"{name.replace('/', '%2F')}.json"
