@@ -163,6 +163,8 @@ def _child(request: dict[str, Any], shim: ctypes.CDLL) -> None:
             os.setgroups([])
             os.setgid(request["user"])
             os.setuid(request["user"])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # whatever nohup or a shell made this process ignore
         sys.argv = ["pmerge", *request["arguments"]]
         shim.fault_refuse(request["refuse"].encode())
         shim.fault_arm(request["fault"].encode())

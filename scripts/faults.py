@@ -146,7 +146,7 @@ def digests(folder: Path) -> dict[str, str]:
         if path.is_file():
             data = path.read_bytes()
             if path.name == "pmerge.json":
-                manifest = {**json.loads(data), "command": ""}
+                manifest = {**json.loads(data), "command": "", "sha256": ""}
                 for file in (file for entry in manifest["inputs"] for file in entry["files"]):
                     file |= {"mtime_ns": 0, "inode": 0}
                 data = json.dumps(manifest, sort_keys=True).encode()
@@ -205,7 +205,7 @@ def sweeps(ground: Ground, every: int) -> Iterator[tuple[str, Callable[[], Row]]
         yield plan("any:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True)
     yield plan("pread:kill:0", match="/in/", codes=(-9,))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        yield plan(f"any:signal:{int(number)}", codes=(128 + number, 0))
+        yield plan(f"any:signal:{int(number)}", codes=(128 + number,))
     for number in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
         yield plan(f"pwrite:error:{number}", text=os.strerror(number))
         yield plan(f"pwrite:errors:{number}", text=os.strerror(number))
@@ -585,13 +585,15 @@ def soak(ground: Ground, rounds: int, seed: int = 0) -> Row:
     row = Row(f"soak: {rounds} rounds of kill -9 at random moments", "equal bytes at the end of every round")
     big = Ground(ground.folder / f"soak-{rounds}", ground.runs, 1 << 18)
     numbers, kills, between = random.Random(seed), 0, 0
+    big.reset()
+    usual_s = big.runs.run(COMMAND, big.folder).seconds
     arguments = ["2" if argument == "1" else argument for argument in COMMAND]
     for number in range(rounds):
         overwrite = number % 2 == 1
         big.reset(overwrite)
         extra = ["--overwrite"] if overwrite else []
         for _ in range(10):
-            ended = big.runs.run((*arguments, *extra), big.folder, signals=[(numbers.uniform(0.02, 0.35), signal.SIGKILL)])
+            ended = big.runs.run((*arguments, *extra), big.folder, signals=[(numbers.uniform(0.1, 1.0) * usual_s, signal.SIGKILL)])
             if ended.code != -9:
                 break
             kills += 1

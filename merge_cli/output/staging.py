@@ -128,7 +128,8 @@ class Staging:
         try:
             fsync_tree(self.checkpoint)
         except OSError as error:
-            shutil.rmtree(self._done, ignore_errors=True)  # who knows which names were lost: nothing here is finished any more
+            with suppress(OSError):  # who knows which names were lost: nothing here is finished any more
+                _remove(self._done)
             raise output_error(error, f"cannot make {self.checkpoint} durable", self.checkpoint) from error
         marker = {"inode": self.checkpoint.stat().st_ino, "manifest": _sha256(self.checkpoint / _MANIFEST), "state": self._state}
         write_file(self._publish_file, json.dumps(marker).encode())
@@ -153,7 +154,7 @@ class Staging:
         """Remove the staging folder after the result was published; what another put into it stays."""
         with suppress(OSError):  # the result stands: what cannot be removed is only litter
             for part in (self.checkpoint, self._replaced, self._done):
-                shutil.rmtree(part, ignore_errors=True)
+                _remove(part)
             for file in (self._state_file, self._publish_file):
                 file.unlink(missing_ok=True)
             self._lock.remove_files()
@@ -230,7 +231,7 @@ class Staging:
             fsync_folder(self.destination.parent)
             if marker.get("state") == self._state:
                 return True
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            _remove(self._replaced)
             self._discard()
         elif marker and self.destination.is_dir() and not any(self.destination.iterdir()):
             self.destination.rmdir()  # made to be filled file by file
@@ -256,8 +257,7 @@ class Staging:
     def _discard(self) -> None:
         """Remove what an earlier run left, and nothing else."""
         for part in (self._done, self.checkpoint):
-            if part.exists():
-                shutil.rmtree(part)
+            _remove(part)
         self._state_file.unlink(missing_ok=True)
 
     def _check_same_request(self) -> None:
@@ -334,6 +334,12 @@ def _files_in(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
         for name in names:
             yield Path(parent, name)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder if it is there. Raises OSError; its `ignore_errors` would make `rmtree` swallow an interruption."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
