@@ -24,7 +24,7 @@ floor: cat of all inputs to /dev/null and cp of one checkpoint.
 largest process: ru_maxrss, highest of all rounds; with several processes it is that of the largest one.
 together: all processes at once, from /proc in the warm-up round; private: without files, shared memory.
 tiny merge: the same for 2 checkpoints of 1 MB, that is, the fixed cost.
-rounded: values of the output that equal the float64 average, rounded once."""
+rounded: values of the output that equal the float64 mean, rounded once (other methods are not meant to)."""
 
 
 def machine(folder: Path, device: str) -> dict[str, str]:
