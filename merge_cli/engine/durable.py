@@ -16,6 +16,7 @@ from merge_cli.errors import OutputError
 
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+_TMPFS = 0x01021994  # linux/magic.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -35,10 +36,11 @@ def write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
 def reserve(fd: int, size: int, path: Path) -> None:
     """Give the file `size` bytes, its blocks reserved where the filesystem does so by itself. Raises OutputError.
 
-    This is fallocate(2), not posix_fallocate(3), which would write zeros where the filesystem cannot.
+    This is fallocate(2), not posix_fallocate(3), which would write zeros where the filesystem cannot. tmpfs can only by writing
+    zeros to memory, so nothing is reserved there.
     """
     try:
-        if size and hasattr(_LIBC, "fallocate"):
+        if size and hasattr(_LIBC, "fallocate") and not _is_tmpfs(fd):
             _call(_LIBC.fallocate, fd, 0, ctypes.c_int64(0), ctypes.c_int64(size))
         else:
             os.ftruncate(fd, size)
@@ -49,6 +51,11 @@ def reserve(fd: int, size: int, path: Path) -> None:
             os.ftruncate(fd, size)
         except OSError as error:
             raise output_error(error, f"cannot give {path} its {size} bytes", path, size) from error
+
+
+def _is_tmpfs(fd: int) -> bool:
+    status = ctypes.create_string_buffer(256)  # struct statfs, which begins with the type as a long
+    return _LIBC.fstatfs(fd, status) == 0 and ctypes.c_long.from_buffer(status).value == _TMPFS
 
 
 def fsync_file(fd: int) -> None:
