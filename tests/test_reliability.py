@@ -138,6 +138,14 @@ def test_promise_4_another_request_is_refused_with_the_differences(ground: fault
     ]
 
 
+def test_promise_4_another_request_begins_where_nothing_was_finished(ground: faults.Ground) -> None:
+    ground.reset()
+    arguments = (*faults.COMMAND, "--method", "wma")
+    assert ground.runs.run(arguments, ground.folder, fault="pwrite:4:kill:0:/out").code == -9
+    assert (ground.staging / "state.json").exists()
+    assert ground.continued({}) == ""
+
+
 def test_promise_4_damaged_finished_files_are_written_again(ground: faults.Ground) -> None:
     survives(lambda: faults.damaged_finished_file(ground))
 

@@ -261,7 +261,7 @@ class Staging:
         self._state_file.unlink(missing_ok=True)
 
     def _check_same_request(self) -> None:
-        """Raise OutputError unless the staging folder is empty or belongs to this very request."""
+        """Raise OutputError unless the staging folder belongs to this very request, or nothing in it is finished."""
         if not self._state_file.exists():
             strange = sorted({path.name for path in self.folder.iterdir()} - {"lock", "lock.owner", "state.json.partial"})
             if not any((self.folder / name).is_file() or any((self.folder / name).iterdir()) for name in strange):
@@ -273,6 +273,9 @@ class Staging:
             )
         was = _read_json(self._state_file).get("state")
         if was == self._state:
+            return
+        if not any(self._done.glob("*.json")):  # nothing is finished: nothing is lost by beginning afresh
+            self._state_file.unlink()
             return
         raise OutputError(
             f"{self.folder} is the unfinished run of another request or of inputs that have changed since",
