@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from merge_cli.errors import InputError, OutputError, PmergeError, UsageError, first_ten
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
-from merge_cli.methods import METHODS, coefficients, needs_step_numbers, warnings_for
+from merge_cli.methods import METHODS, Coefficients, coefficients, needs_step_numbers, warnings_for
 from merge_cli.plan import MergePlan, MergeSpec, Output
 from merge_cli.planner import OUTPUT_DTYPES, build_plan
 from merge_cli.selection import (
@@ -41,6 +41,7 @@ from merge_cli.selection import (
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device
     from merge_cli.engine.stream import Budget, Statistics
+    from merge_cli.output.staging import Done
 
 StrPath = str | os.PathLike[str]
 
@@ -132,7 +133,7 @@ def plan_average(
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
     too little space) is in `findings` instead, so that a plan can always be looked at.
     """
-    _check_choices(dtype, accumulate, int_policy, order, method)
+    check_choices(dtype, accumulate, int_policy, order, method)
     parameters: dict[str, Any] = {
         "alpha": alpha,
         "half_life": half_life,
@@ -143,11 +144,22 @@ def plan_average(
         "normalize": normalize,
     }
     given = {name: value for name, value in parameters.items() if value is not None}
-    selection = _select(paths, method, order, last, every, from_step, to_step, before, tokens_per_step, given)
+    found, skipped = find_candidates(paths)
+    check_tokens_per_step(tokens_per_step, (every, from_step, to_step, before))
+    selection = choose(
+        found,
+        method,
+        given,
+        order=order,
+        last=last,
+        every=every,
+        from_step=from_step,
+        to_step=to_step,
+        before=before,
+        tokens_per_step=tokens_per_step,
+    )
     candidates = selection.candidates
-    steps = [candidate.step for candidate in candidates]
-    places = _places(candidates, needs_step_numbers(method, **given))
-    chosen = coefficients(method, places, **given)
+    chosen, doubts = weigh(candidates, method, given, order)
     seen: dict[str, Header] = {}
     inputs = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
     base_index = _find_base(candidates, base)
@@ -163,11 +175,10 @@ def plan_average(
         shard_bytes=shard_size,
         requantize=requantize,
     )
-    merge = build_plan(spec, inputs, steps, base_index, [Output(tuple(range(len(inputs))), chosen)])
-    in_order = order == "step" and steps == places
-    true_steps = places if in_order else None
-    notes = (*selection.notes, *(note for checkpoint in inputs for note in checkpoint.notes), *merge.notes)
-    warnings = (*selection.warnings, *warnings_for(chosen, true_steps), *merge.warnings)
+    steps = [candidate.step for candidate in candidates]
+    merge = build_plan(spec, inputs, steps, base_index, [Output(tuple(range(len(inputs))), chosen, base_index)])
+    notes = (*skipped, *selection.notes, *(note for checkpoint in inputs for note in checkpoint.notes), *merge.notes)
+    warnings = (*selection.warnings, *doubts, *merge.warnings)
     if output is not None and not os.fspath(output):
         raise UsageError("-o is empty", hint="name the folder of the result:  -o merged")
     destination = Path(output) if output is not None else Path(_default_name(method, candidates))
@@ -214,18 +225,8 @@ def run_average(
     plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
-    from merge_cli.engine.durable import write_file
-    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
-    from merge_cli.output.manifest import (
-        MANIFEST,
-        count_nonfinite,
-        digest,
-        index_of,
-        manifest,
-        request_state,
-        seal,
-        write_side_files,
-    )
+    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.output.manifest import MANIFEST, count_nonfinite, request_state
     from merge_cli.output.staging import Done, Staging
 
     if plan.findings:
@@ -251,20 +252,28 @@ def run_average(
             staging.record(file, sha256, nonfinite)
             done[file.name] = Done(file.file_bytes, sha256, nonfinite)
 
-        todo = [file for file in merge.files if file.name not in done]
+        todo = [Todo(file, (0,)) for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
-        beside = write_side_files(merge.inputs[merge.base], staging.checkpoint, merge.spec.dtype, merge.dequantized)
-        index = index_of(merge)
-        if index is not None:
-            beside[index[0]] = digest(index[1])
-        content = manifest(merge, merge.outputs[0], done, list(command or sys.argv), beside)
-        write_file(staging.checkpoint / MANIFEST, seal(content))
-        if index is not None:
-            write_file(staging.checkpoint / index[0], index[1])
-        _check_complete(merge, staging.checkpoint)
+        complete(merge, staging.checkpoint, done, command)
         check_inputs_unchanged(merge)
         staging.publish()
     return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, count_nonfinite(done))
+
+
+def complete(merge: MergePlan, folder: Path, done: Mapping[str, Done], command: Sequence[str]) -> None:
+    """Write what a checkpoint in `folder` holds beside its weights, which are `done`: side files, pmerge.json, the index."""
+    from merge_cli.engine.durable import write_file
+    from merge_cli.output.manifest import MANIFEST, digest, index_of, manifest, seal, write_side_files
+
+    beside = write_side_files(merge.inputs[merge.base], folder, merge.spec.dtype, merge.dequantized)
+    index = index_of(merge)
+    if index is not None:
+        beside[index[0]] = digest(index[1])
+    content = manifest(merge, merge.outputs[0], done, list(command or sys.argv), beside)
+    write_file(folder / MANIFEST, seal(content))
+    if index is not None:
+        write_file(folder / index[0], index[1])
+    _check_complete(merge, folder)
 
 
 def _check_complete(merge: MergePlan, folder: Path) -> None:
@@ -280,7 +289,8 @@ def _check_complete(merge: MergePlan, folder: Path) -> None:
             raise OutputError(f"{folder / file.name} does not hold the tensors that were planned")
 
 
-def _check_choices(dtype: str, accumulate: str, int_policy: str, order: str, method: str) -> None:
+def check_choices(dtype: str, accumulate: str, int_policy: str, order: str, method: str) -> None:
+    """Raise UsageError for an option that is none of its choices."""
     choices = {
         "--dtype": (dtype, ("keep", *OUTPUT_DTYPES)),
         "--accumulate": (accumulate, ("auto", "fp32", "fp64")),
@@ -297,33 +307,46 @@ def _check_choices(dtype: str, accumulate: str, int_policy: str, order: str, met
             )
 
 
-def _select(
-    paths: Sequence[StrPath],
-    method: str,
-    order: str,
-    last: int | None,
-    every: int | str | None,
-    from_step: int | str | None,
-    to_step: int | str | None,
-    before: int | str | None,
-    tokens_per_step: int | None,
-    parameters: dict[str, Any],
-) -> Selection:
+def find_candidates(paths: Sequence[StrPath]) -> tuple[list[Candidate], list[str]]:
+    """The checkpoints that `paths` mean, and a line for each thing there that is left out. Raises InputError or UsageError."""
     if not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
-    if tokens_per_step is not None and not any(map(is_in_tokens, (every, from_step, to_step, before))):
+    skipped: list[str] = []
+    return [read_candidate(path) for path in discover(paths, skipped.append)], skipped
+
+
+def check_tokens_per_step(tokens_per_step: int | None, amounts: Iterable[int | str | None]) -> None:
+    """Raise UsageError when the tokens of a step are given and none of `amounts` is in tokens."""
+    if tokens_per_step is not None and not any(map(is_in_tokens, amounts)):
         raise UsageError(
             "--tokens-per-step is given, and no amount is in tokens",
             hint="amounts in tokens have a suffix (--every 8B); plain numbers are steps, and do not need --tokens-per-step",
         )
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    method: str,
+    parameters: Mapping[str, Any],
+    *,
+    order: str = "step",
+    last: int | None = None,
+    every: int | str | None = None,
+    from_step: int | str | None = None,
+    to_step: int | str | None = None,
+    before: int | str | None = None,
+    tokens_per_step: int | None = None,
+) -> Selection:
+    """Which of `candidates` a request means, oldest to newest; options as of `plan_average`.
+
+    Raises UsageError or MismatchError where they do not give that selection, InputError for a doubtful step.
+    """
     if parameters.get("weights") is not None and order == "step" and method == "weights":
         order = "given"  # weights belong to the checkpoints as they were typed
 
     def steps(option: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
         return None if amount is None else parse_amount(amount, tokens_per_step, option=option, rounding=rounding)
 
-    skipped: list[str] = []
-    candidates = [read_candidate(path) for path in discover(paths, skipped.append)]
     ordered = order_candidates(candidates, order, METHODS[method].needs_steps or last is not None)
     selection = select(
         ordered,
@@ -347,7 +370,17 @@ def _select(
         warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
     if len(chosen) == 1:
         warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
-    return Selection(chosen, (*skipped, *selection.notes, *notes), tuple(warnings))
+    return Selection(chosen, (*selection.notes, *notes), tuple(warnings))
+
+
+def weigh(
+    candidates: Sequence[Candidate], method: str, parameters: Mapping[str, Any], order: str = "step"
+) -> tuple[Coefficients, list[str]]:
+    """The coefficients of `candidates`, oldest to newest, and what is known to hurt about them. Raises UsageError."""
+    steps = [candidate.step for candidate in candidates]
+    places = _places(candidates, needs_step_numbers(method, **parameters))
+    chosen = coefficients(method, places, **parameters)
+    return chosen, warnings_for(chosen, places if order == "step" and steps == places else None)
 
 
 def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from merge_cli.formats.checkpoint import Checkpoint, WeightFile
@@ -56,8 +56,8 @@ class Source(NamedTuple):
 class Run:
     """Adjacent tensors of one output file, adjacent in every input too, all treated alike.
 
-    `kind` is "average" (floats: weighted sum), "equal" (integers: copied from the base after all inputs were found equal) or
-    "copy" (from the base, unchanged). `sources` has one entry an input, in the plan's order; only the base's for "copy".
+    `kind` is "average" (floats: weighted sum), "equal" (integers: copied from an output's base after its inputs were found equal)
+    or "copy" (from the base, unchanged). `sources` has one entry an input, in the plan's order; only the base's for "copy".
     `keys[i]` begins at element `starts[i]` of the run.
     """
 
@@ -79,9 +79,14 @@ class Run:
         return self.keys[bisect.bisect_right(self.starts, element) - 1]
 
     @property
+    def source_bytes(self) -> tuple[int, ...]:
+        """The bytes that are read for this run from each of its sources."""
+        return tuple(self.num_elements * DTYPES[source.dtype].bits // 8 for source in self.sources)
+
+    @property
     def bytes_read(self) -> int:
         """The bytes that are read from all inputs for this run."""
-        return sum(self.num_elements * DTYPES[source.dtype].bits // 8 for source in self.sources)
+        return sum(self.source_bytes)
 
 
 class Part(NamedTuple):
@@ -151,15 +156,23 @@ class CodedRun:
         return min(max(self.num_rows, 1), max(step, values // max(self.shape[-1], 1) // step * step))
 
     @property
-    def bytes_read(self) -> int:
-        """The bytes that are read from all inputs for this run, twice where the codec must see all values before it encodes any."""
-        once = sum(
-            sum(part.num_bytes for part in source.parts)
-            if isinstance(source, CodedSource)
-            else self.num_elements * DTYPES[source.dtype].bits // 8
+    def source_bytes(self) -> tuple[int, ...]:
+        """The bytes that are read from each source, twice where the codec must see all values before it encodes any."""
+        times = 2 if self.codec is not None and self.codec.needs_stats else 1
+        return tuple(
+            times
+            * (
+                sum(part.num_bytes for part in source.parts)
+                if isinstance(source, CodedSource)
+                else self.num_elements * DTYPES[source.dtype].bits // 8
+            )
             for source in self.sources
         )
-        return once * (2 if self.codec is not None and self.codec.needs_stats else 1)
+
+    @property
+    def bytes_read(self) -> int:
+        """The bytes that are read from all inputs for this run."""
+        return sum(self.source_bytes)
 
 
 @dataclass(frozen=True)
@@ -175,10 +188,14 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Output:
-    """One merged checkpoint: the coefficient of each of its inputs, by ascending position in the plan's inputs."""
+    """One merged checkpoint: the coefficient of each of its inputs (positions in the plan's inputs), as they are summed.
+
+    `base` is the position of the input that integers, config and side files come from.
+    """
 
     inputs: tuple[int, ...]
     coefficients: Coefficients
+    base: int
 
 
 @dataclass(frozen=True)
@@ -203,6 +220,31 @@ class MergePlan:
     def bytes_to_read(self) -> int:
         """The bytes of weights that are read from all inputs together."""
         return sum(run.bytes_read for file in self.files for run in file.runs)
+
+    def bytes_of_inputs(self) -> list[int]:
+        """The bytes of weights that are read from each input. Not for plans with runs that are copies: those have one source."""
+        totals = [0] * len(self.inputs)
+        for run in (run for file in self.files for run in file.runs):
+            for i, size in enumerate(run.source_bytes):
+                totals[i] += size
+        return totals
+
+    def alone(self, k: int, spec: MergeSpec) -> MergePlan:
+        """Output `k` as the one output of a plan, as far as it tells what is made: its files come without their runs.
+
+        It has the fingerprint of the plan that is made for this output by itself.
+        """
+        output = self.outputs[k]
+        count = len(output.inputs)
+        return MergePlan(
+            spec,
+            tuple(self.inputs[i] for i in output.inputs),
+            tuple(self.steps[i] for i in output.inputs),
+            output.inputs.index(output.base),
+            (Output(tuple(range(count)), output.coefficients, output.inputs.index(output.base)),),
+            tuple(replace(file, runs=()) for file in self.files),
+            dequantized=self.dequantized,
+        )
 
     @property
     def bytes_to_write(self) -> int:

@@ -125,7 +125,7 @@ def _entries(spec: MergeSpec, base_view: View, tensors: Mapping[str, Logical], b
     """
     averaged = _glob_filter(spec, tensors)
     everyone = tuple(range(num_inputs))
-    equal = everyone[-1:] if spec.int_policy == "newest" else (base, *(i for i in everyone if i != base))
+    equal = everyone[-1:] if spec.int_policy == "newest" else everyone
     equal_kind = "copy" if spec.int_policy == "newest" else "equal"
     activation = set(base_view.activation_scales)
     codes: list[str] = []

@@ -304,7 +304,8 @@ def _plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan |
             requantize=manifest["requantize"],
         )
         steps = [entry["step"] for entry in manifest["inputs"]]
-        plan = build_plan(spec, inputs, steps, paths.index(manifest["base"]), [Output(tuple(range(len(inputs))), chosen)])
+        base = paths.index(manifest["base"])
+        plan = build_plan(spec, inputs, steps, base, [Output(tuple(range(len(inputs))), chosen, base)])
     except (KeyError, TypeError, ValueError) as error:
         problems.append(f"pmerge.json does not describe a run of this version of pmerge: {error!r:.200}")
         return None
@@ -346,7 +347,7 @@ def _restricted_run(run: Run | CodedRun, chosen: set[str]) -> Iterator[Run | Cod
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
     """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
     from merge_cli.engine.device import choose_device
-    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, Statistics, check_inputs_unchanged, fit_memory, stream
+    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, Statistics, Todo, check_inputs_unchanged, fit_memory, stream
 
     where = choose_device(device)
     different: dict[str, set[str]] = {}
@@ -362,7 +363,7 @@ def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[
 
     try:
         budget = fit_memory(todo, DEFAULT_MEMORY_BYTES, where)
-        stream(todo, todo.files, [folder], budget, where, report, lambda *_: None, comparer)
+        stream(todo, [Todo(file, (0,)) for file in todo.files], [folder], budget, where, report, lambda *_: None, comparer)
         check_inputs_unchanged(todo)
     except (ChangedError, MismatchError, NonFiniteError) as error:
         return [f"the inputs cannot be averaged again: {error.message}"]

@@ -334,9 +334,9 @@ def test_of_several_nans_the_first_in_the_plan_is_named(tmp_path: Path, monkeypa
     run = [{name: torch.full((1 << 21,), torch.nan) for name in ("a", "b")}] * 2
     describe = engine_stream.describe_nonfinite
 
-    def slow_at_first(lane: Any, run: Any, start: int, count: int) -> Any:
+    def slow_at_first(lane: Any, run: Any, start: int, count: int, operations: Any) -> Any:
         time.sleep(1.0 if run.key_at(start) == "a" else 0.0)
-        return describe(lane, run, start, min(count, 1))
+        return describe(lane, run, start, min(count, 1), operations)
 
     monkeypatch.setattr(engine_stream, "describe_nonfinite", slow_at_first)
     with pytest.raises(NonFiniteError, match="`a`"):

@@ -46,32 +46,39 @@ class Merged:
 class CodedReducer:
     """What one worker needs to reduce coded runs. `totals` sums up the errors that quantising again has added (see `error.py`)."""
 
-    def __init__(self, device: Device, inputs: InputFiles, operations: Sequence[WeightedSum], accumulate: str) -> None:
+    def __init__(self, device: Device, inputs: InputFiles, accumulate: str) -> None:
         self._device = device
         self._inputs = inputs
-        self._operations = operations
         self._accumulate = accumulate
         self._bytes_read = 0
         self._seconds_reading = 0.0
         self.totals: Tensor | None = None
         self.nonfinite: dict[str, int] = {}
 
-    def stats(self, run: CodedRun, chunks: Iterable[tuple[int, int]]) -> list[Tensor | None]:
-        """What `encode` must know of the whole tensor, for each output; None where it needs nothing."""
-        found: list[Tensor | None] = [None] * len(self._operations)
+    def stats(self, run: CodedRun, chunks: Iterable[tuple[int, int]], operations: Sequence[WeightedSum]) -> list[Tensor | None]:
+        """What `encode` must know of the whole tensor, for each operation; None where it needs nothing."""
+        found: list[Tensor | None] = [None] * len(operations)
         if run.codec is None or not run.codec.needs_stats:
             return found
         for r0, r1 in chunks:
-            sums, base = self._sums(run, r0, r1)
+            sums, base = self._sums(run, r0, r1, operations)
             for k, values in enumerate(self._finite(run, sums, r0, r1)):
                 here = run.codec.stats(values, run.shape, r0, r1, base=base)
                 earlier = found[k]
                 found[k] = here if earlier is None else torch.maximum(earlier, here)
         return found
 
-    def reduce(self, run: CodedRun, r0: int, r1: int, stats: Sequence[Tensor | None], allow_nonfinite: bool) -> Merged:
-        """Rows r0..r1 of every output, as bytes to be written. Raises NonFiniteError."""
-        sums, base = self._sums(run, r0, r1)
+    def reduce(
+        self,
+        run: CodedRun,
+        r0: int,
+        r1: int,
+        operations: Sequence[WeightedSum],
+        stats: Sequence[Tensor | None],
+        allow_nonfinite: bool,
+    ) -> Merged:
+        """Rows r0..r1 of the output of every operation, as bytes to be written. Raises NonFiniteError."""
+        sums, base = self._sums(run, r0, r1, operations)
         merged = Merged([])
         if run.codec is None:
             for total in sums:
@@ -83,9 +90,9 @@ class CodedReducer:
         merged.seconds_reading, self._seconds_reading = self._seconds_reading, 0.0
         return merged
 
-    def _sums(self, run: CodedRun, r0: int, r1: int) -> tuple[list[Tensor], Parts | None]:
-        """The weighted sums [values], one an output, and the base's own parts where the output is quantised like it."""
-        operations = [_COPY] * len(self._operations) if run.is_copy else self._operations
+    def _sums(self, run: CodedRun, r0: int, r1: int, operations: Sequence[WeightedSum]) -> tuple[list[Tensor], Parts | None]:
+        """The weighted sums [values], one an operation, and the base's own parts where the output is quantised like it."""
+        operations = [_COPY] * len(operations) if run.is_copy else operations
         names = ["F32" if isinstance(source, CodedSource) else source.dtype for source in run.sources]
         dtypes = [
             accumulator_dtype(self._accumulate, op, [names[i] for i in op.inputs], run.dtype if run.codec is None else "BF16")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -88,26 +88,25 @@ class Lane:
         self._scratch = Scratch(self._block, device.torch)
         self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None  # type: ignore[no-untyped-call]
 
-    def reduce(self, run: Run, count: int, operations: Sequence[WeightedSum], setting: str) -> bool:
-        """Reduce the first `count` elements of the input buffers into the output buffers, one per operation.
+    def reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str) -> bool:
+        """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
         False when a result is NaN, infinite or too large for the output's dtype.
         """
+        used = sorted({i for operation in operations.values() for i in operation.inputs})
         clean: list[torch.Tensor] = []
         out_dtype = torch_dtype(run.dtype)
         with self._active():
             for start in range(0, count, self._block):
                 length = min(self._block, count - start)
-                sources = [
-                    self._upload(elements(buffer, torch_dtype(source.dtype), start, length))
-                    for buffer, source in zip(self.inputs, run.sources, strict=False)
-                ]
-                for operation, buffer in zip(operations, self.outputs, strict=True):
-                    used = [run.sources[i].dtype for i in operation.inputs]
-                    dtype = accumulator_dtype(setting, operation, used, run.dtype)
+                sources = {
+                    i: self._upload(elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length)) for i in used
+                }
+                for k, operation in operations.items():
+                    dtype = accumulator_dtype(setting, operation, [run.sources[i].dtype for i in operation.inputs], run.dtype)
                     accumulator, temporary = self._scratch.pair(length, dtype)
                     accumulate(operation, sources, accumulator, temporary)
-                    clean.append(self._store(accumulator, elements(buffer, out_dtype, start, length)))
+                    clean.append(self._store(accumulator, elements(self.outputs[k], out_dtype, start, length)))
             return bool(torch.stack(clean).all().item())  # waits for the stream
 
     def _active(self) -> AbstractContextManager[object]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from merge_cli.engine.device import Lane, elements
-from merge_cli.engine.reduce import torch_dtype
+from merge_cli.engine.reduce import WeightedSum, torch_dtype
 from merge_cli.plan import Run
 
 _SLICE_ELEMENTS = 1 << 16
@@ -25,13 +26,17 @@ class Nonfinite:
     counts: dict[str, int]
 
 
-def describe_nonfinite(lane: Lane, run: Run, start: int, count: int) -> Nonfinite:
-    """Look through the chunk of `count` elements from element `start` of `run` that lies in the lane's buffers."""
+def describe_nonfinite(lane: Lane, run: Run, start: int, count: int, operations: Mapping[int, WeightedSum]) -> Nonfinite:
+    """Look through the chunk of `count` elements from element `start` of `run` that lies in the lane's buffers.
+
+    `operations` tell by their keys and inputs which of the buffers.
+    """
     counts: Counter[str] = Counter()
     by_file: dict[str, Counter[str]] = {}
     first = count
-    for source, buffer in zip(run.sources, lane.inputs, strict=False):
-        for position in _bad_positions(elements(buffer, torch_dtype(source.dtype), 0, count)):
+    for i in sorted({i for operation in operations.values() for i in operation.inputs}):
+        source = run.sources[i]
+        for position in _bad_positions(elements(lane.inputs[i], torch_dtype(source.dtype), 0, count)):
             first = min(first, position)
             key = run.key_at(start + position)
             by_file.setdefault(key, Counter())[str(source.file.path)] += 1
@@ -41,8 +46,8 @@ def describe_nonfinite(lane: Lane, run: Run, start: int, count: int) -> Nonfinit
         details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file[culprit].items())
         hint = "leave that checkpoint out; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
         return Nonfinite(culprit, "has NaN or Inf in an input", details, hint, dict(counts))
-    out = elements(lane.outputs[0], torch_dtype(run.dtype), 0, count)
-    overflowed = _bad_positions(out)
+    outputs = (elements(lane.outputs[k], torch_dtype(run.dtype), 0, count) for k in operations)
+    overflowed = next(filter(None, map(_bad_positions, outputs)), [])
     counts.update(run.key_at(start + position) for position in overflowed)
     key = next(iter(counts), run.key_at(start))
     details = (f"{counts[key] or 'some'} results are too large for {run.dtype}",)

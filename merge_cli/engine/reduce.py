@@ -9,7 +9,7 @@ float32. The first term is copied, not added to zero, which keeps negative zeros
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,7 @@ class Scratch:
 
 def accumulate(
     operation: WeightedSum,
-    sources: Sequence[torch.Tensor],
+    sources: Mapping[int, torch.Tensor],
     accumulator: torch.Tensor,
     temporary: torch.Tensor,
 ) -> None:

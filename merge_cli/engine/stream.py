@@ -10,6 +10,7 @@ the chunk and refuses when not even a small chunk fits. Quantised tensors are wo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +26,7 @@ from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, keep_
 from merge_cli.engine.device import SCRATCH_BYTES_PER_ELEMENT, Device, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
-from merge_cli.engine.reduce import torch_dtype, weighted_sum
+from merge_cli.engine.reduce import WeightedSum, torch_dtype, weighted_sum
 from merge_cli.engine.writer import ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
@@ -49,6 +51,13 @@ class Budget:
     chunk_bytes: int
     bytes: int
     coded_values: int = TARGET_VALUES
+
+
+class Todo(NamedTuple):
+    """A file to be written, and for which outputs of the plan."""
+
+    file: OutputFile
+    outputs: tuple[int, ...]
 
 
 @dataclass
@@ -105,7 +114,7 @@ def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int 
 
 def stream(
     plan: MergePlan,
-    files: Sequence[OutputFile],
+    todo: Sequence[Todo],
     folders: Sequence[Path],
     budget: Budget,
     device: Device,
@@ -113,25 +122,27 @@ def stream(
     on_file: Callable[[int, OutputFile, str, Mapping[str, int]], None],
     writer: Callable[[OutputFile, Path], Writer] = ShardWriter,
 ) -> Statistics:
-    """Write `files` of the plan for every output k into `folders[k]`.
+    """Write what is `todo` of the plan: the files of output k into `folders[k]`. Only inputs that these outputs use are read.
 
     `on_file(k, file, sha256, nonfinite)` is called from a worker thread after a file is durable under its name; `nonfinite` counts
     the elements that are NaN or Inf, by tensor (only with allow_nonfinite). An error stops all workers; of several, the one that
     comes first in the plan is raised. Partial files stay. `writer(file, folder)` makes what takes the bytes of a file.
     """
-    if any(isinstance(run, CodedRun) for file in files for run in file.runs):
+    if any(isinstance(run, CodedRun) for each in todo for run in each.file.runs):
         keep_freed_memory()
     with InputFiles() as inputs:
-        check_equal_integers(plan, files, inputs)
-        job = _Job(plan, files, folders, budget, device, inputs, on_progress, on_file, writer)
+        check_equal_integers(plan, todo, inputs)
+        job = _Job(plan, todo, folders, budget, device, inputs, on_progress, on_file, writer)
         return job.run()
 
 
 class _OpenFile:
-    """An output file in progress: one writer for each output."""
+    """An output file in progress: for each output its operation and its writer."""
 
-    def __init__(self, file: OutputFile, writers: Sequence[Writer]) -> None:
-        self.file = file
+    def __init__(self, todo: Todo, operations: Mapping[int, WeightedSum], writers: Mapping[int, Writer]) -> None:
+        self.file = todo.file
+        self.operations = operations
+        self.used = sorted({i for operation in operations.values() for i in operation.inputs})
         self.writers = writers
         self.nonfinite: Counter[str] = Counter()
 
@@ -142,7 +153,7 @@ class _Job:
     def __init__(
         self,
         plan: MergePlan,
-        files: Sequence[OutputFile],
+        todo: Sequence[Todo],
         folders: Sequence[Path],
         budget: Budget,
         device: Device,
@@ -161,7 +172,7 @@ class _Job:
         self._on_file = on_file
         self._writer = writer
         self._operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
-        self._work = enumerate(self._chunks(files))
+        self._work = enumerate(self._chunks(todo))
         self._open: set[_OpenFile] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -183,7 +194,7 @@ class _Job:
             for thread in threads:
                 thread.join()
             for open_file in self._open:
-                for writer in open_file.writers:
+                for writer in open_file.writers.values():
                     writer.abandon()
         if self._error is not None:
             raise self._error[1]
@@ -191,17 +202,18 @@ class _Job:
             self.statistics.requantization_error = relative_errors(self._totals)
         return self.statistics
 
-    def _chunks(self, files: Sequence[OutputFile]) -> Iterator[tuple[_OpenFile, Run | CodedRun | None, int, int]]:
+    def _chunks(self, todo: Sequence[Todo]) -> Iterator[tuple[_OpenFile, Run | CodedRun | None, int, int]]:
         """Every chunk of the work, in file order: (file, run, start, count); run None for an empty file.
 
         Elements are counted, or rows for quantised tensors; those whose codec must see all values first are one chunk.
         """
-        for file in files:
-            open_file = _OpenFile(file, [self._writer(file, folder) for folder in self._folders])
+        for each in todo:
+            writers = {k: self._writer(each.file, self._folders[k]) for k in each.outputs}
+            open_file = _OpenFile(each, {k: self._operations[k] for k in each.outputs}, writers)
             self._open.add(open_file)
-            if not file.runs:
+            if not each.file.runs:
                 yield open_file, None, 0, 0
-            for run in file.runs:
+            for run in each.file.runs:
                 if isinstance(run, CodedRun):
                     whole = run.codec is not None and run.codec.needs_stats
                     chunks = [(0, run.num_rows)] if whole else rows_of(run, self.budget.coded_values)
@@ -221,7 +233,7 @@ class _Job:
                 self.budget.chunk_elements,
                 self.budget.chunk_bytes,
             )
-            coded = CodedReducer(self.device, self.inputs, self._operations, self.plan.spec.accumulate)
+            coded = CodedReducer(self.device, self.inputs, self.plan.spec.accumulate)
             while not self._stopped.is_set():
                 with self._lock:
                     chunk = next(self._work, None)
@@ -243,31 +255,32 @@ class _Job:
 
     def _process(self, lane: Lane, open_file: _OpenFile, run: Run | None, start: int, count: int) -> None:
         if run is None:
-            for k in range(len(open_file.writers)):
+            for k in open_file.writers:
                 self._complete(open_file, k)
             return
         began = time.perf_counter()
-        sources = run.sources if run.kind == "average" else run.sources[:1]
+        bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
         bytes_read = 0
-        for source, buffer in zip(sources, lane.inputs, strict=False):
+        for i in open_file.used if run.kind == "average" else sorted(set(bases.values())):
             if self._stopped.is_set():
                 return
+            source = run.sources[i]
             bits = DTYPES[source.dtype].bits
             size = count * bits // 8
-            self.inputs.read_into(source.file, source.offset + start * bits // 8, buffer.memory[:size])
+            self.inputs.read_into(source.file, source.offset + start * bits // 8, lane.inputs[i].memory[:size])
             bytes_read += size
         read = time.perf_counter()
         if run.kind == "average":
-            if not lane.reduce(run, count, self._operations, self.plan.spec.accumulate):
+            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
                 self._handle_nonfinite(lane, open_file, run, start, count)
-            results = lane.outputs
+            results = {k: lane.outputs[k] for k in open_file.writers}
         else:
-            results = [lane.inputs[0]] * len(open_file.writers)
+            results = {k: lane.inputs[i] for k, i in bases.items()}
         computed = time.perf_counter()
         bits = DTYPES[run.dtype].bits
         offset, size = run.offset + start * bits // 8, count * bits // 8
-        for k, (writer, buffer) in enumerate(zip(open_file.writers, results, strict=True)):
-            if writer.write(offset, buffer.memory[:size]):
+        for k, writer in open_file.writers.items():
+            if writer.write(offset, results[k].memory[:size]):
                 self._complete(open_file, k)
         written = time.perf_counter()
         with self._lock:
@@ -283,17 +296,18 @@ class _Job:
         began = time.perf_counter()
         whole = run.codec is not None and run.codec.needs_stats
         chunks = list(rows_of(run, self.budget.coded_values)) if whole else [(first, end)]
-        stats = reducer.stats(run, chunks)
+        operations = list(open_file.operations.values())
+        stats = reducer.stats(run, chunks, operations)
         for r0, r1 in chunks:
             if self._stopped.is_set():
                 return
-            merged = reducer.reduce(run, r0, r1, stats, self.plan.spec.allow_nonfinite)
+            merged = reducer.reduce(run, r0, r1, operations, stats, self.plan.spec.allow_nonfinite)
             with self._lock:
                 open_file.nonfinite.update(reducer.nonfinite)
             reducer.nonfinite.clear()
             computed = time.perf_counter()
             written = 0
-            for k, (writer, writes) in enumerate(zip(open_file.writers, merged.writes, strict=True)):
+            for (k, writer), writes in zip(open_file.writers.items(), merged.writes, strict=True):
                 for offset, data in writes:
                     written += len(data)
                     if len(data) and writer.write(offset, data):
@@ -317,36 +331,41 @@ class _Job:
     def _complete(self, open_file: _OpenFile, k: int) -> None:
         sha256 = open_file.writers[k].finish()
         with self._lock:
-            if all(writer.is_finished for writer in open_file.writers):
+            if all(writer.is_finished for writer in open_file.writers.values()):
                 self._open.discard(open_file)
             self._on_file(k, open_file.file, sha256, dict(open_file.nonfinite))
 
     def _handle_nonfinite(self, lane: Lane, open_file: _OpenFile, run: Run, start: int, count: int) -> None:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
-        found = describe_nonfinite(lane, run, start, count)
+        found = describe_nonfinite(lane, run, start, count, open_file.operations)
         if not self.plan.spec.allow_nonfinite:
             raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
-        for buffer in lane.outputs:
-            values = elements(buffer, torch_dtype(run.dtype), 0, count)
+        for k in open_file.operations:
+            values = elements(lane.outputs[k], torch_dtype(run.dtype), 0, count)
             values.masked_fill_(values.isnan(), float("nan"))
         with self._lock:
             open_file.nonfinite.update(found.counts)
 
 
-def check_equal_integers(plan: MergePlan, files: Sequence[OutputFile], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
-    """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs."""
-    first, other = memoryview(bytearray(block_bytes)), memoryview(bytearray(block_bytes))
+def check_equal_integers(plan: MergePlan, todo: Sequence[Todo], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
+    """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs of each output."""
+    block = memoryview(bytearray(block_bytes))
     different: dict[str, set[str]] = {}
-    for run in (run for file in files for run in file.runs if isinstance(run, Run) and run.kind == "equal"):
+    equal = [(run, each) for each in todo for run in each.file.runs if isinstance(run, Run) and run.kind == "equal"]
+    for run, each in equal:
+        outputs = [plan.outputs[k] for k in each.outputs]
+        used = sorted({i for output in outputs for i in output.inputs})
         for key, begin, end in zip(run.keys, run.starts, (*run.starts[1:], run.num_elements), strict=True):
             bits = DTYPES[run.dtype].bits
             for start in range(begin * bits // 8, end * bits // 8, block_bytes):
                 size = min(block_bytes, end * bits // 8 - start)
-                inputs.read_into(run.sources[0].file, run.sources[0].offset + start, first[:size])
-                for source in run.sources[1:]:
-                    inputs.read_into(source.file, source.offset + start, other[:size])
-                    if first[:size] != other[:size]:
-                        different.setdefault(key, {str(run.sources[0].file.path)}).add(str(source.file.path))
+                found = {}
+                for i in used:
+                    inputs.read_into(run.sources[i].file, run.sources[i].offset + start, block[:size])
+                    found[i] = hashlib.sha256(block[:size]).digest()
+                for base, i in ((output.base, i) for output in outputs for i in output.inputs):
+                    if found[i] != found[base]:
+                        different.setdefault(key, set()).update(str(run.sources[j].file.path) for j in (base, i))
     if different:
         lines = [f"`{key}`  in {', '.join(sorted(paths))}" for key, paths in different.items()]
         raise MismatchError(
