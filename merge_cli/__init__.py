@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from merge_cli.averaging import AveragePlan, AverageResult, Progress, average, plan_average, run_average
     from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
     from merge_cli.methods import Coefficients, coefficients
+    from merge_cli.sweeping import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
     from merge_cli.verification import Verification, verify
 
 __all__ = [
@@ -25,13 +26,18 @@ __all__ = [
     "Checkpoint",
     "Coefficients",
     "Progress",
+    "SweepPlan",
+    "SweepResult",
     "Verification",
     "__version__",
     "average",
     "coefficients",
     "open_checkpoint",
     "plan_average",
+    "plan_sweep",
     "run_average",
+    "run_sweep",
+    "sweep",
     "verify",
 ]
 
@@ -39,6 +45,7 @@ _HOMES = {
     **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "averaging"),
     **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
     **dict.fromkeys(["Coefficients", "coefficients"], "methods"),
+    **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "sweeping"),
     **dict.fromkeys(["Verification", "verify"], "verification"),
 }
 

@@ -193,13 +193,13 @@ def plan_average(
             raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
     from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
-    from merge_cli.output.staging import check_destination
+    from merge_cli.output.staging import check_destinations
 
     if requantize and dtype != "keep":
         raise UsageError("--requantize keeps the base's dtypes, and --dtype changes them", hint="use one of them")
     where = choose_device(device)
     budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
-    findings = check_destination(destination, merge, overwrite)
+    findings = check_destinations({destination: merge}, overwrite)
     return AveragePlan(
         merge, destination, candidates, notes, warnings, where, budget, overwrite, restart, verify_resume, tuple(findings)
     )

@@ -9,13 +9,13 @@ PACKAGE = Path(__file__).parent.parent / "merge_cli"
 LAYERS = [
     {"errors", "version"},
     {"methods", "formats"},
-    {"selection", "plan"},
+    {"selection", "plan", "grid"},
     {"agreement"},
     {"planner"},
     {"engine"},
     {"output"},
     {"averaging", "inspection"},
-    {"verification"},
+    {"verification", "sweeping"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,4 +1,4 @@
-"""The command line: `pmerge average`, `pmerge inspect`, `pmerge methods`, `pmerge verify`."""
+"""The command line: one command of `pmerge` a module."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from merge_cli.cli.average import average_command
 from merge_cli.cli.inspect import inspect_command
 from merge_cli.cli.methods import methods_command
+from merge_cli.cli.sweep import sweep_command
 from merge_cli.cli.verify import verify_command
 from merge_cli.version import __version__
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("average")(average_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
+app.command("sweep")(sweep_command)
 app.command("verify")(verify_command)
 
 

@@ -116,7 +116,7 @@ def average_command(
         from_step=from_step,
         to_step=to_step,
         before=before,
-        tokens_per_step=_parse_count(tokens_per_step),
+        tokens_per_step=parse_count(tokens_per_step),
         base=base,
         dtype=dtype,
         accumulate=accumulate,
@@ -180,7 +180,7 @@ def _parse_weights(text: str) -> list[float]:
     return [float(part) for part in parts]
 
 
-def _parse_count(text: str | None) -> int | None:
+def parse_count(text: str | None) -> int | None:
     from merge_cli.selection import parse_amount
 
     return None if text is None else parse_amount(text, 1, option="--tokens-per-step")

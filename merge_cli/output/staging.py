@@ -372,8 +372,16 @@ def already_there(destination: Path) -> OutputError:
     )
 
 
-def check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> list[UsageError | OutputError]:
-    """What would stop the run at its destination, found before any weight is read."""
+def check_destinations(plans: Mapping[Path, MergePlan], overwrite: bool) -> list[UsageError | OutputError]:
+    """What would stop a run at its destinations (each with its plan, all in one folder), found before any weight is read."""
+    problems = [problem for destination, plan in plans.items() for problem in _check_destination(destination, plan, overwrite)]
+    for destination in [*plans][:1]:
+        where = destination if len(plans) == 1 else destination.parent
+        problems += _check_parent(where, destination.resolve().parent, plans)
+    return problems
+
+
+def _check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> list[UsageError | OutputError]:
     problems: list[UsageError | OutputError] = []
     real = destination.resolve()
     for checkpoint in plan.inputs:
@@ -397,16 +405,16 @@ def check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> li
                     hint="remove it yourself, or choose another place:  -o PATH",
                 )
             )
-    return [*problems, *_check_parent(destination, real.parent, plan)]
+    return problems
 
 
-def _check_parent(destination: Path, parent: Path, plan: MergePlan) -> list[OutputError]:
+def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
     """Whether what has to be written can be, as far as the nearest folder that exists tells."""
     elsewhere = "choose another place:  -o PATH"
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
-        return [OutputError(f"cannot write {destination}: {parent} is not a folder", hint=elsewhere)]
+        return [OutputError(f"cannot write {where}: {parent} is not a folder", hint=elsewhere)]
     try:
         status = os.statvfs(parent)
     except OSError as error:
@@ -415,14 +423,16 @@ def _check_parent(destination: Path, parent: Path, plan: MergePlan) -> list[Outp
         return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=elsewhere)]
     if not os.access(parent, os.W_OK | os.X_OK):
         return [OutputError(f"no permission to write in {parent}", hint=elsewhere)]
-    return _check_space(destination, parent, status, plan)
+    return _check_space(where, parent, status, plans)
 
 
-def _check_space(destination: Path, parent: Path, status: os.statvfs_result, plan: MergePlan) -> list[OutputError]:
+def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
     """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote counts as free."""
-    staged = list(_files_in(destination.with_name(destination.name + SUFFIX)))
-    side_files = plan.inputs[plan.base].side_files.kept
-    need = {"bytes": plan.bytes_to_write, "inodes": 2 * len(plan.files) + len(side_files) + 12}
+    staged = [path for destination in plans for path in _files_in(destination.with_name(destination.name + SUFFIX))]
+    need = {
+        "bytes": sum(plan.bytes_to_write for plan in plans.values()),
+        "inodes": sum(2 * len(plan.files) + len(plan.inputs[plan.base].side_files.kept) + 12 for plan in plans.values()),
+    }
     have = {"bytes": status.f_bavail * status.f_frsize, "inodes": status.f_favail}
     for path in staged:
         with suppress(OSError):
@@ -430,7 +440,7 @@ def _check_space(destination: Path, parent: Path, status: os.statvfs_result, pla
     have["inodes"] = have["inodes"] + len(staged) if status.f_files else need["inodes"]  # 0: made as they are needed
     return [
         OutputError(
-            f"not enough {'space' if what == 'bytes' else what} for {destination}",
+            f"not enough {'space' if what == 'bytes' else what} for {where}",
             details=[f"need  {need[what]} {what}", f"have  {have[what]} {what} free in {parent}"],
             hint="make room, or write to another filesystem:  -o PATH",
         )

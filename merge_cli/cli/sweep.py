@@ -1,0 +1,192 @@
+"""`pmerge sweep`: plan many averages of one run, show the plan, make them all, list them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merge_cli.cli import console
+from merge_cli.cli.average import parse_count, parse_size
+from merge_cli.errors import InputError, UsageError, first_ten
+
+if TYPE_CHECKING:
+    from merge_cli.sweeping import SweepPlan, SweepResult
+
+
+def sweep_command(
+    checkpoints: Annotated[list[str], typer.Argument(help="One run folder, or checkpoint folders and .safetensors files.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="The folder in which each result gets its own.")],
+    method: Annotated[str | None, typer.Option(metavar="LIST", help="As sma,wma,ema:0.1,decay:1-sqrt,power:0.2.")] = None,
+    last: Annotated[str | None, typer.Option(metavar="LIST", help="Only the newest N, for each N of 3,6,10.")] = None,
+    every: Annotated[str | None, typer.Option(metavar="LIST", help="One every V steps, for each V of 1000,2k.")] = None,
+    at: Annotated[str | None, typer.Option(metavar="LIST", help="Ending at the checkpoint of each step of 8000,10000.")] = None,
+    list_file: Annotated[
+        str | None, typer.Option("--list", metavar="FILE", help="A JSON array of objects with the options of average.")
+    ] = None,
+    tokens_per_step: Annotated[
+        str | None, typer.Option(metavar="N", help="As 4M: amounts with a suffix (--every 8B) are then tokens.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
+    accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64 (auto: fp32 where that is exact).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
+    memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
+    threads: Annotated[int | None, typer.Option(min=1, help="Worker threads (the cores, 2 to 8).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results that are others.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what unfinished runs left.")] = False,
+    verify_resume: Annotated[bool, typer.Option("--verify-resume", help="Read finished files again before trusting them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+) -> None:
+    """Make many averages of one run from one read of it; their paths are printed, and listed in sweep.json.
+
+    Example:  pmerge sweep run/ -o sweep --method sma,ema:0.1,ema:0.2 --last 3,6,10
+    """
+    from merge_cli.sweeping import as_dict, plan_sweep, run_sweep
+
+    if list_file is None and method is None:
+        raise UsageError("a sweep needs --method or --list", hint="--method sma,wma,ema:0.1,ema:0.2 --last 6,10")
+    if method is None and (last or every or at):
+        raise UsageError("--last, --every and --at are axes of a grid, which needs --method", hint="--method sma,ema:0.1")
+    plan = plan_sweep(
+        checkpoints,
+        output,
+        methods=_split("--method", method),
+        last=_numbers("--last", last),
+        every=_split("--every", every),
+        at=_split("--at", at),
+        combinations=_read_list(list_file) if list_file is not None else (),
+        tokens_per_step=parse_count(tokens_per_step),
+        dtype=dtype,
+        accumulate=accumulate,
+        device=device,
+        memory=parse_size(memory, "--memory"),
+        threads=threads,
+        overwrite=overwrite,
+        restart=restart,
+        verify_resume=verify_resume,
+    )
+    if not quiet:
+        _show_plan(plan)
+    if dry_run:
+        _finish_dry_run(plan, as_json, quiet)
+        return
+    with console.ProgressLine(quiet) as progress:
+        result = run_sweep(plan, on_progress=progress.update, command=sys.argv)
+    if not quiet:
+        _show_result(plan, result)
+    if as_json:
+        console.out_json({**as_dict(plan), **_costs(plan), "seconds": result.seconds, "files_reused": result.reused})
+    else:
+        for path in result.outputs:
+            console.out(path)
+
+
+def _split(option: str, text: str | None) -> list[str]:
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(parts):
+        raise UsageError(f"{option} cannot be {text!r}", details=["expected  values with commas between them"])
+    return parts
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    parts = _split(option, text)
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"{option} cannot be {text!r}", details=["expected  whole numbers with commas: 3,6,10"])
+    return [int(part) for part in parts]
+
+
+def _read_list(path: str) -> list[Any]:
+    try:
+        entries = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint=f"ls -l {path}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        example = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last": 10, "at": 8000}]'
+        raise UsageError(f"{path} does not hold a JSON array of objects", hint=f"as  {example}")
+    return entries
+
+
+def _show_plan(plan: SweepPlan) -> None:
+    done = {each.combination.name for each in plan.outputs if each.is_done}
+    console.say(f"sweep of {len(plan.outputs)} outputs from {len(plan.inputs)} checkpoints -> {plan.output}")
+    rows = []
+    for each in plan.outputs:
+        steps = ["-" if candidate.step is None else str(candidate.step) for candidate in each.candidates]
+        values = [f"{value:.4f}" for value in each.coefficients.values]
+        rows.append(
+            (
+                each.combination.name,
+                len(steps),
+                steps[0] if len(steps) == 1 else f"{steps[0]}..{steps[-1]}",
+                f"{each.coefficients.effective_sample_size:.2f}",
+                f"{each.coefficients.mean_age():.2f}",
+                " ".join(values if len(values) <= 6 else [*values[:2], "...", *values[-3:]]),
+                "done already" if each.combination.name in done else "",
+            )
+        )
+    header = ("output", "N", "steps", "effective", "mean age", "coefficients", "")
+    for line in console.table(header, rows):
+        console.say(line)
+    for same, name in plan.same_as:
+        console.say(f"  {same.name} is the same as {name}, and is not written")
+    for line in first_ten([f"{skipped.name} is skipped: {reason}" for skipped, reason in plan.skipped], "such combinations"):
+        console.say(f"  {line}")
+    for number, group in enumerate(plan.groups, 1):
+        first = f"group {number} of {len(plan.groups)} (another layout): " if len(plan.groups) > 1 else ""
+        console.say(
+            f"  {first}K = {len(group.outputs)} outputs from N = {len(group.merge.inputs)} checkpoints:"
+            f" read {console.human_bytes(group.bytes_to_read)} (separate runs: {console.human_bytes(group.bytes_read_separately)}),"
+            f" write {console.human_bytes(group.merge.bytes_to_write)}, buffers {console.human_bytes(group.budget.bytes)}"
+            f" ({group.budget.workers} threads), device {plan.device.name}"
+        )
+    for note in plan.notes:
+        console.say(f"note: {note}")
+    for warning in plan.warnings:
+        console.say(f"warning: {warning}")
+
+
+def _finish_dry_run(plan: SweepPlan, as_json: bool, quiet: bool) -> None:
+    from merge_cli.sweeping import as_dict
+
+    if not (as_json and quiet):
+        for finding in plan.findings:
+            console.print_error(finding, "finding")
+    if not quiet:
+        fine = "" if plan.findings else "; nothing that headers show would stop this run (values were not read)"
+        console.say(f"dry run: nothing was written{fine}")
+    if as_json:
+        console.out_json({**as_dict(plan), **_costs(plan)})
+    else:
+        for each in plan.outputs:
+            console.out(each.path)
+
+
+def _show_result(plan: SweepPlan, result: SweepResult) -> None:
+    moved = result.statistics.bytes_read + result.statistics.bytes_written
+    console.say(
+        f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s;"
+        f" {len(result.outputs)} outputs are listed in {result.report}"
+    )
+    if result.reused:
+        console.say(f"{result.reused} files had been finished by an earlier run and were kept")
+
+
+def _costs(plan: SweepPlan) -> dict[str, Any]:
+    return {
+        "bytes_to_read": plan.bytes_to_read,
+        "bytes_read_separately": sum(group.bytes_read_separately for group in plan.groups),
+        "bytes_to_write": plan.bytes_to_write,
+        "groups": [[each.combination.name for each in group.outputs] for group in plan.groups],
+        "memory_bytes": max((group.budget.bytes for group in plan.groups), default=0),
+        "device": plan.device.name,
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+        "findings": [str(finding) for finding in plan.findings],
+    }

@@ -1,0 +1,156 @@
+"""What a sweep is asked for: combinations of a method and a selection, from a grid or from a list.
+
+    --method sma,ema:0.1 --last 6,10 --every 1000    ->    sma-last6-every1000, sma-last10-every1000, ema-0.1-last6-every1000, ...
+
+A combination is the options of one `pmerge average`, under a name that is safe as a folder and says what is in it. Whether there
+are checkpoints for it is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from merge_cli.errors import UsageError
+from merge_cli.methods import METHODS, coefficients
+
+SELECTION = {
+    "last": int,
+    "every": (int, str),
+    "from_step": (int, str),
+    "to_step": (int, str),
+    "before": (int, str),
+    "at": (int, str),
+}
+_PARAMETERS = frozenset(name for method in METHODS.values() for name in method.parameters)
+_WORDS = {"from_step": "from", "to_step": "to"}
+_MOST_NAME_BYTES = 150
+_NAME = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One output of a sweep: its folder's `name`, the `method` with its `parameters`, and what is selected, by option.
+
+    The keys of `selection` are those of `SELECTION`; `at` is the step of the newest checkpoint.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, Any]
+    selection: Mapping[str, Any]
+
+
+def grid(
+    methods: Sequence[str], last: Sequence[int] = (), every: Sequence[int | str] = (), at: Sequence[int | str] = ()
+) -> list[Combination]:
+    """Every method with every `last`, `every` and `at`; an axis that is empty is not there. Raises UsageError.
+
+    A method is its name, or has parameters behind it: "ema:0.1" (its first parameter), "decay:1-sqrt:floor=0.1".
+    """
+    axes = [[{name: value} for value in values] or [{}] for name, values in (("last", last), ("every", every), ("at", at))]
+    found = [
+        combination(method, parameters, {key: value for part in parts for key, value in part.items()})
+        for method, parameters in map(parse_method, methods)
+        for parts in product(*axes)
+    ]
+    return unique(found)
+
+
+def unique(combinations: Sequence[Combination]) -> list[Combination]:
+    """The combinations without those said twice. Raises UsageError when two different ones have the same name."""
+    found: dict[str, Combination] = {}
+    for each in combinations:
+        if found.setdefault(each.name, each) != each:
+            raise UsageError(f"two outputs of the sweep are named {each.name}", hint='give one another "name" in the list')
+    return list(found.values())
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """The method and the parameters of "ema:0.1" or "ema:half-life=2000". Raises UsageError."""
+    name, *rest = text.strip().split(":")
+    method = METHODS.get(name)
+    if method is None or name == "weights":
+        known = ", ".join(each for each in METHODS if each != "weights")
+        hint = "weights are given in a list:  --list FILE" if name == "weights" else "--method sma,ema:0.1,decay:1-sqrt"
+        raise UsageError(f"--method cannot be {text!r} in a sweep", details=[f"expected  {known}"], hint=hint)
+    parameters: dict[str, Any] = {}
+    for position, part in enumerate(rest):
+        key, is_named, value = part.partition("=")
+        if not is_named:
+            key, value = next(iter(method.parameters), ""), part
+        key = key.replace("-", "_")
+        if key not in method.parameters or (position and not is_named) or key in parameters:
+            raise UsageError(
+                f"--method {text}: {name} does not take {part!r} there",
+                details=[f"expected  {name}" + "".join(f"[:{each.replace('_', '-')}=...]" for each in method.parameters)],
+                hint="the first parameter may go by its value alone: ema:0.1, decay:1-sqrt, power:0.2",
+            )
+        parameters[key] = value if method.parameters[key].kind is str else _number(value, text)
+    return name, parameters
+
+
+_EXAMPLE = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last": 10, "at": 8000}]'
+
+
+def entry(given: object) -> Combination:
+    """The combination of an object with the options of `pmerge average`, and `at`, and if wished a `name`. Raises UsageError."""
+    if not isinstance(given, dict):
+        raise UsageError(f"an entry of the list is {str(given)[:60]}, expected an object", hint=_EXAMPLE)
+    words = {word: key for key, word in _WORDS.items()}
+    options = {words.get(key) or key.replace("-", "_"): value for key, value in given.items()}
+    unknown = sorted(options.keys() - {"method", "name"} - SELECTION.keys() - _PARAMETERS)
+    if unknown:
+        known = [_WORDS.get(key, key) for key in ("name", "method", *sorted(_PARAMETERS), *SELECTION)]
+        raise UsageError(
+            f"unknown option {', '.join(map(repr, unknown))} in the list of a sweep", details=[f"expected  {', '.join(known)}"]
+        )
+    name, method = options.get("name", ""), options.get("method", "weights" if "weights" in options else "sma")
+    if not isinstance(method, str) or not isinstance(name, str):
+        raise UsageError("method and name are words", hint=_EXAMPLE)
+    parameters = {key: value for key, value in options.items() if key in _PARAMETERS}
+    return combination(method, parameters, {key: value for key, value in options.items() if key in SELECTION}, name)
+
+
+def combination(method: str, parameters: Mapping[str, Any], selection: Mapping[str, Any], name: str = "") -> Combination:
+    """A combination whose options are of the right kind and in range. Raises UsageError."""
+    if method != "weights":
+        coefficients(method, [1.0, 2.0], **parameters)
+    for key, value in selection.items():
+        option = f"--{_WORDS.get(key, key)}"
+        if isinstance(value, bool) or not isinstance(value, SELECTION[key]):  # type: ignore[arg-type]
+            raise UsageError(f"{option} cannot be {value!r}", hint="amounts are numbers, or strings such as 8B; last is a number")
+        if key in ("last", "every") and isinstance(value, int) and value < 1:
+            raise UsageError(f"{option} must be at least 1, not {value}")
+    if "at" in selection and selection.keys() & {"to_step", "before"}:
+        raise UsageError("--at says where a selection ends, and so do --to and --before", hint="use one of them")
+    name = name or _name(method, parameters, selection)
+    if not _NAME.fullmatch(name) or len(name) > _MOST_NAME_BYTES or name.endswith((".pmerge-partial", ".safetensors")):
+        raise UsageError(
+            f"{name!r:.80} cannot be the name of an output",
+            details=[f"expected  at most {_MOST_NAME_BYTES} letters, digits and _.=+-, the first none of .-"],
+            hint='give it a "name" in the list',
+        )
+    return Combination(name, method, dict(parameters), dict(selection))
+
+
+def _name(method: str, parameters: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
+    """A speaking name: the method, its parameters (the first without its word), then what was selected."""
+    first = next(iter(METHODS[method].parameters), "") if method in METHODS else ""
+    parts = [method]
+    for key in sorted(parameters, key=lambda key: (key != first, key)):
+        value = parameters[key]
+        shown = [f"{each!r}" for each in value] if isinstance(value, list | tuple) else [str(value)]
+        parts += [*([] if key == first else [key.replace("_", "-")]), *shown]
+    parts += [f"{_WORDS.get(key, key)}{selection[key]}" for key in SELECTION if key in selection]
+    return re.sub(r"[^A-Za-z0-9_.=+-]", "_", "-".join(parts))
+
+
+def _number(text: str, method: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--method {method}: {text!r} is not a number", hint="--method ema:0.1") from None

@@ -1,0 +1,426 @@
+"""Many averages of one run from one read of it: the feature behind `pmerge sweep`, as a library.
+
+    plan_sweep   which outputs, from which checkpoints with which coefficients: reads headers only, writes nothing
+    sweep        the same, then makes them all
+
+Every output is what `average` makes with the same options, bit for bit, and has a staging folder of its own, so it is absent or
+complete and can be continued, whatever else is in the sweep. Outputs whose newest checkpoints have the same layout form a group:
+every chunk of the group's inputs is read once for all outputs that use it. Groups run one after the other.
+
+Not guaranteed: that an output is made when another of its group fails (NaN in an input, integers that differ); a failure stops all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.averaging import Progress, StrPath, check_choices, check_tokens_per_step, choose, complete, find_candidates, weigh
+from merge_cli.errors import MismatchError, OutputError, PmergeError, UsageError, first_ten
+from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
+from merge_cli.formats.safetensors import Header
+from merge_cli.grid import Combination, entry, grid, unique
+from merge_cli.methods import Coefficients
+from merge_cli.plan import MergePlan, MergeSpec, Output, OutputFile
+from merge_cli.planner import build_plan
+from merge_cli.selection import Candidate, is_in_tokens, parse_amount
+from merge_cli.version import __version__
+
+if TYPE_CHECKING:
+    from merge_cli.engine.device import Device
+    from merge_cli.engine.stream import Budget, Statistics
+
+REPORT = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepOutput:
+    """One output: `merge` is the plan that `average` would make for it, without runs. `is_done`: its result stands already."""
+
+    combination: Combination
+    path: Path
+    candidates: tuple[Candidate, ...]
+    merge: MergePlan
+    is_done: bool
+
+    @property
+    def coefficients(self) -> Coefficients:
+        return self.merge.outputs[0].coefficients
+
+
+@dataclass(frozen=True)
+class SweepGroup:
+    """Outputs that are still to be made and share a layout: output k of `merge` is `outputs[k]`."""
+
+    merge: MergePlan
+    outputs: tuple[SweepOutput, ...]
+    budget: Budget
+
+    @property
+    def bytes_to_read(self) -> int:
+        """The bytes of the inputs that any of the outputs uses."""
+        sizes = self.merge.bytes_of_inputs()
+        return sum(sizes[i] for i in {i for output in self.merge.outputs for i in output.inputs})
+
+    @property
+    def bytes_read_separately(self) -> int:
+        """The bytes that one run an output would read."""
+        sizes = self.merge.bytes_of_inputs()
+        return sum(sizes[i] for output in self.merge.outputs for i in output.inputs)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A planned sweep. `same_as` names for a combination the output that it equals, `skipped` why there is none."""
+
+    output: Path
+    outputs: tuple[SweepOutput, ...]
+    groups: tuple[SweepGroup, ...]
+    same_as: tuple[tuple[Combination, str], ...]
+    skipped: tuple[tuple[Combination, str], ...]
+    inputs: tuple[Checkpoint, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    device: Device
+    overwrite: bool
+    restart: bool
+    verify_resume: bool
+    findings: tuple[PmergeError, ...]
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(group.bytes_to_read for group in self.groups)
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(group.merge.bytes_to_write for group in self.groups)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep: the folders of all outputs, and the report. `reused` counts files that earlier runs had finished."""
+
+    outputs: tuple[Path, ...]
+    report: Path
+    seconds: float
+    statistics: Statistics
+    reused: int
+
+
+def plan_sweep(
+    paths: Sequence[StrPath],
+    output: StrPath,
+    *,
+    methods: Sequence[str] = (),
+    last: Sequence[int] = (),
+    every: Sequence[int | str] = (),
+    at: Sequence[int | str] = (),
+    combinations: Sequence[Mapping[str, Any]] = (),
+    tokens_per_step: int | None = None,
+    dtype: str = "keep",
+    accumulate: str = "auto",
+    device: str = "auto",
+    memory: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    verify_resume: bool = False,
+) -> SweepPlan:
+    """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`.
+
+    The outputs are a grid (see `merge_cli.grid.grid`), `combinations` (objects with the options of `average`), or both. `at` is the
+    step of the newest checkpoint; in tokens, of the last one up to there. A combination for which there are not the checkpoints
+    is skipped; of several with equal inputs and coefficients the first is made.
+
+    Raises UsageError (also when no combination is left), InputError, MismatchError or UnsupportedError. What would only stop the
+    writing is in `findings`.
+    """
+    check_choices(dtype, accumulate, "error", "step", "sma")
+    if not os.fspath(output):
+        raise UsageError("-o is empty", hint="name the folder of the results:  -o sweep")
+    wanted = unique([*grid(methods, last, every, at), *map(entry, combinations)])
+    if not wanted:
+        raise UsageError("a sweep of nothing", hint="--method sma,ema:0.1 --last 6,10, or a list:  --list FILE")
+    amounts = {f"--{key}": each.selection[key] for each in wanted for key in _AMOUNTS if key in each.selection}
+    check_tokens_per_step(tokens_per_step, [each.selection.get(key) for each in wanted for key in _AMOUNTS])
+    for option, amount in amounts.items():
+        parse_amount(amount, tokens_per_step, option=option)
+    candidates, notes = find_candidates(paths)
+    chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, tokens_per_step)
+    spec = MergeSpec("sweep", {}, dtype=dtype, accumulate=accumulate)
+    inputs, merges = _plan_groups(spec, chosen)
+    for checkpoint in inputs:
+        notes += checkpoint.notes
+    for merge, _ in merges:
+        notes += [note for note in merge.notes if note not in notes]
+        warnings += [line for line in merge.warnings if line not in warnings]
+    from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
+    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
+    from merge_cli.output.staging import check_destinations
+
+    where, folder = choose_device(device), Path(output)
+    outputs: list[SweepOutput] = []
+    groups: list[SweepGroup] = []
+    for merge, members in merges:
+        here = []
+        for k, each in enumerate(members):
+            own = replace(spec, method=each.combination.method, parameters=each.combination.parameters)
+            path, alone = folder / each.combination.name, merge.alone(k, own)
+            here.append(SweepOutput(each.combination, path, each.candidates, alone, _stands(path, alone)))
+        outputs += here
+        todo = [k for k, each in enumerate(here) if not each.is_done]
+        if todo:
+            merge = replace(merge, outputs=tuple(merge.outputs[k] for k in todo))
+            budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
+            groups.append(SweepGroup(merge, tuple(here[k] for k in todo), budget))
+    outputs.sort(key=lambda each: wanted.index(each.combination))
+    findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, overwrite)
+    return SweepPlan(
+        folder,
+        tuple(outputs),
+        tuple(groups),
+        tuple(same_as),
+        tuple(skipped),
+        tuple(inputs),
+        tuple(notes),
+        tuple(warnings),
+        where,
+        overwrite,
+        restart,
+        verify_resume,
+        (*findings, *_check_report(folder / REPORT)),
+    )
+
+
+def sweep(
+    paths: Sequence[StrPath],
+    output: StrPath,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    command: Sequence[str] = (),
+    **options: Any,
+) -> SweepResult:
+    """Make many averages of the checkpoints at `paths` in the folder `output`; the options are those of `plan_sweep`.
+
+    Raises what `plan_sweep` and `run_average` raise. Whatever happens, each output is absent or complete.
+    """
+    return run_sweep(plan_sweep(paths, output, **options), on_progress=on_progress, command=command)
+
+
+def run_sweep(
+    plan: SweepPlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
+) -> SweepResult:
+    """Carry out a plan, group after group. The first of its findings, if any, is raised before anything is read or written."""
+    from merge_cli.engine.durable import write_file
+    from merge_cli.engine.stream import Statistics
+
+    if plan.findings:
+        raise plan.findings[0]
+    began = time.perf_counter()
+    total = Statistics()
+    reused = sum(len(each.merge.files) for each in plan.outputs if each.is_done)
+
+    def report(statistics: Statistics) -> None:
+        if on_progress is not None:
+            read, written = total.bytes_read + statistics.bytes_read, total.bytes_written + statistics.bytes_written
+            on_progress(Progress(read, plan.bytes_to_read, written, plan.bytes_to_write, time.perf_counter() - began))
+
+    for group in plan.groups:
+        statistics, kept = _run_group(plan, group, report, command)
+        reused += kept
+        for name in ("seconds_reading", "seconds_computing", "seconds_writing", "bytes_read", "bytes_written"):
+            setattr(total, name, getattr(total, name) + getattr(statistics, name))
+    content = {"pmerge": __version__, "command": list(command or sys.argv), **as_dict(plan)}
+    write_file(plan.output / REPORT, json.dumps(content, indent=2, default=str).encode() + b"\n")
+    seconds = time.perf_counter() - began
+    return SweepResult(tuple(each.path for each in plan.outputs), plan.output / REPORT, seconds, total, reused)
+
+
+def as_dict(plan: SweepPlan) -> dict[str, Any]:
+    """What `sweep.json` says: every output with its inputs and coefficients, and what was not made and why."""
+
+    def asked(each: Combination) -> dict[str, Any]:
+        return {"name": each.name, "method": each.method, "parameters": each.parameters, "selection": each.selection}
+
+    return {
+        "outputs": [
+            {
+                **asked(each.combination),
+                "path": str(each.path),
+                "inputs": [
+                    {"path": str(candidate.path), "step": candidate.step, "coefficient": value}
+                    for candidate, value in zip(each.candidates, each.coefficients.values, strict=True)
+                ],
+                "base": str(each.candidates[-1].path),
+                "effective_sample_size": each.coefficients.effective_sample_size,
+                "mean_age": each.coefficients.mean_age(),
+                "plan": each.merge.fingerprint(),
+            }
+            for each in plan.outputs
+        ],
+        "duplicates": [{**asked(each), "same_as": name} for each, name in plan.same_as],
+        "skipped": [{**asked(each), "reason": reason} for each, reason in plan.skipped],
+    }
+
+
+def _run_group(
+    plan: SweepPlan, group: SweepGroup, report: Callable[[Statistics], None], command: Sequence[str]
+) -> tuple[Statistics, int]:
+    """Make and publish the outputs of a group; what was done, and how many files earlier runs had finished."""
+    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.output.manifest import request_state
+    from merge_cli.output.staging import Done, Staging
+
+    merge = group.merge
+    with ExitStack() as stack:
+        stagings = [stack.enter_context(Staging(each.path, plan.overwrite)) for each in group.outputs]
+        done = [
+            staging.prepare(request_state(each.merge), restart=plan.restart, verify=plan.verify_resume)
+            for staging, each in zip(stagings, group.outputs, strict=True)
+        ]
+        unpublished = [k for k, staging in enumerate(stagings) if not staging.is_published]
+        published = [staging for staging in stagings if staging.is_published]  # by a run that died before it could say so
+        reused = sum(map(len, done)) + len(published) * len(merge.files)
+        for staging in published:
+            staging.clean()
+
+        def finished(k: int, file: OutputFile, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            stagings[k].record(file, sha256, nonfinite)
+            done[k][file.name] = Done(file.file_bytes, sha256, nonfinite)
+
+        todo = [Todo(file, tuple(k for k in unpublished if file.name not in done[k])) for file in merge.files]
+        todo = [each for each in todo if each.outputs]
+        folders = [staging.checkpoint for staging in stagings]
+        statistics = stream(merge, todo, folders, group.budget, plan.device, report, finished) if todo else Statistics()
+        for k in unpublished:
+            complete(group.outputs[k].merge, folders[k], done[k], command)
+        check_inputs_unchanged(merge)
+        for k in unpublished:
+            stagings[k].publish()
+    return statistics, reused
+
+
+_AMOUNTS = ("every", "from_step", "to_step", "before", "at")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    combination: Combination
+    candidates: tuple[Candidate, ...]
+    coefficients: Coefficients
+
+
+def _choose_all(
+    wanted: Sequence[Combination], candidates: Sequence[Candidate], tokens_per_step: int | None
+) -> tuple[list[_Chosen], list[tuple[Combination, str]], list[tuple[Combination, str]], list[str]]:
+    """The combinations that can be made, those that equal another, those that cannot, and warnings. Raises UsageError for none."""
+    made: dict[object, _Chosen] = {}
+    same_as: list[tuple[Combination, str]] = []
+    skipped: list[tuple[Combination, str]] = []
+    warnings: dict[str, list[str]] = {}
+    for each in wanted:
+        try:
+            chosen, doubts = _select(each, candidates, tokens_per_step)
+        except (UsageError, MismatchError) as error:
+            skipped.append((each, "; ".join([error.message, *(" ".join(line.split()) for line in error.details[:1])])))
+            continue
+        found, more = weigh(chosen, each.method, each.parameters)
+        key = (tuple(candidate.path for candidate in chosen), found)
+        first = made.setdefault(key, _Chosen(each, chosen, found))
+        if first.combination is not each:
+            same_as.append((each, first.combination.name))
+            continue
+        for line in (*doubts, *more):
+            warnings.setdefault(line, []).append(each.name)
+    if not made:
+        reasons = [f"{each.name}  {reason}" for each, reason in skipped]
+        raise UsageError("no combination of the sweep can be made", details=first_ten(reasons), hint="pmerge inspect RUN_FOLDER")
+    lines = [f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: {line}" for line, names in warnings.items()]
+    return list(made.values()), same_as, skipped, lines
+
+
+def _select(
+    each: Combination, candidates: Sequence[Candidate], tokens_per_step: int | None
+) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+    """The checkpoints of a combination, oldest to newest, and warnings about them. Raises UsageError or MismatchError."""
+    options = {**each.selection}
+    at = options.pop("at", None)
+    if at is not None:
+        options["to_step"] = at
+    selection = choose(candidates, each.method, each.parameters, tokens_per_step=tokens_per_step, **options)
+    newest = selection.candidates[-1].step
+    if at is not None and not (tokens_per_step is not None and is_in_tokens(at)):
+        step = parse_amount(at, option="--at", rounding=math.floor)
+        if newest != step:
+            raise UsageError(f"there is no checkpoint at step {step}", details=[f"the newest up to there is step {newest}"])
+    return selection.candidates, selection.warnings
+
+
+def _plan_groups(spec: MergeSpec, chosen: Sequence[_Chosen]) -> tuple[list[Checkpoint], list[tuple[MergePlan, list[_Chosen]]]]:
+    """Open every checkpoint once, and plan together the outputs whose bases, the newest of their inputs, have one layout."""
+    seen: dict[str, Header] = {}
+    used = {candidate.path: candidate for each in chosen for candidate in each.candidates}
+    if all(candidate.step is not None for candidate in used.values()):
+        used = dict(sorted(used.items(), key=lambda item: item[1].step or 0))
+    opened = {path: open_checkpoint(path, seen=seen) for path in used}
+    groups: dict[object, list[_Chosen]] = {}
+    for each in chosen:
+        groups.setdefault(_layout(opened[each.candidates[-1].path]), []).append(each)
+    plans = []
+    for members in groups.values():
+        inside = {candidate.path for each in members for candidate in each.candidates}
+        paths = [path for path in used if path in inside]
+        place = {path: i for i, path in enumerate(paths)}
+        outputs = []
+        for each in members:
+            inputs = tuple(place[candidate.path] for candidate in each.candidates)
+            outputs.append(Output(inputs, each.coefficients, inputs[-1]))
+        base = max(output.base for output in outputs)
+        merge = build_plan(spec, [opened[path] for path in paths], [used[path].step for path in paths], base, outputs)
+        plans.append((merge, members))
+    return list(opened.values()), plans
+
+
+def _layout(base: Checkpoint) -> object:
+    """Equal for checkpoints that give, as the base, the same files with the same headers."""
+    quantization = json.dumps(base.config.get("quantization_config"), sort_keys=True, default=str)
+    files = tuple((file.name, file.header.sha256) for file in base.files)
+    places = tuple((stored.file.name, stored.name) for stored in base.tensors.values())
+    return base.layout, base.root is None, files, hash(places), quantization
+
+
+def _stands(path: Path, merge: MergePlan) -> bool:
+    """Whether the complete result of this very plan, made from these very inputs, stands at `path`."""
+    from merge_cli.output.manifest import MANIFEST, input_fingerprints, is_sealed
+    from merge_cli.output.staging import SUFFIX
+
+    if path.is_symlink() or path.with_name(path.name + SUFFIX).joinpath("publish.json").exists():
+        return False
+    try:
+        raw = (path / MANIFEST).read_bytes()
+        content = json.loads(raw) if is_sealed(raw) else {}
+        same = content["plan"] == merge.fingerprint() and [each["files"] for each in content["inputs"]] == [
+            each["files"] for each in input_fingerprints(merge)
+        ]
+        files = {**content["files"], **content["side_files"]}
+        return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _check_report(path: Path) -> list[OutputError]:
+    """What would be wrong about writing the report: a file that another program wrote."""
+    try:
+        if not path.exists() or "pmerge" in json.loads(path.read_bytes()):
+            return []
+    except (OSError, ValueError, TypeError):
+        pass
+    return [OutputError(f"{path} exists, and no sweep wrote it", hint="move it away, or choose another place:  -o PATH")]
