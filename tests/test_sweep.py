@@ -1,0 +1,423 @@
+"""A sweep: every output is what `average` makes, inputs are read once, and each output is absent or complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import nasty_run, training_run, write_run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_cli import PMERGE, pmerge, write
+from test_quantized_average import quantized_run
+
+from merge_cli import average, plan_average, plan_sweep, sweep
+from merge_cli.engine.reader import InputFiles
+from merge_cli.errors import MismatchError, NonFiniteError, OutputError, UsageError
+from merge_cli.grid import Combination, entry, grid, parse_method
+from merge_cli.output.staging import Staging
+
+METHODS = [
+    "sma",
+    "wma",
+    "ema",
+    "ema:0.7",
+    "ema:half-life=150",
+    "decay:1-sqrt",
+    "decay:linear",
+    "decay:cosine:floor=0.1",
+    "power:0.2",
+]
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file of a result by name, pmerge.json without what tells one run from another."""
+    files: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    manifest = json.loads(files["pmerge.json"])
+    return {**files, "pmerge.json": {key: value for key, value in manifest.items() if key not in ("command", "sha256")}}
+
+
+def alone(run: Any, out: Path, combination: Combination, **options: Any) -> dict[str, Any]:
+    """What `average` makes of a combination."""
+    selection = {{"at": "to_step"}.get(key, key): value for key, value in combination.selection.items()}
+    return content(average(run, out, method=combination.method, **combination.parameters, **selection, **options).output)
+
+
+def assert_each_is_that_of_average(run: Any, folder: Path, out: Path, asked: Mapping[str, Any], **options: Any) -> int:
+    """Make a sweep, and each of its outputs alone; how many outputs there were."""
+    plan = plan_sweep(run, out, **asked, **options)
+    sweep(run, out, **asked, **options)
+    assert {path.name for path in out.iterdir()} == {each.combination.name for each in plan.outputs} | {"sweep.json"}
+    for number, each in enumerate(plan.outputs):
+        assert content(each.path) == alone(run, folder / f"alone-{number}", each.combination, **options), each.combination.name
+    return len(plan.outputs)
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded", "mixed"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "fp32"}, {"dtype": "bf16", "accumulate": "fp64"}, {"accumulate": "fp32"}], ids=str
+)
+def test_each_output_is_that_of_average(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
+    nasty_run(tmp_path / "run", 5, layout=layout)
+    asked = {"methods": METHODS, "last": [1, 2, 4], "at": [300, 500]}
+    count = assert_each_is_that_of_average([tmp_path / "run"], tmp_path, tmp_path / "out", asked, **options)
+    assert count == (1 + 8) + (1 + 8 + 8)  # nine methods of which two are the same, all of them for N = 1; no four at 300
+    plan = plan_sweep([tmp_path / "run"], tmp_path / "new", methods=["sma"], at=[300, 500])
+    assert len(plan.groups) == (2 if layout == "mixed" else 1)
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_each_output_of_any_grid_is_that_of_average(data: st.DataObject) -> None:
+    axis = st.lists(st.sampled_from([1, 2, 3, 4]), max_size=2, unique=True)
+    asked = {
+        "methods": data.draw(st.lists(st.sampled_from(METHODS), min_size=1, max_size=3, unique=True)),
+        "last": data.draw(axis),
+        "every": data.draw(st.sampled_from([[], [100], [100, 200]])),
+        "at": data.draw(st.sampled_from([[], [400], [200, 300, 500]])),
+    }
+    threads = data.draw(st.sampled_from([1, 3]))
+    memory = data.draw(st.sampled_from([None, 16 << 20]))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        nasty_run(folder / "run", 5, layout=data.draw(st.sampled_from(["single", "mixed"])))
+        try:
+            plan_sweep([folder / "run"], folder / "out", **asked)
+        except UsageError as error:
+            assert "no combination" in error.message
+            return
+        assert_each_is_that_of_average([folder / "run"], folder, folder / "out", asked, threads=threads, memory=memory)
+
+
+@pytest.mark.parametrize("case", ["DeepSeek-V3", "scales in BF16"])
+def test_quantised_runs_are_dequantised_as_by_average(case: str, tmp_path: Path) -> None:
+    paths, *_ = quantized_run(tmp_path / "run", case, 4)
+    asked = {"methods": ["sma", "ema:0.3"], "last": [2, 3], "at": [3, 4]}
+    assert assert_each_is_that_of_average(paths, tmp_path, tmp_path / "out", asked) == 8
+
+
+def test_integers_and_config_come_from_the_base_of_each_output(tmp_path: Path) -> None:
+    run = training_run({"w": torch.randn(64).bfloat16(), "n": torch.tensor([0])}, 4)
+    for number, tensors in enumerate(run):
+        tensors["n"] = torch.tensor([number // 2])
+    for path, text in zip(write_run(tmp_path / "run", run), "abcd", strict=True):
+        (path / "config.json").write_text(json.dumps({"model_type": text}))
+    asked = {"methods": ["sma"], "last": [2], "at": [200, 400]}
+    assert assert_each_is_that_of_average([tmp_path / "run"], tmp_path, tmp_path / "out", asked) == 2
+    assert json.loads((tmp_path / "out" / "sma-last2-at200" / "config.json").read_text()) == {"model_type": "b"}
+    with pytest.raises(MismatchError, match="1 tensors that are not averaged"):
+        sweep([tmp_path / "run"], tmp_path / "other", methods=["sma"], last=[2, 3])
+    assert not [path for path in (tmp_path / "other").iterdir() if not path.name.endswith(".pmerge-partial")]
+
+
+def test_inputs_are_read_once_and_only_where_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"layers.{i}": torch.randn(300, 101).bfloat16() for i in range(4)}
+    paths = write_run(tmp_path / "run", training_run(tensors, 5), shards=2)
+    read: Counter[tuple[str, int, int]] = Counter()
+    read_into = InputFiles.read_into
+
+    def counted(self: InputFiles, file: Any, offset: int, buffer: memoryview) -> None:
+        read[(str(file.path), offset, len(buffer))] += 1
+        read_into(self, file, offset, buffer)
+
+    monkeypatch.setattr(InputFiles, "read_into", counted)
+    plan = plan_sweep(paths, tmp_path / "out", methods=["sma", "wma", "ema:0.1"], last=[2, 3])
+    (group,) = plan.groups
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert (plan.bytes_to_read, group.bytes_read_separately) == (3 * size, 3 * (2 + 3) * size)
+    assert plan.bytes_to_write > 6 * size
+    result = sweep(paths, tmp_path / "out", methods=["sma", "wma", "ema:0.1"], last=[2, 3])
+    assert result.statistics.bytes_read == plan.bytes_to_read == sum(n * times for (_, _, n), times in read.items())
+    assert set(read.values()) == {1}
+    assert not [path for path, _, _ in read if "checkpoint-100/" in path or "checkpoint-200/" in path]
+    read.clear()
+    shutil.rmtree(tmp_path / "out" / "ema-0.1-last2")
+    assert sweep(paths, tmp_path / "out", methods=["sma", "wma", "ema:0.1"], last=[2, 3]).reused == 5 * 2
+    assert {Path(path).parent.name for path, _, _ in read} == {"checkpoint-400", "checkpoint-500"}
+
+
+def test_what_is_the_same_is_written_once_and_what_cannot_be_is_skipped(tmp_path: Path) -> None:
+    nasty_run(tmp_path / "run", 4, layout="single")
+    sweep([tmp_path / "run"], tmp_path / "out", methods=["sma", "decay:linear", "ema:0.5"], last=[2, 9], every=[100], at=[300, 350])
+    report = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [each["name"] for each in report["outputs"]] == ["sma-last2-every100-at300", "ema-0.5-last2-every100-at300"]
+    first = report["outputs"][0]
+    assert [(each["step"], each["coefficient"]) for each in first["inputs"]] == [(200, 0.5), (300, 0.5)]
+    assert (first["effective_sample_size"], first["mean_age"]) == (2.0, 0.5)
+    assert first["plan"] == json.loads((Path(first["path"]) / "pmerge.json").read_text())["plan"]
+    (same,) = report["duplicates"]
+    assert (same["name"], same["same_as"]) == ("decay-linear-last2-every100-at300", "sma-last2-every100-at300")
+    reasons = {each["name"]: each["reason"] for each in report["skipped"]}
+    assert len(reasons) == 9
+    assert "no checkpoint at step 350" in reasons["sma-last2-every100-at350"]
+    assert "missing for --every 100" in reasons["sma-last9-every100-at300"] or "--last 9" in reasons["sma-last9-every100-at300"]
+    with pytest.raises(UsageError, match="no combination"):
+        plan_sweep([tmp_path / "run"], tmp_path / "other", methods=["sma"], last=[9])
+
+
+def test_another_result_is_refused_and_replaced_only_on_request(tmp_path: Path) -> None:
+    nasty_run(tmp_path / "run", 3, layout="single")
+    run, out = [tmp_path / "run"], tmp_path / "out"
+    sweep(run, out, methods=["sma"], last=[2, 3])
+    old = content(out / "sma-last2")
+    assert not plan_sweep(run, out, methods=["sma", "wma"], last=[2, 3]).findings
+    with pytest.raises(OutputError, match="exists already"):
+        sweep(run, out, methods=["sma", "wma"], last=[2, 3], dtype="fp32")
+    assert content(out / "sma-last2") == old and not (out / "wma-last2").exists()
+    sweep(run, out, methods=["sma", "wma"], last=[2, 3], dtype="fp32", overwrite=True)
+    assert content(out / "sma-last2") == alone(run, tmp_path / "alone", grid(["sma"], [2])[0], dtype="fp32")
+    shard = out / "sma-last2" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(OutputError, match="exists already"):
+        sweep(run, out, methods=["sma"], last=[2], dtype="fp32")
+    (out / "sweep.json").write_text("[]")
+    with pytest.raises(OutputError, match="no sweep wrote it"):
+        sweep(run, out, methods=["power"], last=[2])
+
+
+def test_nothing_is_made_of_nan(tmp_path: Path) -> None:
+    run = training_run({"w": torch.randn(64).bfloat16()}, 3)
+    run[0]["w"][5] = torch.nan
+    write_run(tmp_path / "run", run)
+    with pytest.raises(NonFiniteError, match="NaN or Inf in an input"):
+        sweep([tmp_path / "run"], tmp_path / "out", methods=["sma"], last=[2, 3])
+    assert not [path for path in (tmp_path / "out").iterdir() if not path.name.endswith(".pmerge-partial")]
+    sweep([tmp_path / "run"], tmp_path / "out", methods=["sma", "wma"], last=[2])
+
+
+def test_a_staging_folder_that_another_run_holds_stops_the_sweep(tmp_path: Path) -> None:
+    nasty_run(tmp_path / "run", 3, layout="single")
+    with Staging(tmp_path / "out" / "wma-last2"), pytest.raises(OutputError, match="another run"):
+        sweep([tmp_path / "run"], tmp_path / "out", methods=["sma", "wma"], last=[2])
+    sweep([tmp_path / "run"], tmp_path / "out", methods=["sma", "wma"], last=[2])
+
+
+# -- the memory, the disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_bounded_and_disk_is_looked_at_for_all_outputs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run", training_run({"w": torch.randn(1 << 20).bfloat16()}, 4))
+    methods = [f"ema:0.{i}" for i in range(1, 10)]
+    plan = plan_sweep([tmp_path / "run"], tmp_path / "out", methods=methods, memory=16 << 20)
+    one = plan_average([tmp_path / "run"], tmp_path / "one", method="ema")
+    assert plan.groups[0].budget.bytes <= 16 << 20
+    assert plan_sweep([tmp_path / "run"], tmp_path / "out", methods=methods).groups[0].budget.bytes > one.budget.bytes
+    with pytest.raises(UsageError, match="too small"):
+        plan_sweep([tmp_path / "run"], tmp_path / "out", methods=methods, memory=100_000)
+    free = os.statvfs(tmp_path)
+    fields = list(free)
+    fields[4] = 3 * plan.bytes_to_write // len(methods) // free.f_frsize  # room for three outputs
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
+    (finding,) = plan_sweep([tmp_path / "run"], tmp_path / "out", methods=methods).findings
+    assert "not enough space" in finding.message and str(plan.bytes_to_write) in finding.details[0]
+    assert not plan_sweep([tmp_path / "run"], tmp_path / "out", methods=methods[:2]).findings
+
+
+# -- killed, full, interrupted: real processes ------------------------------------------------------------------------------------
+
+GRID = ["--method", "sma,wma,ema:0.1", "--last", "2,3", "--threads", "1", "--memory", "16MiB"]
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three checkpoints with six shards, and the results that averages of it must be."""
+    folder = tmp_path_factory.mktemp("big")
+    tensors = {f"layers.{i:02}": torch.randn(1 << 19).bfloat16() for i in range(12)}
+    write_run(folder / "run", training_run(tensors, 3), shards=6)
+    for combination in grid(["sma", "wma", "ema:0.1"], [2, 3]):
+        alone([folder / "run"], folder / "alone" / combination.name, combination)
+    return folder
+
+
+def begin(big: Path, out: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [PMERGE, "sweep", "run", "-o", str(out), *GRID, *arguments]
+    return subprocess.Popen(command, cwd=big, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.poll() is None, "it ended before it could be stopped"
+
+
+def finished_files(out: Path) -> int:
+    return len(list(out.glob("*.pmerge-partial/done/*.json")))
+
+
+def assert_absent_or_complete(big: Path, out: Path) -> int:
+    """How many outputs are there; each of them is whole."""
+    there = [path for path in out.iterdir() if path.is_dir() and not path.name.endswith(".pmerge-partial")]
+    for path in there:
+        assert content(path) == content(big / "alone" / path.name)
+    return len(there)
+
+
+def assert_finishes(big: Path, out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = pmerge("sweep", "run", "-o", out, *GRID, *arguments, cwd=big)
+    assert assert_absent_or_complete(big, out) == 6
+    assert {path.name for path in out.iterdir()} == {path.name for path in (big / "alone").iterdir()} | {"sweep.json"}
+    return done
+
+
+@pytest.mark.parametrize("files", [0, 2, 9, 20, 33])
+def test_killed_anywhere_the_same_command_continues(files: int, big: Path, tmp_path: Path) -> None:
+    process = begin(big, tmp_path / "out")
+    wait_for(process, lambda: finished_files(tmp_path / "out") >= files and (tmp_path / "out").exists())
+    process.kill()
+    process.communicate(timeout=60)
+    assert_absent_or_complete(big, tmp_path / "out")
+    kept = finished_files(tmp_path / "out") + 6 * len(list((tmp_path / "out").glob("*/pmerge.json")))
+    done = assert_finishes(big, tmp_path / "out")
+    assert f"{kept} files had been finished" in done.stderr or kept < 1
+
+
+def test_killed_while_it_publishes(big: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = begin(big, out)
+    wait_for(process, lambda: len(list(out.glob("*/pmerge.json"))) >= 1)
+    process.kill()
+    process.communicate(timeout=60)
+    assert assert_absent_or_complete(big, out) >= 1
+    assert_finishes(big, out)
+
+
+def test_what_another_grid_or_average_began_is_continued(big: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [PMERGE, "sweep", "run", "-o", str(out), "--method", "wma,sma", "--last", "3", "--threads", "1", "--memory", "16MiB"]
+    process = subprocess.Popen(command, cwd=big, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True)
+    wait_for(process, lambda: finished_files(out) >= 3)
+    process.kill()
+    process.wait(timeout=60)
+    pmerge("average", "run", "--last", 2, "-o", out / "sma-last2", cwd=big)
+    kept = finished_files(out) + 6
+    assert f"{kept} files had been finished" in assert_finishes(big, out).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_how_to_continue(number: signal.Signals, big: Path, tmp_path: Path) -> None:
+    process = begin(big, tmp_path / "out")
+    wait_for(process, lambda: finished_files(tmp_path / "out") >= 3)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "pmerge sweep" in stderr and "Traceback" not in stderr
+    assert_absent_or_complete(big, tmp_path / "out")
+    assert_finishes(big, tmp_path / "out")
+
+
+def test_no_room_for_a_file(big: Path, tmp_path: Path) -> None:
+    limit = 3 << 20  # a shard has 2 MiB, and the last one more
+    size = max(path.stat().st_size for path in (big / "alone").rglob("*.safetensors"))
+    process = begin(big, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limit)))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "ulimit -f" in stderr and "Traceback" not in stderr
+    assert assert_absent_or_complete(big, tmp_path / "out") == 0
+    assert_finishes(big, tmp_path / "out")
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_speak_and_leave_out_what_was_not_given() -> None:
+    names = [each.name for each in grid(["sma", "ema:0.1", "ema:half-life=2000"], [6], ["2k"], [8000])]
+    ends = "last6-every2k-at8000"
+    assert names == [f"sma-{ends}", f"ema-0.1-{ends}", f"ema-half-life-2000.0-{ends}"]
+    assert [each.name for each in grid(["decay:1-sqrt:floor=0.1"])] == ["decay-1-sqrt-floor-0.1"]
+    assert entry({"method": "ema", "alpha": 0.1, "from": 100, "to": "8B"}).name == "ema-0.1-from100-to8B"
+    assert entry({"weights": [0.25, 0.75], "last": 2}).name == "weights-0.25-0.75-last2"
+    assert entry({"sigma-rel": 0.2, "method": "power", "name": "mine"}).name == "mine"
+    assert len(grid(["sma", "sma"], [3, 3])) == 1
+    assert parse_method("decay:cosine") == ("decay", {"shape": "cosine"})
+
+
+@pytest.mark.parametrize(
+    "asked, text",
+    [
+        ({"methods": ["median"]}, "median"),
+        ({"methods": ["weights"]}, "--list"),
+        ({"methods": ["ema:0.1:0.2"]}, "does not take '0.2'"),
+        ({"methods": ["sma:3"]}, "does not take"),
+        ({"methods": ["ema:x"]}, "not a number"),
+        ({"methods": ["ema:2"]}, "--alpha is out of range"),
+        ({"methods": ["sma"], "last": [0]}, "at least 1"),
+        ({"methods": ["sma"], "every": ["x"]}, "--every cannot be"),
+        ({"methods": ["sma"], "every": ["8B"]}, "--tokens-per-step"),
+        ({"methods": ["sma"], "at": [400], "tokens_per_step": 1000}, "no amount is in tokens"),
+        ({}, "nothing"),
+        ({"combinations": [3]}, "expected an object"),
+        ({"combinations": [{"methd": "sma"}]}, "unknown option 'methd'"),
+        ({"combinations": [{"last": "3"}]}, "--last cannot be '3'"),
+        ({"combinations": [{"at": 400, "before": 300}]}, "--at"),
+        ({"combinations": [{"name": "../x"}]}, "cannot be the name"),
+        ({"combinations": [{"name": "x"}, {"name": "x", "last": 2}]}, "two outputs"),
+        ({"methods": ["sma"], "dtype": "fp8"}, "--dtype"),
+    ],
+    ids=str,
+)
+def test_wrong_requests(asked: dict[str, Any], text: str, tmp_path: Path) -> None:
+    nasty_run(tmp_path / "run", 4, layout="single")
+    with pytest.raises(UsageError) as refused:
+        plan_sweep([tmp_path / "run"], tmp_path / "out", **asked)
+    assert text in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_end_at_the_last_checkpoint_up_to_there(tmp_path: Path) -> None:
+    nasty_run(tmp_path / "run", 5, layout="single")
+    plan = plan_sweep([tmp_path / "run"], tmp_path / "out", methods=["sma"], last=[2], at=["350k"], tokens_per_step=1000)
+    assert [candidate.step for candidate in plan.outputs[0].candidates] == [200, 300]
+    assert plan.outputs[0].combination.name == "sma-last2-at350k"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    for step in range(1000, 7000, 1000):
+        write(tmp_path / "run" / f"ckpt_{step}", step)
+    done = pmerge(
+        "sweep", "run", "-o", "out", "--method", "sma,ema:0.1", "--last", "3,9", "--at", "5000", "--dry-run", cwd=tmp_path
+    )
+    assert done.stdout == "out/sma-last3-at5000\nout/ema-0.1-last3-at5000\n"
+    for text in ("K = 2 outputs from N = 3 checkpoints", "separate runs", "0.8100 0.0900 0.1000", "sma-last9-at5000 is skipped"):
+        assert text in done.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "list.json").write_text(
+        '[{"method": "ema", "alpha": 0.1, "last": 3}, {"weights": [0.5, 0.5], "last": 2, "name": "w"}]'
+    )
+    done = pmerge("sweep", "run", "-o", "out", "--list", "list.json", "--json", "--quiet", cwd=tmp_path)
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert [each["path"] for each in report["outputs"]] == ["out/ema-0.1-last3", "out/w"]
+    assert report["bytes_to_read"] < report["bytes_read_separately"] and report["groups"] == [["ema-0.1-last3", "w"]]
+    again = pmerge("sweep", "run", "-o", "out", "--list", "list.json", cwd=tmp_path)
+    assert again.stdout == "out/ema-0.1-last3\nout/w\n" and again.stderr.count("done already") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["run", "--last", "3"], "--method or --list"),
+        (["run", "--list", "list.json", "--last", "3"], "needs --method"),
+        (["run", "--list", "nowhere.json"], "cannot read nowhere.json"),
+        (["run", "--list", "list.json"], "not valid JSON"),
+        (["run", "--method", "sma,"], "--method cannot be"),
+        (["run", "--method", "sma", "--last", "3,x"], "--last cannot be"),
+        (["run", "--method", "sma", "--last", "99"], "no combination"),
+        (["nowhere", "--method", "sma"], "no such checkpoint"),
+    ],
+)
+def test_a_wrong_command_is_one_clear_error_and_exit_2(arguments: list[str], text: str, tmp_path: Path) -> None:
+    write(tmp_path / "run" / "ckpt_1000", 1000)
+    (tmp_path / "list.json").write_text("{")
+    done = pmerge("sweep", *arguments, "-o", "out", cwd=tmp_path, expect=2)
+    assert text in done.stderr and done.stdout == "" and not (tmp_path / "out").exists()
