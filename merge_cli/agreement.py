@@ -6,10 +6,11 @@ Everything here works on headers and config files; what cannot be averaged is re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import MismatchError, first_ten
-from merge_cli.formats.checkpoint import Checkpoint, Stored
+from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
 from merge_cli.formats.logical import Logical, dtype_of, file_of, kind_of, shape_of
 from merge_cli.formats.side_files import differing_files
 
@@ -107,6 +108,12 @@ def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, L
     """What may be wrong with averaging these, as warnings: dtypes, configs, tokenizers and vocabularies that differ, LoRA."""
     warnings = _mixed_dtypes(tensors, base, inputs[base])
     warnings += config_differences(inputs, inputs[base])
+    without = [
+        checkpoint for checkpoint in inputs if checkpoint.root is not None and not (checkpoint.root / "config.json").exists()
+    ]
+    if inputs[base] in without and len(without) < len(inputs):
+        has = next(checkpoint for checkpoint in inputs if checkpoint not in without)
+        warnings.append(f"{inputs[base].path}, the base, has no config.json, so the result has none; --base {has.path} has one")
     if (root := inputs[base].root) is not None:
         folders = [checkpoint.root for checkpoint in inputs if checkpoint.root is not None]
         warnings += differing_files(folders, inputs[base].side_files.kept, root)
@@ -114,6 +121,20 @@ def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, L
             warnings.append(
                 f"{root} is a LoRA adapter: averaging its A and B is not averaging the products B A that they stand for"
             )
+            warnings += _adapter_differences(folders, root)
+    return warnings
+
+
+def _adapter_differences(folders: Sequence[Path], base: Path) -> list[str]:
+    """Where `adapter_config.json` differs (alpha, rank, target modules): the same A and B then stand for other products."""
+    expected = _flatten(read_config(base / "adapter_config.json"))
+    warnings = []
+    for folder in folders:
+        found = _flatten(read_config(folder / "adapter_config.json"))
+        keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        if keys:
+            shown = "; ".join(f"{k}: {found.get(k, 'absent')!r} against {expected.get(k, 'absent')!r}" for k in keys[:3])
+            warnings.append(f"adapter_config.json of {folder} differs from {base}, which is kept: {shown}")
     return warnings
 
 
@@ -132,6 +153,8 @@ def _mixed_dtypes(tensors: Sequence[Mapping[str, Logical]], base: int, checkpoin
 def config_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
     """Where the inputs' `config.json` differ in anything but versions and paths, as warnings."""
     warnings = []
+    if not base.config:
+        return []
     expected = _flatten(base.config)
     for checkpoint in inputs:
         found = _flatten(checkpoint.config)

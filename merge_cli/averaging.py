@@ -181,6 +181,8 @@ def plan_average(
     warnings = (*selection.warnings, *doubts, *merge.warnings)
     if output is not None and not os.fspath(output):
         raise UsageError("-o is empty", hint="name the folder of the result:  -o merged")
+    if output is not None and any(ord(character) < 32 for character in os.fspath(output)):
+        raise UsageError("-o holds a line break or another control character", hint="name the folder of the result:  -o merged")
     destination = Path(output) if output is not None else Path(_default_name(method, candidates))
     if destination.suffix == ".safetensors":
         raise UsageError(

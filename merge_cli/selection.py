@@ -25,6 +25,7 @@ _STAGE = re.compile(r"(?:^|[-_])(stage[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
 _INGREDIENT = re.compile(r"(?:^|[-_])(ingredient[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _AMOUNT = re.compile(r"\s*([0-9]{1,18}(?:_[0-9]{1,18})*(?:\.[0-9]{1,18})?)\s*([kMBT]?)\s*", re.IGNORECASE)
+_UNFINISHED = re.compile(r"^(?:tmp|temp|incomplete|partial)[-_.]|[-_.](?:tmp|temp|incomplete|partial)$", re.IGNORECASE)
 _LARGEST_STEP = 10**18
 _MAX_TRAINER_STATE_BYTES = 256 << 20
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf", ".npz", ".msgpack")
@@ -232,7 +233,9 @@ def _checkpoints_in(run: Path) -> tuple[list[Path], list[str]]:
             continue
         if entry.name.startswith(".") or entry.name.endswith((".pmerge-partial", ".pmerge-old")):
             continue
-        if (entry / "pmerge.json").exists():
+        if _UNFINISHED.search(entry.name):
+            skipped.append(f"{entry} is left out: its name says that it is unfinished")
+        elif (entry / "pmerge.json").exists():
             skipped.append(f"{entry} is left out: a result of pmerge; name it to average it")
         elif entry.is_symlink() and entry.resolve().parent == home:
             skipped.append(f"{entry} is left out: a link to {entry.resolve().name}")

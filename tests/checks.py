@@ -47,7 +47,8 @@ def accumulator(rational: bool, tensors: Sequence[Tensor], dtype: torch.dtype, a
     """The dtype in which the engine promises to sum."""
     if accumulate == "fp64" or any(tensor.dtype == torch.float64 for tensor in tensors):
         return torch.float64
-    return torch.float32 if accumulate == "fp32" or (rational and dtype.itemsize == 2) else torch.float64
+    narrow = all(each.itemsize == 2 for each in (dtype, *(tensor.dtype for tensor in tensors)))
+    return torch.float32 if accumulate == "fp32" or (rational and narrow) else torch.float64
 
 
 def interval(

@@ -448,3 +448,27 @@ def test_a_large_tensor_in_pieces(tmp_path: Path) -> None:
     assert not isinstance(allowed, Tensor)
     shifted: Interval = (allowed[0].roll(1), allowed[1].roll(1))
     assert outside(load(out)["big"], shifted).numel() > 700_000  # the check itself can fail
+
+
+@pytest.mark.parametrize("method", ["sma", "wma"])
+def test_a_sum_too_large_for_float32_is_no_average_too_large_for_bfloat16(method: str, tmp_path: Path) -> None:
+    """Causal masks are full of the smallest bfloat16; only such elements may be summed in another way than the rest."""
+    lowest = torch.finfo(torch.bfloat16).min
+    run = training_run({"w": torch.randn(300_001).bfloat16()}, 3)
+    for tensors in run:
+        tensors["w"][7], tensors["w"][300_000] = lowest, -lowest
+    paths = write_run(tmp_path / "run", run)
+    merged = load(average(paths, tmp_path / "out", method=method).output)["w"]
+    assert merged[7] == lowest and merged[300_000] == -lowest
+    integers = [1, 1, 1] if method == "sma" else [1, 2, 3]
+    assert same_bits(merged[8:300_000], exact_mean([tensors["w"][8:300_000] for tensors in run], integers, torch.bfloat16))
+    other = average(paths, tmp_path / "other", method=method, memory=900_000, threads=1).output
+    assert digests(other) == digests(tmp_path / "out")
+
+
+def test_wide_checkpoints_are_rounded_once_to_16_bits(tmp_path: Path) -> None:
+    """float32 masters written as bf16: sums in float32 would be rounded before the last rounding."""
+    run = [{"w": torch.randn(200_000, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    paths = write_run(tmp_path / "run", run)
+    merged = load(average(paths, tmp_path / "out", dtype="bf16").output)["w"]
+    assert same_bits(merged, exact_mean([tensors["w"] for tensors in run], [1, 1, 1], torch.bfloat16))

@@ -324,3 +324,37 @@ def test_dry_run_estimates_the_time(run: Path) -> None:
     done = pmerge("average", run, "--dry-run", cwd=run)
     assert "measured on the first bytes" in done.stderr
     assert "--dry-run" in pmerge("average", run, "--storage-bandwidth", "5GB", cwd=run, expect=2).stderr
+
+
+def test_overwrite_keeps_what_pmerge_did_not_write(run: Path) -> None:
+    out = run.parent / "out"
+    pmerge("average", run, "--last", 2, "-o", out, cwd=run)
+    (out / "eval").mkdir()
+    (out / "eval" / "r.json").write_text("1")
+    refused = pmerge("average", run, "--last", 3, "-o", out, "--overwrite", cwd=run, expect=1)
+    assert "eval/r.json" in refused.stderr and (out / "eval" / "r.json").exists()
+    link = run.parent / "link"
+    link.symlink_to(out)
+    assert "does not follow links" in pmerge("average", run, "-o", link, "--overwrite", cwd=run, expect=1).stderr
+
+
+def test_unfinished_folders_of_a_run_are_left_out(run: Path) -> None:
+    write(run / "ckpt_99000-tmp", 99000)
+    plan = json.loads(pmerge("average", run, "--dry-run", "--json", cwd=run).stdout)
+    assert not any(each["path"].endswith("-tmp") for each in plan["inputs"])
+    assert any("unfinished" in note for note in plan["notes"])
+
+
+def test_a_line_break_in_the_output_is_refused(run: Path) -> None:
+    assert "control character" in pmerge("average", run, "-o", "a\nb", cwd=run, expect=2).stderr
+
+
+def test_a_base_without_config_and_adapters_that_differ_are_told(run: Path) -> None:
+    for step, alpha in ((9000, 8), (10000, 16)):
+        folder = run / f"ckpt_{step}"
+        (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha, "r": 4}))
+    (run / "ckpt_9000" / "config.json").write_text("{}")
+    (run / "ckpt_10000" / "config.json").unlink(missing_ok=True)
+    plan = json.loads(pmerge("average", run, "--last", 2, "--dry-run", "--json", cwd=run).stdout)
+    assert any("lora_alpha: 8 against 16" in warning for warning in plan["warnings"])
+    assert any("has no config.json" in warning for warning in plan["warnings"])

@@ -72,7 +72,7 @@ def average_command(
     requantize: Annotated[bool, typer.Option("--requantize", help="Quantise the result as the base is (default: bf16).")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
-    threads: Annotated[int | None, typer.Option(min=1, help="Worker threads (the cores, 2 to 8).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
     storage_bandwidth: Annotated[
         str | None, typer.Option(help="Bytes per second, as 5GB, for the time that --dry-run estimates (measured).")
     ] = None,

@@ -34,7 +34,7 @@ def sweep_command(
     accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64 (auto: fp32 where that is exact).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
-    threads: Annotated[int | None, typer.Option(min=1, help="Worker threads (the cores, 2 to 8).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results that are others.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what unfinished runs left.")] = False,

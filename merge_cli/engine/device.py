@@ -91,8 +91,14 @@ class Lane:
     def reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
-        False when a result is NaN, infinite or too large for the output's dtype.
+        False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for float32 where the
+        average is not (masks are full of the smallest bfloat16): such elements, and only they, are summed again in float64.
         """
+        if self._reduce(run, count, operations, setting, mend=False):
+            return True
+        return setting == "auto" and self._reduce(run, count, operations, "fp64", mend=True)
+
+    def _reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str, mend: bool) -> bool:
         used = sorted({i for operation in operations.values() for i in operation.inputs})
         clean: list[torch.Tensor] = []
         out_dtype = torch_dtype(run.dtype)
@@ -106,7 +112,7 @@ class Lane:
                     dtype = accumulator_dtype(setting, operation, [run.sources[i].dtype for i in operation.inputs], run.dtype)
                     accumulator, temporary = self._scratch.pair(length, dtype)
                     accumulate(operation, sources, accumulator, temporary)
-                    clean.append(self._store(accumulator, elements(self.outputs[k], out_dtype, start, length)))
+                    clean.append(self._store(accumulator, elements(self.outputs[k], out_dtype, start, length), mend))
             return bool(torch.stack(clean).all().item())  # waits for the stream
 
     def _active(self) -> AbstractContextManager[object]:
@@ -115,13 +121,16 @@ class Lane:
     def _upload(self, host: torch.Tensor) -> torch.Tensor:
         return host if self._stream is None else host.to(self._device.torch, non_blocking=True)
 
-    def _store(self, accumulator: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
-        """Round into `host`; a bool tensor []: whether all is finite."""
-        if self._stream is None:
+    def _store(self, accumulator: torch.Tensor, host: torch.Tensor, mend: bool) -> torch.Tensor:
+        """Round into `host` (with `mend`: only where that is not finite); a bool tensor []: whether all is finite."""
+        if self._stream is None and not mend:
             store(accumulator, host)
             return is_clean(host)
         rounded = torch.empty(host.shape, dtype=host.dtype, device=accumulator.device)
         store(accumulator, rounded)
+        if mend:
+            before = self._upload(host)
+            rounded = torch.where(before.isfinite(), before, rounded)
         host.copy_(rounded, non_blocking=True)
         return is_clean(rounded)
 

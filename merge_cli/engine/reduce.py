@@ -48,7 +48,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def accumulator_dtype(accumulate: str, operation: WeightedSum, source_dtypes: Sequence[str], output_dtype: str) -> torch.dtype:
-    """float32 for integer-weighted sums with 16-bit outputs, float64 otherwise, unless `accumulate` is "fp32" or "fp64".
+    """float32 for integer-weighted sums of 16-bit inputs into 16 bits, otherwise float64, unless `accumulate` is "fp32" or "fp64".
 
     Coefficients that are no small integers are themselves rounded to float32 there: with ema and alpha 0.2 that misrounds
     1.6e-4 of the bf16 results (N = 4), because sums of k/125 often lie on a tie.
@@ -57,7 +57,8 @@ def accumulator_dtype(accumulate: str, operation: WeightedSum, source_dtypes: Se
         return torch.float64
     if accumulate == "fp32":
         return torch.float32
-    return torch.float32 if operation.is_rational and output_dtype in ("BF16", "F16") else torch.float64
+    narrow = all(dtype in ("BF16", "F16") for dtype in (*source_dtypes, output_dtype))
+    return torch.float32 if operation.is_rational and narrow else torch.float64
 
 
 class Scratch:

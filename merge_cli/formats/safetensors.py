@@ -126,6 +126,8 @@ def _read_open_header(fd: int, status: os.stat_result, path: Path, seen: dict[st
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"not a regular file: {path}")
     file_bytes = status.st_size
+    if not file_bytes:
+        raise InputError(f"not a complete safetensors file: {path}", details=["found     an empty file"], hint="save it again")
     prefix = read_exactly(fd, 8, 0)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or 8 + length > file_bytes or length > MAX_HEADER_BYTES or length < 2:

@@ -398,6 +398,18 @@ def _check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> l
     if (destination.is_symlink() or destination.exists()) and not was_publishing:
         if not overwrite:
             problems.append(already_there(destination))
+        elif destination.is_symlink():
+            problems.append(
+                OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {destination.resolve()}")
+            )
+        elif _is_merged(destination) and (strangers := _strangers(destination)):
+            problems.append(
+                OutputError(
+                    f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
+                    details=first_ten(strangers),
+                    hint="move them away, or choose another place:  -o PATH",
+                )
+            )
         elif not _is_merged(destination):
             problems.append(
                 OutputError(
@@ -451,3 +463,14 @@ def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Ma
 
 def _is_merged(folder: Path) -> bool:
     return not folder.is_symlink() and (folder / _MANIFEST).is_file()
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What lies in a result of pmerge beside what its pmerge.json records."""
+    try:
+        recorded = json.loads((folder / _MANIFEST).read_bytes())
+        known = {_MANIFEST, *recorded["files"], *recorded["side_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{_MANIFEST} cannot be read, so it is not known what is whose"]
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in found if name not in known]
