@@ -6,6 +6,7 @@
     scripts/bench --size 1.3GB --largest-tensor 1GB            one tensor larger than --memory
     scripts/bench --grow n                                     a series; also size, tensors, memory
     scripts/bench --inputs run/ckpt_*                          checkpoints that are there already
+    scripts/bench --sweep --count 10 --size 200MB              eight averages by `pmerge sweep`, against one read and eight copies
     scripts/bench -- --workers 2                               what follows -- goes to `pmerge average`
 
 Prints the machine, the versions and a table; `--json` prints everything that was measured. Measure on an
@@ -50,12 +51,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", help=f"of {','.join(PEERS)}, or none; default naive,safe_open, none in series")
     parser.add_argument("--mergekit-env", type=Path, default=SCRIPTS.parent / ".venv-mergekit", metavar="FOLDER")
+    parser.add_argument("--sweep", action="store_true", help="eight outputs by `pmerge sweep`; no peers")
     parser.add_argument("--grow", choices=VALUES)
     parser.add_argument("--values", help="of the series, with commas between them")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("pmerge_options", nargs="*", metavar="-- PMERGE OPTIONS")
     options = parser.parse_args(argv)
-    default_peers = "none" if options.grow else "naive,safe_open"
+    default_peers = "none" if options.grow or options.sweep else "naive,safe_open"
     names = (options.peers or default_peers).split(",")
     options.peers = [name for name in names if name != "none"]
     if unknown := set(options.peers) - PEERS.keys():
@@ -67,6 +69,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: bool = False) -> list[Contestant]:
     """The floor, pmerge and the peers that can run; a line to stderr for each that cannot."""
+    if options.sweep:
+        sweep = bench_contestants.pmerge_sweep(memory, options.device, options.pmerge_options)
+        return [bench_contestants.floor(sweep.outputs), sweep]
     found = [bench_contestants.floor()]
     try:
         found.append(bench_contestants.pmerge(memory, options.device, options.pmerge_options))
@@ -86,7 +91,7 @@ def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: boo
 def prepare(options: argparse.Namespace, work: Path) -> Inputs:
     if options.inputs:
         return describe(options.inputs)
-    need, free = (options.count + 1) * parse_size(options.size), free_bytes(work)
+    need, free = (options.count + (8 if options.sweep else 1)) * parse_size(options.size), free_bytes(work)
     if need > free:
         sys.exit(f"error: {options.folder} has room for {format_size(free)}, this needs {format_size(need)}")
     return make_inputs(

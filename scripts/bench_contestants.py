@@ -29,16 +29,34 @@ class Contestant:
     what: str
     command: Callable[[list[Path], Path], list[str]]
     environment: dict[str, str] = field(default_factory=dict)
+    outputs: int = 1
+    mean: str = ""  # the folder in the output that holds the mean of all checkpoints, where there are several
 
 
-def floor() -> Contestant:
-    script = 'out=$1 first=$2; shift 2; cat "$@" > /dev/null && cp -r --reflink=never "$first" "$out"'
+def floor(copies: int = 1) -> Contestant:
+    each = 'for k in $copies; do mkdir -p "$out/$k" && cp -r --reflink=never "$first/." "$out/$k" || exit 1; done'
+    script = f'out=$1 copies=$2 first=$3; shift 3; cat "$@" > /dev/null && {each}'
 
     def command(checkpoints: list[Path], out: Path) -> list[str]:
         files = sorted(str(path) for c in checkpoints for path in c.glob("*.safetensors"))
-        return ["sh", "-c", script, "floor", str(out), str(checkpoints[0]), *files]
+        folders = "." if copies == 1 else " ".join(map(str, range(copies)))
+        return ["sh", "-c", script, "floor", str(out), folders, str(checkpoints[0]), *files]
 
-    return Contestant("floor", "cat all inputs > /dev/null, cp one checkpoint", command)
+    return Contestant("floor", f"cat all inputs > /dev/null, cp one checkpoint {copies} x", command, outputs=copies)
+
+
+SWEEP = ("sma", "wma", "ema:0.1", "ema:0.2", "ema:0.3", "decay:1-sqrt", "decay:cosine", "power:0.2")
+
+
+def pmerge_sweep(memory: str, device: str, more: list[str]) -> Contestant:
+    """Eight outputs, each of all checkpoints."""
+    program = Path(sys.executable).with_name("pmerge")
+    options = ["--method", ",".join(SWEEP), "--memory", memory, "--device", device, "--json", "--quiet", *more]
+
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        return [str(program), "sweep", *map(str, checkpoints), *options, "-o", str(out)]
+
+    return Contestant("pmerge", f"pmerge sweep {' '.join(options)}", command, outputs=len(SWEEP), mean="sma")
 
 
 def pmerge(memory: str, device: str, more: list[str]) -> Contestant:

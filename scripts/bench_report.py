@@ -80,7 +80,7 @@ def as_json(result: Result, tiny: Result | None = None) -> dict[str, object]:
         "wall_median_s": statistics.median(wall_s),
         "cpu_s": [run.cpu_s for run in result.runs],
         "loop_s": loops,
-        "bytes_per_s": result.inputs.moved_bytes / statistics.median(wall_s),
+        "bytes_per_s": result.inputs.moved_bytes(result.contestant.outputs) / statistics.median(wall_s),
         "largest_process_bytes": max(run.largest_process_bytes for run in result.runs),
         "together_bytes": result.warm_up.together_bytes,
         "private_bytes": result.warm_up.private_bytes,

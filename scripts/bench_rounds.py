@@ -30,10 +30,9 @@ class Inputs:
     num_shards: int
     quantized: bool
 
-    @property
-    def moved_bytes(self) -> int:
-        """What an average has to move: every checkpoint in, one out."""
-        return (len(self.checkpoints) + 1) * self.checkpoint_bytes
+    def moved_bytes(self, outputs: int) -> int:
+        """What has to be moved: every checkpoint in, `outputs` out."""
+        return (len(self.checkpoints) + outputs) * self.checkpoint_bytes
 
     def __str__(self) -> str:
         return (
@@ -110,7 +109,7 @@ def contest(contestants: Sequence[Contestant], inputs: Inputs, work: Path, round
                     result.runs.append(measured)
                 else:
                     result.warm_up = measured
-                    result.check = check(out, inputs)
+                    result.check = check(out / contestant.mean, inputs)
             except CommandFailed as error:
                 result.failure = str(error)
                 print(f"{contestant.name}: {error}", file=sys.stderr)

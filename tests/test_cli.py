@@ -166,7 +166,7 @@ def test_wrong_input_is_one_clear_error_and_exit_2(run: Path, arguments: list[st
 
 
 def test_help_is_fast_has_examples_and_needs_no_torch(run: Path) -> None:
-    for command in (["--help"], ["average", "--help"], ["inspect", "--help"], ["methods", "--help"]):
+    for command in (["--help"], ["average", "--help"], ["inspect", "--help"], ["methods", "--help"], ["sweep", "--help"]):
         assert "Example:" in pmerge(*command, cwd=run).stdout
     code = "import sys; sys.argv = ['pmerge', 'methods']; import merge_cli.cli.app; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

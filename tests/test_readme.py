@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
 
 
 def test_there_are_examples() -> None:
-    assert len(SHELL) == 5 and len(PYTHON) == 1
+    assert len(SHELL) == 6 and len(PYTHON) == 1
 
 
 @pytest.mark.parametrize("example", SHELL)
@@ -44,7 +44,7 @@ def test_python_example(place: Path) -> None:
     assert (place / "merged" / "pmerge.json").exists()
 
 
-@pytest.mark.parametrize("command", ["average", "inspect", "methods", "verify"])
+@pytest.mark.parametrize("command", ["average", "inspect", "methods", "sweep", "verify"])
 def test_every_command_and_flag_is_documented(command: str) -> None:
     assert f"pmerge {command}" in README
     if command == "average":
