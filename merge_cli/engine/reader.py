@@ -25,10 +25,15 @@ MAX_BYTES_PER_READ = 0x7FFFF000  # Linux reads no more at once
 
 
 class InputFiles:
-    """A cache of open inputs, safe to use from several threads. At most `max_open` stay open while nobody reads from them."""
+    """A cache of open inputs, safe to use from several threads. At most `max_open` stay open while nobody reads from them.
 
-    def __init__(self, max_open: int | None = None) -> None:
+    Without `keep_cached` the page cache is told that what was read is not needed again, so that reading terabytes does not push out
+    what others on the machine have cached.
+    """
+
+    def __init__(self, max_open: int | None = None, keep_cached: bool = True) -> None:
         self._max_open = max_open or min(64, descriptors_left() // 2)
+        self._keep_cached = keep_cached
         self._lock = threading.Lock()
         self._open: OrderedDict[WeightFile, int] = OrderedDict()
         self._users: dict[WeightFile, int] = {}
@@ -65,6 +70,8 @@ class InputFiles:
                         hint="something truncated or replaced it; start again when the checkpoint is complete",
                     )
                 done += count
+            if not self._keep_cached:
+                os.posix_fadvise(fd, offset, wanted, os.POSIX_FADV_DONTNEED)
 
     @contextmanager
     def _borrow(self, file: WeightFile) -> Iterator[int]:
@@ -100,6 +107,7 @@ def _open_unchanged(file: WeightFile) -> int:
         raise ChangedError(f"cannot open {file.path}: {error.strerror}") from error
     try:
         check_unchanged(file, os.fstat(fd))
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     except BaseException:
         os.close(fd)
         raise

@@ -37,6 +37,7 @@ DEFAULT_MEMORY_BYTES = 2 << 30
 TARGET_CHUNK_BYTES = 4 << 20
 MIN_CHUNK_ELEMENTS = 4096
 _CHUNK_MULTIPLE = 4096
+_CACHED_SHARE = 0.25  # of the memory: larger inputs are not left in the page cache
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int 
     )
 
 
+def physical_memory() -> int:
+    """The bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def stream(
     plan: MergePlan,
     todo: Sequence[Todo],
@@ -130,7 +136,7 @@ def stream(
     """
     if any(isinstance(run, CodedRun) for each in todo for run in each.file.runs):
         keep_freed_memory()
-    with InputFiles() as inputs:
+    with InputFiles(keep_cached=plan.bytes_to_read <= _CACHED_SHARE * physical_memory()) as inputs:
         check_equal_integers(plan, todo, inputs)
         job = _Job(plan, todo, folders, budget, device, inputs, on_progress, on_file, writer)
         return job.run()
