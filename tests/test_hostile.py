@@ -428,8 +428,8 @@ def test_control_characters_are_never_printed_raw(tmp_path: Path) -> None:
 
 
 def test_progress_on_a_terminal_shows_no_names(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "ckpt_1", {"evil]0;": torch.ones(5)}, index=False)
-    script = f"{PMERGE} average ckpt_1 -o 'out\x1b]0;owned'"
+    write_checkpoint(tmp_path / "ckpt\x1b]0;owned_1", {"evil\x1b]0;": torch.ones(5)}, index=False)
+    script = f"{PMERGE} average ckpt*_1 -o out"
     done = subprocess.run(["script", "-qec", script, "/dev/null"], cwd=tmp_path, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stdout
     assert b"\x1b]0;" not in done.stdout and b"owned" in done.stdout
