@@ -188,7 +188,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Output:
-    """One merged checkpoint: the coefficient of each of its inputs (positions in the plan's inputs), as they are summed.
+    """One merged checkpoint: the coefficient of each of its inputs, by ascending position in the plan's inputs.
 
     `base` is the position of the input that integers, config and side files come from.
     """

@@ -371,13 +371,15 @@ def _plan_groups(spec: MergeSpec, chosen: Sequence[_Chosen]) -> tuple[list[Check
     if all(candidate.step is not None for candidate in used.values()):
         used = dict(sorted(used.items(), key=lambda item: item[1].step or 0))
     opened = {path: open_checkpoint(path, seen=seen) for path in used}
-    groups: dict[object, list[_Chosen]] = {}
+    groups: dict[tuple[object, tuple[Path, ...] | None], list[_Chosen]] = {}
     for each in chosen:
-        groups.setdefault(_layout(opened[each.candidates[-1].path]), []).append(each)
+        own = [candidate.path for candidate in each.candidates]
+        order = None if own == [path for path in used if path in own] else tuple(own)  # weights, in the order given
+        groups.setdefault((_layout(opened[own[-1]]), order), []).append(each)
     plans = []
-    for members in groups.values():
+    for (_, order), members in groups.items():
         inside = {candidate.path for each in members for candidate in each.candidates}
-        paths = [path for path in used if path in inside]
+        paths = order or [path for path in used if path in inside]
         place = {path: i for i, path in enumerate(paths)}
         outputs = []
         for each in members:

@@ -100,7 +100,6 @@ class CodedReducer:
         ]
         count = (r1 - r0) * run.shape[-1]
         sums = [torch.empty(count, dtype=dtype, device=self._device.torch) for dtype in dtypes]
-        temporary = torch.empty(count * 8, dtype=torch.uint8, device=self._device.torch)
         base: Parts | None = None
         for index, source in enumerate(run.sources):
             used = [k for k, operation in enumerate(operations) if index in operation.inputs]
@@ -109,9 +108,9 @@ class CodedReducer:
                 continue
             values, parts = self._load(source, run.shape, r0, r1)
             base = parts if is_base else base
+            wide = {dtype: values.to(dtype) for dtype in {dtypes[k] for k in used}}
             for k in used:
-                scratch = temporary[: count * dtypes[k].itemsize].view(dtypes[k])
-                add_term(operations[k], operations[k].inputs.index(index), values, sums[k], scratch)
+                add_term(operations[k], operations[k].inputs.index(index), wide[dtypes[k]], sums[k])
         for operation, total in zip(operations, sums, strict=True):
             divide(operation, total)
         return sums, base

@@ -18,8 +18,9 @@ import torch
 from merge_cli.engine.reduce import (
     Scratch,
     WeightedSum,
-    accumulate,
     accumulator_dtype,
+    add_term,
+    divide,
     is_clean,
     store,
     torch_dtype,
@@ -28,7 +29,6 @@ from merge_cli.errors import UsageError
 from merge_cli.plan import Run
 
 CPU_BLOCK_ELEMENTS = 1 << 18
-SCRATCH_BYTES_PER_ELEMENT = 48  # accumulator, temporary and the temporaries of rounding, in float64
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Device:
 
     def block_elements(self, chunk_elements: int) -> int:
         return chunk_elements if self.is_cuda else min(CPU_BLOCK_ELEMENTS, chunk_elements)
+
+    def scratch_bytes(self, chunk_elements: int, num_outputs: int) -> int:
+        """What a lane needs beside its buffers: accumulators in float64, an input in float32 and float64, rounding."""
+        return self.block_elements(chunk_elements) * (44 + 8 * num_outputs)
 
 
 def choose_device(name: str) -> Device:
@@ -85,7 +89,7 @@ class Lane:
         self.inputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_inputs)]
         self.outputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_outputs)]
         self._block = device.block_elements(chunk_elements)
-        self._scratch = Scratch(self._block, device.torch)
+        self._scratch = Scratch(self._block, num_outputs, device.torch)
         self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None  # type: ignore[no-untyped-call]
 
     def reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str) -> bool:
@@ -99,21 +103,30 @@ class Lane:
         return setting == "auto" and self._reduce(run, count, operations, "fp64", mend=True)
 
     def _reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str, mend: bool) -> bool:
-        used = sorted({i for operation in operations.values() for i in operation.inputs})
+        users: dict[int, list[tuple[int, int]]] = {}  # of each input: which operations, and as which term
+        dtypes = {}
+        for k, operation in operations.items():
+            dtypes[k] = accumulator_dtype(setting, operation, [run.sources[i].dtype for i in operation.inputs], run.dtype)
+            for position, i in enumerate(operation.inputs):
+                users.setdefault(i, []).append((k, position))
         clean: list[torch.Tensor] = []
         out_dtype = torch_dtype(run.dtype)
         with self._active():
             for start in range(0, count, self._block):
                 length = min(self._block, count - start)
-                sources = {
-                    i: self._upload(elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length)) for i in used
-                }
+                sums = {k: self._scratch.accumulator(k, length, dtype) for k, dtype in dtypes.items()}
+                for i in sorted(users):
+                    source = self._upload(elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length))
+                    wide = {dtype: self._widen(source, dtype) for dtype in {dtypes[k] for k, _ in users[i]}}
+                    for k, position in users[i]:
+                        add_term(operations[k], position, wide[dtypes[k]], sums[k])
                 for k, operation in operations.items():
-                    dtype = accumulator_dtype(setting, operation, [run.sources[i].dtype for i in operation.inputs], run.dtype)
-                    accumulator, temporary = self._scratch.pair(length, dtype)
-                    accumulate(operation, sources, accumulator, temporary)
-                    clean.append(self._store(accumulator, elements(self.outputs[k], out_dtype, start, length), mend))
+                    divide(operation, sums[k])
+                    clean.append(self._store(sums[k], elements(self.outputs[k], out_dtype, start, length), mend))
             return bool(torch.stack(clean).all().item())  # waits for the stream
+
+    def _widen(self, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return source if source.dtype == dtype else self._scratch.wide(source.numel(), dtype).copy_(source)
 
     def _active(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

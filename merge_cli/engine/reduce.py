@@ -9,7 +9,8 @@ float32. The first term is copied, not added to zero, which keeps negative zeros
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,40 +63,54 @@ def accumulator_dtype(accumulate: str, operation: WeightedSum, source_dtypes: Se
 
 
 class Scratch:
-    """An accumulator and a temporary of `elements` each, made once and reused for every block."""
+    """Accumulators and temporaries of `elements` each, made once and reused for every block."""
 
-    def __init__(self, elements: int, device: torch.device) -> None:
-        self._accumulator = torch.empty(elements * 8, dtype=torch.uint8, device=device)
-        self._temporary = torch.empty(elements * 8, dtype=torch.uint8, device=device)
+    def __init__(self, elements: int, num_outputs: int, device: torch.device) -> None:
+        self._accumulators = [torch.empty(elements * 8, dtype=torch.uint8, device=device) for _ in range(num_outputs)]
+        self._wide = torch.empty(elements * 12, dtype=torch.uint8, device=device)
+        self._elements = elements
 
-    def pair(self, elements: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The accumulator and the temporary as tensors [elements] of `dtype`."""
-        length = elements * dtype.itemsize
-        return self._accumulator[:length].view(dtype), self._temporary[:length].view(dtype)
+    def accumulator(self, k: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """The accumulator of output `k` as a tensor [elements] of `dtype`."""
+        return self._accumulators[k][: elements * dtype.itemsize].view(dtype)
 
-
-def accumulate(
-    operation: WeightedSum,
-    sources: Mapping[int, torch.Tensor],
-    accumulator: torch.Tensor,
-    temporary: torch.Tensor,
-) -> None:
-    """`accumulator = sum_i factors[i] * sources[inputs[i]] / divisor`; all tensors [elements], `temporary` is overwritten."""
-    for position, index in enumerate(operation.inputs):
-        add_term(operation, position, sources[index], accumulator, temporary)
-    divide(operation, accumulator)
+    def wide(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room for an input as a tensor [elements] of `dtype`, float32 or float64; the two do not overlap."""
+        begin = 0 if dtype == torch.float64 else self._elements * 8
+        return self._wide[begin : begin + elements * dtype.itemsize].view(dtype)
 
 
-def add_term(
-    operation: WeightedSum, position: int, source: torch.Tensor, accumulator: torch.Tensor, temporary: torch.Tensor
-) -> None:
-    """Add the term at `position` of the sum: `source` times its factor. Terms must come in order, from position 0."""
-    term = accumulator if position == 0 else temporary
-    term.copy_(source)
-    if operation.factors[position] != 1.0:
-        term.mul_(operation.factors[position])
-    if position:
-        accumulator.add_(temporary)
+def add_term(operation: WeightedSum, position: int, source: torch.Tensor, accumulator: torch.Tensor) -> None:
+    """Add the term at `position` of the sum: `source`, in the accumulator's dtype, times its factor.
+
+    Terms must come in order, from position 0.
+    """
+    factor = operation.factors[position]
+    if position == 0:
+        torch.mul(source, factor, out=accumulator)
+    elif factor == 1.0:
+        accumulator.add_(source)
+    elif not accumulator.is_cuda and multiplies_then_adds():
+        accumulator.addcmul_(source, torch.ones((), dtype=source.dtype), value=factor)
+    else:
+        accumulator.add_(source * factor)
+
+
+@functools.cache
+def multiplies_then_adds() -> bool:
+    """Whether `a.addcmul_(x, 1, value=f)` rounds `f * x` before it adds, on this CPU with this torch.
+
+    It computes `a + f * x * 1` from left to right: should the second product be fused with the sum, it is exact anyway. That takes
+    one pass over the memory, separate operations take two. It is looked at here rather than relied upon.
+    """
+    for dtype in (torch.float32, torch.float64):
+        x = torch.linspace(1, 2, 1003, dtype=dtype)
+        for part in (x, x[1:], x[:7]):
+            factor = 1.0 / 3.0
+            rest = -(part * factor) * (1 + torch.finfo(dtype).eps)
+            if not torch.equal(rest.clone().addcmul_(part, torch.ones((), dtype=dtype), value=factor), rest + part * factor):
+                return False
+    return True
 
 
 def divide(operation: WeightedSum, accumulator: torch.Tensor) -> None:

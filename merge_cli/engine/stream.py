@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, keep_freed_memory, largest_chunk, rows_of
-from merge_cli.engine.device import SCRATCH_BYTES_PER_ELEMENT, Device, Lane, elements
+from merge_cli.engine.device import Device, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
 from merge_cli.engine.reduce import WeightedSum, torch_dtype, weighted_sum
@@ -91,7 +91,7 @@ def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int 
     target = min(TARGET_CHUNK_BYTES // item_bytes, -(-longest // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
 
     def need(workers: int, chunk_elements: int, coded_values: int) -> int:
-        scratch = device.block_elements(chunk_elements) * SCRATCH_BYTES_PER_ELEMENT
+        scratch = device.scratch_bytes(chunk_elements, len(plan.outputs))
         rows = bytes_for(largest_chunk(coded, coded_values), len(plan.outputs))
         return workers * (buffers * chunk_elements * item_bytes + scratch + rows)
 
