@@ -232,3 +232,12 @@ def test_bench_from_the_command_line(tmp_path):
     assert results.keys() >= {"floor", "safe_open"}
     assert results["safe_open"]["check"]["correctly_rounded"] > 0.999
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_bench_of_a_sweep(tmp_path):
+    options = ["--sweep", "--size=1MB", "--count=3", "--rounds=1", f"--folder={tmp_path}", "--json"]
+    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True)
+    floor, pmerge = json.loads(done.stdout)["results"]
+    assert (floor["name"], floor["failure"], pmerge["failure"]) == ("floor", "", "")
+    assert pmerge["check"]["correctly_rounded"] > 0.999

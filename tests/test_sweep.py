@@ -24,6 +24,7 @@ from test_cli import PMERGE, pmerge, write
 from test_quantized_average import quantized_run
 
 from merge_cli import average, plan_average, plan_sweep, sweep
+from merge_cli.engine import reduce as engine_reduce
 from merge_cli.engine.reader import InputFiles
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, UsageError
 from merge_cli.grid import Combination, entry, grid, parse_method
@@ -146,6 +147,25 @@ def test_inputs_are_read_once_and_only_where_they_are_used(tmp_path: Path, monke
     shutil.rmtree(tmp_path / "out" / "ema-0.1-last2")
     assert sweep(paths, tmp_path / "out", methods=["sma", "wma", "ema:0.1"], last=[2, 3]).reused == 5 * 2
     assert {Path(path).parent.name for path, _, _ in read} == {"checkpoint-400", "checkpoint-500"}
+
+
+def test_weights_belong_to_the_checkpoints_as_they_were_typed(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", 3, layout="single")
+    typed = [paths[2], paths[0], paths[1]]
+    lists = [{"weights": [0.7, 0.1, 0.2], "name": "typed"}, {"method": "wma", "name": "by-step"}]
+    assert assert_each_is_that_of_average(typed, tmp_path, tmp_path / "out", {"combinations": lists}) == 2
+    assert len(plan_sweep(typed, tmp_path / "new", combinations=lists).groups) == 2
+
+
+@pytest.mark.parametrize("accumulate", ["auto", "fp32"])
+def test_terms_added_in_one_pass_or_in_two_are_the_same(accumulate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = training_run({"w": torch.randn(501, 1009).bfloat16(), "v": torch.randn(70_001)}, 4)
+    write_run(tmp_path / "run", run)
+    assert engine_reduce.multiplies_then_adds()
+    one = sweep([tmp_path / "run"], tmp_path / "one", methods=METHODS, accumulate=accumulate)
+    monkeypatch.setattr(engine_reduce, "multiplies_then_adds", lambda: False)
+    two = sweep([tmp_path / "run"], tmp_path / "two", methods=METHODS, accumulate=accumulate)
+    assert [content(path) for path in one.outputs] == [content(path) for path in two.outputs]
 
 
 def test_what_is_the_same_is_written_once_and_what_cannot_be_is_skipped(tmp_path: Path) -> None:
