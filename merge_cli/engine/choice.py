@@ -83,19 +83,29 @@ class _Enough(Exception):
 
 
 def sample(plan: MergePlan, device: Device, budget: Budget, num_bytes: int = SAMPLE_BYTES, seconds: float = SAMPLE_S) -> Rate:
-    """Work on the first bytes of `plan`, until that many bytes were read or that much time has passed. Writes nothing."""
+    """Work on the first bytes of `plan`, until that many bytes were counted or that much time has passed. Writes nothing.
+
+    Not counted is what comes before every worker has finished a chunk: until then bytes are read that nobody has finished, twice as
+    many where a worker is two chunks ahead. After that they flow, in rounds of one chunk a worker.
+    """
     outputs = tuple(range(len(plan.outputs)))
     kinds = ("average", "coded")
     todo = [Todo(replace(file, runs=tuple(run for run in file.runs if run.kind in kinds)), outputs) for file in plan.files]
     allowing = replace(plan, spec=replace(plan.spec, allow_nonfinite=True))
-    done, is_enough = Rate(0, 0.0), False
+    chunks, is_enough = 0, False
+    done = first_round = Rate(0, 0.0)
     began = time.perf_counter()
 
     def watch(statistics: Statistics) -> None:
-        nonlocal done, is_enough
+        nonlocal chunks, is_enough, done, first_round
         if not is_enough:  # what other threads finish while they stop is not counted
-            done = Rate(statistics.bytes_read, time.perf_counter() - began)
-            is_enough = done.num_bytes >= num_bytes or done.seconds >= seconds
+            chunks += 1
+            now = Rate(statistics.bytes_read, time.perf_counter() - began)
+            first_round = now if chunks == budget.workers else first_round
+            before = first_round if chunks >= 2 * budget.workers else Rate(0, 0.0)
+            done = Rate(now.num_bytes - before.num_bytes, now.seconds - before.seconds)
+            flows = chunks >= 3 * budget.workers and done.num_bytes >= num_bytes
+            is_enough = flows or now.seconds >= seconds
         if is_enough:
             raise _Enough
 
