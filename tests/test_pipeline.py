@@ -160,7 +160,7 @@ def test_nothing_is_left_on_the_device_of_a_chunk_that_is_given_up(at: int) -> N
     ring = Ring(queues, 1, 4096, 1 << 14)
     run = Run("average", "F32", 0, 100, (Source(None, 0, "F32"),) * 2, ("w",), (0,))  # type: ignore[arg-type]  # no file is read
     slot = ring.take()
-    ring.start(slot, run, 100, {0: WeightedSum((0, 1), (1.0, 1.0), 2.0, True)}, "auto", lambda i, memory: None)
+    ring.start(slot, run, 100, {0: WeightedSum((0, 1), (1.0, 1.0), 2.0, True)}, "auto", lambda i, buffer: None)
     assert slot.ran_out_of_memory and queues.pending() == 0
     assert not ring.finish(slot)
 

@@ -122,9 +122,9 @@ class Ring:
         count: int,
         operations: Mapping[int, WeightedSum],
         accumulate: str,
-        read: Callable[[int, memoryview], None],
+        read: Callable[[int, HostBuffer], None],
     ) -> None:
-        """Read `count` elements of every input that the operations use, by `read(i, memory)`, and have the device reduce them."""
+        """Read `count` elements of every input that the operations use, by `read(i, buffer)`, and have the device reduce them."""
         slot.operations = tuple(operations)
         try:
             dtypes = {}
@@ -148,13 +148,13 @@ class Ring:
         """Wait until the device uses none of the buffers any more."""
         self._queues.wait_for_all()
 
-    def _read(self, read: Callable[[memoryview], None], num_bytes: int) -> _Stage:
+    def _read(self, read: Callable[[HostBuffer], None], num_bytes: int) -> _Stage:
         """Read into the next stage, and have it uploaded."""
         stage = self._stages[self._next_stage]
         self._next_stage = (self._next_stage + 1) % STAGES
         if stage.uploaded is not None:
             self._queues.wait(stage.uploaded)
-        read(stage.host.memory[:num_bytes])
+        read(stage.host)
         upload = partial(_copy, stage.host.tensor[:num_bytes], stage.device[:num_bytes])
         stage.uploaded = self._queues.submit(UPLOAD, upload, [] if stage.added is None else [stage.added])
         return stage

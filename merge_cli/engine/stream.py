@@ -34,7 +34,7 @@ from merge_cli.engine.coded import (
     largest_chunk,
     rows_of,
 )
-from merge_cli.engine.device import Device, Lane, elements
+from merge_cli.engine.device import Device, HostBuffer, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.pipeline import DEPTH, Ring, Slot, ring_device_bytes, ring_host_bytes
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
@@ -373,7 +373,7 @@ class _Job:
         for i in open_file.used if run.kind == "average" else sorted(set(bases.values())):
             if self._stopped.is_set():
                 return
-            bytes_read += self._read(run, i, start, count, lane.inputs[i].memory)
+            bytes_read += self._read(run, i, start, count, lane.inputs[i])
         read = time.perf_counter()
         if run.kind == "average":
             if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
@@ -385,12 +385,12 @@ class _Job:
         self._write(open_file, run, start, count, results)
         self._count(read - began, computed - read, time.perf_counter() - computed, bytes_read, run, count, open_file)
 
-    def _read(self, run: Run, i: int, start: int, count: int, memory: memoryview) -> int:
-        """Read elements of one input to the beginning of `memory`; how many bytes."""
+    def _read(self, run: Run, i: int, start: int, count: int, buffer: HostBuffer) -> int:
+        """Read elements of one input to the beginning of `buffer`; how many bytes."""
         source = run.sources[i]
         bits = DTYPES[source.dtype].bits
         size = count * bits // 8
-        self.inputs.read_into(source.file, source.offset + start * bits // 8, memory[:size])
+        self.inputs.read_into(source.file, source.offset + start * bits // 8, buffer.memory[:size])
         return size
 
     def _write(self, open_file: _OpenFile, run: Run, start: int, count: int, results: Mapping[int, memoryview]) -> None:
@@ -419,11 +419,11 @@ class _Job:
         slot = ring.take()
         started = _Started(number, open_file, run, start, count, slot)
 
-        def read(i: int, memory: memoryview) -> None:
+        def read(i: int, buffer: HostBuffer) -> None:
             if self._stopped.is_set():
                 raise _Stopped
             before = time.perf_counter()
-            started.bytes_read += self._read(run, i, start, count, memory)
+            started.bytes_read += self._read(run, i, start, count, buffer)
             started.seconds_reading += time.perf_counter() - before
 
         if run.kind == "average":
@@ -431,10 +431,10 @@ class _Job:
             started.results = {k: slot.outputs[k].memory for k in open_file.writers}
         else:
             bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
-            first = {i: slot.outputs[k].memory for k, i in reversed(bases.items())}
-            for i, memory in first.items():
-                read(i, memory)
-            started.results = {k: first[i] for k, i in bases.items()}
+            first = {i: slot.outputs[k] for k, i in reversed(bases.items())}
+            for i, buffer in first.items():
+                read(i, buffer)
+            started.results = {k: first[i].memory for k, i in bases.items()}
         started.seconds_computing = time.perf_counter() - began - started.seconds_reading
         return started
 
@@ -464,7 +464,7 @@ class _Job:
         for start in range(chunk.start, chunk.start + chunk.count, _REDONE_ELEMENTS):
             count = min(_REDONE_ELEMENTS, chunk.start + chunk.count - start)
             for i in open_file.used:
-                self._read(run, i, start, count, lane.inputs[i].memory)
+                self._read(run, i, start, count, lane.inputs[i])
             if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
                 self._handle_nonfinite(lane, open_file, run, start, count)
             begin, end = (start - chunk.start) * width, (start - chunk.start + count) * width
