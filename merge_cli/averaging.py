@@ -120,6 +120,7 @@ def plan_average(
     requantize: bool = False,
     device: str = "auto",
     memory: int | None = None,
+    device_memory: int | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -129,9 +130,9 @@ def plan_average(
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
     Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
-    such as "8B" in tokens), `memory` and `shard_size` in bytes. `restart` throws away what an unfinished run to this output left,
-    `verify_resume` reads its finished files again before they are trusted. `rank` is this process where several make one average
-    (`merge_cli.sharing`). Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
+    such as "8B" in tokens), `memory`, `device_memory` and `shard_size` in bytes. `restart` throws away what an unfinished run to
+    this output left, `verify_resume` reads its finished files again before they are trusted. `rank` is this process where several
+    make one average (`merge_cli.sharing`). Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
     too little space) is in `findings` instead, so that a plan can always be looked at.
@@ -196,7 +197,7 @@ def plan_average(
         destination = destination.resolve()
         if not destination.name:
             raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
-    from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
+    from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.manifest import stands
     from merge_cli.output.staging import check_destinations
@@ -206,9 +207,12 @@ def plan_average(
     rank = rank or Rank()
     if verify_resume and not rank.is_alone:
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
-    where = choose_device(device)
     memory = (memory or DEFAULT_MEMORY_BYTES) // (rank.world_size if rank.source == WORKER else 1)
-    budget = fit_memory(merge, memory, where, threads or rank.threads(len(os.sched_getaffinity(0))))
+    threads = threads or rank.threads(len(os.sched_getaffinity(0)))
+    where, budget, reasons = settle(
+        device, merge, lambda where: fit_memory(merge, memory, where, threads, device_memory), rank.local_rank
+    )
+    notes = (*notes, *reasons)
     late = not rank.is_alone and stands(destination, merge)
     findings = [] if late else check_destinations({destination: merge}, overwrite)
     return AveragePlan(

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,7 @@ def plan_sweep(
     accumulate: str = "auto",
     device: str = "auto",
     memory: int | None = None,
+    device_memory: int | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -162,12 +164,18 @@ def plan_sweep(
     for merge, _ in merges:
         notes += [note for note in merge.notes if note not in notes]
         warnings += [line for line in merge.warnings if line not in warnings]
-    from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
+    from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.manifest import stands
     from merge_cli.output.staging import check_destinations
 
-    where, folder = choose_device(device), Path(output)
+    def fit(merge: MergePlan, where: Device) -> Budget:
+        return fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads, device_memory)
+
+    folder = Path(output)
+    largest = max((merge for merge, _ in merges), key=lambda merge: merge.bytes_to_read)
+    where, _, reasons = settle(device, largest, partial(fit, largest))
+    notes += reasons
     outputs: list[SweepOutput] = []
     groups: list[SweepGroup] = []
     for merge, members in merges:
@@ -180,8 +188,7 @@ def plan_sweep(
         todo = [k for k, each in enumerate(here) if not each.is_done]
         if todo:
             merge = replace(merge, outputs=tuple(merge.outputs[k] for k in todo))
-            budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
-            groups.append(SweepGroup(merge, tuple(here[k] for k in todo), budget))
+            groups.append(SweepGroup(merge, tuple(here[k] for k in todo), fit(merge, where)))
     outputs.sort(key=lambda each: wanted.index(each.combination))
     findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, overwrite)
     return SweepPlan(
@@ -239,6 +246,7 @@ def run_sweep(
         reused += kept
         for name in ("seconds_reading", "seconds_computing", "seconds_writing", "bytes_read", "bytes_written"):
             setattr(total, name, getattr(total, name) + getattr(statistics, name))
+        total.notes += [note for note in statistics.notes if note not in total.notes]
     content = {"pmerge": __version__, "command": list(command or sys.argv), **as_dict(plan)}
     write_file(plan.output / REPORT, json.dumps(content, indent=2, default=str).encode() + b"\n")
     seconds = time.perf_counter() - began

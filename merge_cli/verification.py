@@ -346,10 +346,9 @@ def _restricted_run(run: Run | CodedRun, chosen: set[str]) -> Iterator[Run | Cod
 
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
     """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
-    from merge_cli.engine.device import choose_device
+    from merge_cli.engine.choice import settle
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, Statistics, Todo, check_inputs_unchanged, fit_memory, stream
 
-    where = choose_device(device)
     different: dict[str, set[str]] = {}
     before = 0
 
@@ -362,7 +361,7 @@ def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[
         return _Comparer(each.file, place, different)
 
     try:
-        budget = fit_memory(todo, DEFAULT_MEMORY_BYTES, where)
+        where, budget, _ = settle(device, todo, lambda where: fit_memory(todo, DEFAULT_MEMORY_BYTES, where))
         stream(todo, [Todo(file, (0,)) for file in todo.files], [folder], budget, where, report, lambda *_: None, comparer)
         check_inputs_unchanged(todo)
     except (ChangedError, MismatchError, NonFiniteError) as error:

@@ -5,8 +5,8 @@
 
 A table: pieces, the largest share over the mean, files that a rank opens (at most: its pieces' files, of every input and of the
 output), what is read once more for the sha256 of files that are cut, and the time. The time of a rank is its share, of every input
-and of the output, over the least of its own bandwidth and its part of the storage's; the slowest rank decides. What taking over from
-each other would save is left out.
+and of the output, over the least of its own bandwidth and its part of the storage's; the slowest rank decides. What taking over
+from each other would save is left out.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_device import OneDevice
 from torch import Tensor
 
+from merge_cli.formats.quantization import bits
 from merge_cli.formats.quantization.codec import Codec, Shape
 from merge_cli.formats.quantization.fp8 import Fp8
 from merge_cli.formats.quantization.integer import Integer
@@ -312,3 +314,18 @@ def test_a_gpu_gives_the_same_bits(case: Case) -> None:
         cpu = codec.encode(values, shape, 0, rows, base=before)
         gpu = codec.encode(values.cuda(), shape, 0, rows, base=before_gpu)
         same(cpu, {role: data.cpu() for role, data in gpu.items()})
+
+
+def test_all_of_it_runs_where_the_bytes_are(case: Case) -> None:
+    """On a device without values: whatever mixed it with the CPU, or looked at a number (but the stored shape), would fail."""
+    codec, shape = case
+    rows = num_rows(shape)
+    base = {role: data if role == "shape" else data.to("meta") for role, data in random_parts(codec, shape).items()}
+    values = nasty_values(shape).to("meta")
+    bits._table.cache_clear()
+    with OneDevice():
+        assert codec.decode(base, shape, 0, rows).is_meta
+        for before in (None, base):
+            assert codec.stats(values, shape, 0, rows, base=before).is_meta
+            assert all(data.is_meta for data in codec.encode(values, shape, 0, rows, base=before).values())
+    bits._table.cache_clear()

@@ -73,8 +73,9 @@ def average_command(
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Go on at NaN and Inf, and report.")] = False,
     shard_size: Annotated[str | None, typer.Option(help="Split anew, as 5GB (default: the base's shards).")] = None,
     requantize: Annotated[bool, typer.Option("--requantize", help="Quantise the result as the base is (default: bf16).")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU where it is measured to be faster), cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
+    device_memory: Annotated[str | None, typer.Option(help="Bound on a GPU's buffers (2GiB, at most 3/4 of what is free).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
     workers: Annotated[str, typer.Option(metavar="N", help="Processes on this machine: a number, or auto.")] = "1",
     rank: Annotated[int | None, typer.Option(metavar="R", help="This process's number among several that make one result.")] = None,
@@ -146,6 +147,7 @@ def average_command(
         requantize=requantize,
         device=device,
         memory=parse_size(memory, "--memory"),
+        device_memory=parse_size(device_memory, "--device-memory"),
         threads=threads,
         overwrite=overwrite,
         restart=restart,
@@ -270,6 +272,7 @@ def _show_plan(plan: AveragePlan) -> None:
         f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
         f" in {len(merge.files)} file{'s' if len(merge.files) > 1 else ''}, buffers {console.human_bytes(plan.budget.bytes)}"
         f" ({plan.budget.workers} threads), device {plan.device.name}"
+        + (f" ({console.human_bytes(plan.budget.device_bytes)} of its memory)" if plan.device.is_accelerator else "")
     )
     side = merge.inputs[merge.base].side_files
     if side.kept or side.skipped:
@@ -348,6 +351,8 @@ def _show_result(plan: AveragePlan, result: AverageResult) -> None:
     if statistics.requantization_error is not None:
         largest, mean = statistics.requantization_error
         console.say(f"quantising again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
+    for note in statistics.notes:
+        console.say(f"note: {note}")
     if result.reused:
         console.say(f"{result.reused} files had been finished by an earlier run and were kept")
     for line in first_ten([f"`{key}` has {count} NaN or Inf elements" for key, count in result.nonfinite.items()], "such tensors"):
@@ -373,6 +378,7 @@ def _as_json(plan: AveragePlan) -> dict[str, Any]:
         "files": len(merge.files),
         "memory_bytes": plan.budget.bytes,
         "device": plan.device.name,
+        "device_memory_bytes": plan.budget.device_bytes,
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "findings": [str(finding) for finding in plan.findings],
@@ -391,4 +397,5 @@ def _result_as_json(result: AverageResult) -> dict[str, Any]:
         "files_reused": result.reused,
         "nonfinite": result.nonfinite,
         "requantization_error": statistics.requantization_error,
+        "run_notes": statistics.notes,
     }

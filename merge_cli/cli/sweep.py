@@ -33,8 +33,9 @@ def sweep_command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
     accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64 (auto: fp32 where that is exact).")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU where it is measured to be faster), cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
+    device_memory: Annotated[str | None, typer.Option(help="Bound on a GPU's buffers (2GiB, at most 3/4 of what is free).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results that are others.")] = False,
@@ -73,6 +74,7 @@ def sweep_command(
         accumulate=accumulate,
         device=device,
         memory=parse_size(memory, "--memory"),
+        device_memory=parse_size(device_memory, "--device-memory"),
         threads=threads,
         overwrite=overwrite,
         restart=restart,
@@ -182,6 +184,8 @@ def _show_result(plan: SweepPlan, result: SweepResult) -> None:
         f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s;"
         f" {len(result.outputs)} outputs are listed in {result.report}"
     )
+    for note in result.statistics.notes:
+        console.say(f"note: {note}")
     if result.reused:
         console.say(f"{result.reused} files had been finished by an earlier run and were kept")
 
@@ -194,6 +198,7 @@ def _costs(plan: SweepPlan) -> dict[str, Any]:
         "groups": [[each.combination.name for each in group.outputs] for group in plan.groups],
         "memory_bytes": max((group.budget.bytes for group in plan.groups), default=0),
         "device": plan.device.name,
+        "device_memory_bytes": max((group.budget.device_bytes for group in plan.groups), default=0),
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "findings": [str(finding) for finding in plan.findings],

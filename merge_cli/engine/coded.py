@@ -2,19 +2,23 @@
 
 One input after the other is read, decoded to float32 and added, so memory does not depend on their number: `BYTES_PER_VALUE` and 8
 for each output, times the values of a chunk. The arithmetic is that of `reduce.py`, the codecs are in `formats/quantization`.
+
+On an accelerator all but the reading runs on a stream of the worker's own: parts are read into one of two pinned buffers while the
+device decodes what came before.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from merge_cli.engine.device import Device
+from merge_cli.engine.device import CPU, Device
 from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reduce import WeightedSum, accumulator_dtype, add_term, divide, is_clean, store, torch_dtype
 from merge_cli.errors import NonFiniteError
@@ -24,6 +28,9 @@ from merge_cli.plan import CodedRun, CodedSource, Part, Source
 
 BYTES_PER_VALUE = 56  # bytes read, those of the base, float32, what decode or encode needs beside, a temporary in float64
 TARGET_VALUES = 1 << 18
+ACCELERATOR_VALUES = 1 << 21  # a kernel takes some microseconds to start, whatever its size
+_PINNED_BYTES_PER_VALUE = 32  # two buffers for up to 8 bytes a value, rounded up to a power of two
+_STATS_VALUES = 1 << 16
 _COPY = WeightedSum((0,), (1.0,), None, True)
 
 Parts = dict[str, Tensor]
@@ -32,6 +39,11 @@ Parts = dict[str, Tensor]
 def bytes_for(values: int, num_outputs: int) -> int:
     """Peak memory of a chunk of `values` values."""
     return values * (BYTES_PER_VALUE + 8 * num_outputs)
+
+
+def host_bytes_for(values: int, num_outputs: int) -> int:
+    """Peak memory on the host of a chunk of `values` values that is worked on by an accelerator."""
+    return values * (_PINNED_BYTES_PER_VALUE + 8 * num_outputs)
 
 
 @dataclass
@@ -44,15 +56,16 @@ class Merged:
 
 
 class CodedReducer:
-    """What one worker needs to reduce coded runs. `totals` sums up the errors that quantising again has added (see `error.py`)."""
+    """What one worker needs to reduce coded runs. May raise torch.OutOfMemoryError, after which the same can be asked again."""
 
     def __init__(self, device: Device, inputs: InputFiles, accumulate: str) -> None:
         self._device = device
         self._inputs = inputs
         self._accumulate = accumulate
+        self._stream = device.stream()
         self._bytes_read = 0
         self._seconds_reading = 0.0
-        self.totals: Tensor | None = None
+        self._totals: Tensor | None = None
         self.nonfinite: dict[str, int] = {}
 
     def stats(self, run: CodedRun, chunks: Iterable[tuple[int, int]], operations: Sequence[WeightedSum]) -> list[Tensor | None]:
@@ -60,12 +73,13 @@ class CodedReducer:
         found: list[Tensor | None] = [None] * len(operations)
         if run.codec is None or not run.codec.needs_stats:
             return found
-        for r0, r1 in chunks:
-            sums, base = self._sums(run, r0, r1, operations)
-            for k, values in enumerate(self._finite(run, sums, r0, r1)):
-                here = run.codec.stats(values, run.shape, r0, r1, base=base)
-                earlier = found[k]
-                found[k] = here if earlier is None else torch.maximum(earlier, here)
+        with self._active():
+            for r0, r1 in chunks:
+                sums, base = self._sums(run, r0, r1, operations)
+                for k, values in enumerate(self._finite(run, sums, r0, r1)):
+                    here = run.codec.stats(values, run.shape, r0, r1, base=base).cpu()
+                    earlier = found[k]
+                    found[k] = here if earlier is None else torch.maximum(earlier, here)
         return found
 
     def reduce(
@@ -78,17 +92,32 @@ class CodedReducer:
         allow_nonfinite: bool,
     ) -> Merged:
         """Rows r0..r1 of the output of every operation, as bytes to be written. Raises NonFiniteError."""
-        sums, base = self._sums(run, r0, r1, operations)
+        before = self._totals
         merged = Merged([])
-        if run.codec is None:
-            for total in sums:
-                merged.writes.append([self._plain(run, total, r0, r1, allow_nonfinite)])
-        else:
-            for values, stat in zip(self._finite(run, sums, r0, r1), stats, strict=True):
-                merged.writes.append(self._encoded(run, values, r0, r1, stat, base))
+        try:
+            with self._active():
+                sums, base = self._sums(run, r0, r1, operations)
+                if run.codec is None:
+                    for total in sums:
+                        merged.writes.append([self._plain(run, total, r0, r1, allow_nonfinite)])
+                else:
+                    for values, stat in zip(self._finite(run, sums, r0, r1), stats, strict=True):
+                        merged.writes.append(self._encoded(run, values, r0, r1, stat, base))
+        except torch.OutOfMemoryError:
+            self._totals, self._bytes_read, self._seconds_reading = before, 0, 0.0
+            self.nonfinite.clear()
+            raise
         merged.bytes_read, self._bytes_read = self._bytes_read, 0
         merged.seconds_reading, self._seconds_reading = self._seconds_reading, 0.0
         return merged
+
+    def totals(self) -> Tensor | None:
+        """The errors that quantising again has added, summed up (see `error.py`), on the CPU."""
+        with self._active():
+            return None if self._totals is None else self._totals.cpu()
+
+    def _active(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else self._stream.active()
 
     def _sums(self, run: CodedRun, r0: int, r1: int, operations: Sequence[WeightedSum]) -> tuple[list[Tensor], Parts | None]:
         """The weighted sums [values], one an operation, and the base's own parts where the output is quantised like it."""
@@ -125,12 +154,17 @@ class CodedReducer:
         return source.codec.decode(parts, shape, r0, r1).reshape(-1), parts
 
     def _read(self, place: Source | Part, begin: int, end: int) -> Tensor:
-        started = time.perf_counter()
+        def read(memory: memoryview) -> None:
+            started = time.perf_counter()
+            self._inputs.read_into(place.file, place.offset + begin, memory)
+            self._bytes_read += end - begin
+            self._seconds_reading += time.perf_counter() - started
+
+        if self._stream is not None:
+            return self._stream.upload(end - begin, read)
         data = torch.empty(end - begin, dtype=torch.uint8)
-        self._inputs.read_into(place.file, place.offset + begin, memory_of(data))
-        self._bytes_read += end - begin
-        self._seconds_reading += time.perf_counter() - started
-        return data.to(self._device.torch)
+        read(memory_of(data))
+        return data
 
     def _plain(self, run: CodedRun, total: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
         rounded = torch.empty(total.shape, dtype=torch_dtype(run.dtype), device=total.device)
@@ -154,9 +188,10 @@ class CodedReducer:
     ) -> list[tuple[int, memoryview]]:
         codec = run.codec
         assert codec is not None
+        stats = None if stats is None else stats.to(values.device)
         parts = codec.encode(values, run.shape, r0, r1, stats=stats, base=base or None)
         totals = error_totals(values, codec.decode(parts, run.shape, r0, r1))
-        self.totals = totals if self.totals is None else combine_totals(self.totals, totals)
+        self._totals = totals if self._totals is None else combine_totals(self._totals, totals)
         writes = []
         for role, offset in run.sinks:
             if r0 == 0 or role not in codec.whole:
@@ -178,6 +213,60 @@ class CodedReducer:
             hint = "leave that checkpoint out" + ("" if run.codec else ", or continue and have them reported:  --allow-nonfinite")
             return NonFiniteError(f"`{run.key}` has NaN or Inf in an input", details=details, hint=hint)
         return NonFiniteError(f"`{run.key}` overflows {run.dtype or 'float32'}", hint="write a wider dtype:  --dtype fp32")
+
+
+class CodedReducers:
+    """A worker's reducer, and one on the CPU for what finds no memory on the device even in smaller chunks."""
+
+    def __init__(self, device: Device, inputs: InputFiles, accumulate: str) -> None:
+        self._first = CodedReducer(device, inputs, accumulate)
+        self._cpu = CodedReducer(CPU, inputs, accumulate) if device.is_accelerator else self._first
+        self.done_on_cpu = 0
+
+    def stats(self, run: CodedRun, chunks: Sequence[tuple[int, int]], operations: Sequence[WeightedSum]) -> list[Tensor | None]:
+        """As that of `CodedReducer`."""
+        try:
+            return self._first.stats(run, chunks, operations)
+        except torch.OutOfMemoryError:
+            self.done_on_cpu += 1
+        return self._cpu.stats(run, list(rows_of(run, _STATS_VALUES)), operations)
+
+    def reduce(
+        self,
+        run: CodedRun,
+        r0: int,
+        r1: int,
+        operations: Sequence[WeightedSum],
+        stats: Sequence[Tensor | None],
+        allow_nonfinite: bool,
+    ) -> Iterator[Merged]:
+        """Rows r0..r1 in one piece, or in halves of halves where the device is out of memory."""
+        try:
+            merged = self._first.reduce(run, r0, r1, operations, stats, allow_nonfinite)
+        except torch.OutOfMemoryError:
+            merged = None
+        if merged is not None:
+            yield merged
+        elif r1 - r0 > run.row_step:
+            middle = r0 + max(1, (r1 - r0) // 2 // run.row_step) * run.row_step
+            yield from self.reduce(run, r0, middle, operations, stats, allow_nonfinite)
+            yield from self.reduce(run, middle, r1, operations, stats, allow_nonfinite)
+        else:
+            self.done_on_cpu += 1
+            yield self._cpu.reduce(run, r0, r1, operations, stats, allow_nonfinite)
+
+    def take_nonfinite(self) -> dict[str, int]:
+        """The elements that were NaN or Inf since this was asked last, by tensor."""
+        found: dict[str, int] = {}
+        for reducer in {self._first, self._cpu}:
+            for key, count in reducer.nonfinite.items():
+                found[key] = found.get(key, 0) + count
+            reducer.nonfinite.clear()
+        return found
+
+    def totals(self) -> list[Tensor]:
+        """The errors that quantising again has added, on either device."""
+        return [totals for reducer in {self._first, self._cpu} if (totals := reducer.totals()) is not None]
 
 
 def memory_of(data: Tensor) -> memoryview:

@@ -1,8 +1,8 @@
-"""Where the arithmetic happens: the CPU, or a CUDA device. Both run the same operations and give the same bytes.
+"""Where the arithmetic happens: the CPU, or an accelerator. Both give the same bytes.
 
-A worker thread owns one `Lane`: host buffers that files are read into and written from, and the scratch memory of its device. On
-the CPU a chunk is reduced in blocks that stay in the L2 cache; on CUDA the host buffers are pinned, a chunk is copied, reduced and
-copied back on the lane's own stream, so that the lanes' reading, copying and computing overlap.
+On the CPU a worker thread owns one `Lane`: buffers that files are read into and written from, and scratch memory. A chunk is
+reduced in blocks that stay in the L2 cache, straight from those buffers: a copy to a stage first, as a device needs it
+(`pipeline.py`), would cost as much as the sum.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,12 +28,16 @@ from merge_cli.engine.reduce import (
 from merge_cli.errors import UsageError
 from merge_cli.plan import Run
 
+if TYPE_CHECKING:
+    from merge_cli.engine.cuda import CudaStream
+    from merge_cli.engine.pipeline import Queues
+
 CPU_BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
 class Device:
-    """A torch device by name, and how many elements are reduced at once (0: a whole chunk)."""
+    """A device by name. What `pipeline.py` and `coded.py` need of an accelerator is made here, so that tests can make another."""
 
     name: str
 
@@ -42,23 +46,55 @@ class Device:
         return torch.device(self.name)
 
     @property
-    def is_cuda(self) -> bool:
+    def is_accelerator(self) -> bool:
         return self.name != "cpu"
 
     def block_elements(self, chunk_elements: int) -> int:
-        return chunk_elements if self.is_cuda else min(CPU_BLOCK_ELEMENTS, chunk_elements)
+        """How many elements a `Lane` reduces at once."""
+        return min(CPU_BLOCK_ELEMENTS, chunk_elements)
 
     def scratch_bytes(self, chunk_elements: int, num_outputs: int) -> int:
         """What a lane needs beside its buffers: accumulators in float64, an input in float32 and float64, rounding."""
         return self.block_elements(chunk_elements) * (44 + 8 * num_outputs)
 
+    def queues(self) -> Queues:
+        """New queues of an accelerator, for one worker. May raise torch.OutOfMemoryError."""
+        from merge_cli.engine.cuda import CudaQueues
 
-def choose_device(name: str) -> Device:
-    """The device called "auto", "cpu", "cuda" or "cuda:K". Raises UsageError for one that is not there."""
+        return CudaQueues(self.torch)
+
+    def stream(self) -> CudaStream | None:
+        """A new stream for the quantised tensors of one worker; None on the CPU."""
+        from merge_cli.engine.cuda import CudaStream
+
+        return CudaStream(self.torch) if self.is_accelerator else None
+
+    def free_bytes(self) -> int:
+        """The memory that an accelerator has free now."""
+        from merge_cli.engine.cuda import free_bytes
+
+        return free_bytes(self.torch)
+
+    def release_freed(self) -> None:
+        """Give memory that is no longer used, pinned memory too, back."""
+        torch.cuda.empty_cache()
+        empty_pinned = getattr(torch._C, "_host_emptyCache", None)  # otherwise it stays with torch for buffers of the same size
+        if empty_pinned is not None:
+            empty_pinned()
+
+
+CPU = Device("cpu")
+
+
+def choose_device(name: str, local_rank: int = 0) -> Device:
+    """The device called "auto", "cpu", "cuda" or "cuda:K". Raises UsageError for one that is not there.
+
+    "auto" and "cuda" are the CUDA device of this process's `local_rank` among those of its machine; "auto" may be the CPU.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return Device("cpu")
+        return CPU
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return Device("cuda:0")
+        return Device(f"cuda:{local_rank % torch.cuda.device_count()}")
     number = name.removeprefix("cuda:")
     if number.isdecimal() and torch.cuda.is_available() and int(number) < torch.cuda.device_count():
         return Device(name)
@@ -82,15 +118,13 @@ class HostBuffer:
 
 
 class Lane:
-    """One worker's buffers and device memory: `num_inputs` chunks in, `num_outputs` chunks out, `chunk_bytes` each."""
+    """One worker's buffers on the CPU: `num_inputs` chunks in, `num_outputs` chunks out, `chunk_bytes` each."""
 
-    def __init__(self, device: Device, num_inputs: int, num_outputs: int, chunk_elements: int, chunk_bytes: int) -> None:
-        self._device = device
-        self.inputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_inputs)]
-        self.outputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_outputs)]
-        self._block = device.block_elements(chunk_elements)
-        self._scratch = Scratch(self._block, num_outputs, device.torch)
-        self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None  # type: ignore[no-untyped-call]
+    def __init__(self, num_inputs: int, num_outputs: int, chunk_elements: int, chunk_bytes: int) -> None:
+        self.inputs = [HostBuffer(chunk_bytes, pinned=False) for _ in range(num_inputs)]
+        self.outputs = [HostBuffer(chunk_bytes, pinned=False) for _ in range(num_outputs)]
+        self._block = CPU.block_elements(chunk_elements)
+        self._scratch = Scratch(self._block, num_outputs, CPU.torch)
 
     def reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
@@ -111,41 +145,32 @@ class Lane:
                 users.setdefault(i, []).append((k, position))
         clean: list[torch.Tensor] = []
         out_dtype = torch_dtype(run.dtype)
-        with self._active():
-            for start in range(0, count, self._block):
-                length = min(self._block, count - start)
-                sums = {k: self._scratch.accumulator(k, length, dtype) for k, dtype in dtypes.items()}
-                for i in sorted(users):
-                    source = self._upload(elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length))
-                    wide = {dtype: self._widen(source, dtype) for dtype in {dtypes[k] for k, _ in users[i]}}
-                    for k, position in users[i]:
-                        add_term(operations[k], position, wide[dtypes[k]], sums[k])
-                for k, operation in operations.items():
-                    divide(operation, sums[k])
-                    clean.append(self._store(sums[k], elements(self.outputs[k], out_dtype, start, length), mend))
-            return bool(torch.stack(clean).all().item())  # waits for the stream
+        for start in range(0, count, self._block):
+            length = min(self._block, count - start)
+            sums = {k: self._scratch.accumulator(k, length, dtype) for k, dtype in dtypes.items()}
+            for i in sorted(users):
+                source = elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length)
+                wide = {dtype: self._widen(source, dtype) for dtype in {dtypes[k] for k, _ in users[i]}}
+                for k, position in users[i]:
+                    add_term(operations[k], position, wide[dtypes[k]], sums[k])
+            for k, operation in operations.items():
+                divide(operation, sums[k])
+                clean.append(_store(sums[k], elements(self.outputs[k], out_dtype, start, length), mend))
+        return bool(torch.stack(clean).all().item())
 
     def _widen(self, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return source if source.dtype == dtype else self._scratch.wide(source.numel(), dtype).copy_(source)
 
-    def _active(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _upload(self, host: torch.Tensor) -> torch.Tensor:
-        return host if self._stream is None else host.to(self._device.torch, non_blocking=True)
-
-    def _store(self, accumulator: torch.Tensor, host: torch.Tensor, mend: bool) -> torch.Tensor:
-        """Round into `host` (with `mend`: only where that is not finite); a bool tensor []: whether all is finite."""
-        if self._stream is None and not mend:
-            store(accumulator, host)
-            return is_clean(host)
-        rounded = torch.empty(host.shape, dtype=host.dtype, device=accumulator.device)
-        store(accumulator, rounded)
-        if mend:
-            before = self._upload(host)
-            rounded = torch.where(before.isfinite(), before, rounded)
-        host.copy_(rounded, non_blocking=True)
-        return is_clean(rounded)
+def _store(accumulator: torch.Tensor, output: torch.Tensor, mend: bool) -> torch.Tensor:
+    """Round into `output` (with `mend`: only where that is not finite); a bool tensor []: whether all is finite."""
+    if not mend:
+        store(accumulator, output)
+        return is_clean(output)
+    rounded = torch.empty_like(output)
+    store(accumulator, rounded)
+    output.copy_(torch.where(output.isfinite(), output, rounded))
+    return is_clean(output)
 
 
 def elements(buffer: HostBuffer, dtype: torch.dtype, start: int, length: int) -> torch.Tensor:

@@ -80,10 +80,12 @@ class Scratch:
         return self._wide[begin : begin + elements * dtype.itemsize].view(dtype)
 
 
-def add_term(operation: WeightedSum, position: int, source: torch.Tensor, accumulator: torch.Tensor) -> None:
+def add_term(
+    operation: WeightedSum, position: int, source: torch.Tensor, accumulator: torch.Tensor, product: torch.Tensor | None = None
+) -> None:
     """Add the term at `position` of the sum: `source`, in the accumulator's dtype, times its factor.
 
-    Terms must come in order, from position 0.
+    Terms must come in order, from position 0. `product` is room for one, where memory is to be made in advance.
     """
     factor = operation.factors[position]
     if position == 0:
@@ -93,7 +95,7 @@ def add_term(operation: WeightedSum, position: int, source: torch.Tensor, accumu
     elif not accumulator.is_cuda and multiplies_then_adds():
         accumulator.addcmul_(source, torch.ones((), dtype=source.dtype), value=factor)
     else:
-        accumulator.add_(source * factor)
+        accumulator.add_(torch.mul(source, factor, out=product))
 
 
 @functools.cache

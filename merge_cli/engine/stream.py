@@ -2,10 +2,12 @@
 
 A few worker threads each take the next chunk of the plan, read its bytes from every input, reduce them and write the result at its
 planned offset. Chunks are taken in file order, so every file is read sequentially; while one worker waits for the disk another
-computes, which is all the overlap that is needed. torch and the system calls release the interpreter lock.
+computes, which is all the overlap that is needed on the CPU. torch and the system calls release the interpreter lock. With an
+accelerator a worker also goes on to read the next chunk while the device is busy with the one before, see `pipeline.py`.
 
-Memory: `workers * ((N + K) * chunk_bytes + scratch)`, whatever the size of the model or of one tensor. `fit_memory` solves this for
-the chunk and refuses when not even a small chunk fits. Quantised tensors are worked through in rows, see `coded.py`.
+Memory: `workers * ((N + K) * chunk_bytes + scratch)`, whatever the size of the model or of one tensor; with an accelerator what a
+`Ring` takes, on either side. `fit_memory` solves this for the chunk and refuses when not even a small chunk fits. Quantised tensors
+are worked through in rows, see `coded.py`.
 """
 
 from __future__ import annotations
@@ -14,29 +16,42 @@ import hashlib
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, keep_freed_memory, largest_chunk, rows_of
-from merge_cli.engine.device import Device, Lane, elements
+from merge_cli.engine.coded import (
+    ACCELERATOR_VALUES,
+    TARGET_VALUES,
+    CodedReducers,
+    bytes_for,
+    host_bytes_for,
+    keep_freed_memory,
+    largest_chunk,
+    rows_of,
+)
+from merge_cli.engine.device import Device, HostBuffer, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
+from merge_cli.engine.pipeline import DEPTH, Ring, Slot, ring_device_bytes, ring_host_bytes
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
 from merge_cli.engine.reduce import WeightedSum, torch_dtype, weighted_sum
 from merge_cli.engine.writer import PieceWriter, ShardWriter, Writer
-from merge_cli.errors import MismatchError, NonFiniteError, UsageError, first_ten
+from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.plan import CodedRun, MergePlan, OutputFile, Run
 
 DEFAULT_MEMORY_BYTES = 2 << 30
+DEFAULT_DEVICE_BYTES = 2 << 30
 TARGET_CHUNK_BYTES = 4 << 20
 MIN_CHUNK_ELEMENTS = 4096
 _CHUNK_MULTIPLE = 4096
+_FREE_SHARE = 0.75  # of an accelerator's free memory, at most, where nothing is said
+_REDONE_ELEMENTS = 1 << 16  # at once, on the CPU, of a chunk that an accelerator could not do
 _CACHED_SHARE = 0.25  # of the memory: larger inputs are not left in the page cache
 
 
@@ -44,7 +59,7 @@ _CACHED_SHARE = 0.25  # of the memory: larger inputs are not left in the page ca
 class Budget:
     """How the memory is used: `bytes` in all, by `workers` threads with chunks of `chunk_elements` (at most `chunk_bytes`).
 
-    Quantised tensors are taken in chunks of about `coded_values` values.
+    Quantised tensors are taken in chunks of about `coded_values` values. `device_bytes` are what an accelerator holds.
     """
 
     workers: int
@@ -52,6 +67,7 @@ class Budget:
     chunk_bytes: int
     bytes: int
     coded_values: int = TARGET_VALUES
+    device_bytes: int = 0
 
 
 class Todo(NamedTuple):
@@ -85,7 +101,7 @@ class Statistics:
     """Seconds are summed over the worker threads.
 
     `requantization_error`: the largest and the mean error that quantising the averages again has added, relative to the largest and
-    the mean magnitude.
+    the mean magnitude. `notes`: what went otherwise than planned, for people.
     """
 
     seconds_reading: float = 0.0
@@ -94,11 +110,15 @@ class Statistics:
     bytes_read: int = 0
     bytes_written: int = 0
     requantization_error: tuple[float, float] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int | None = None) -> Budget:
+def fit_memory(
+    plan: MergePlan, memory_bytes: int, device: Device, threads: int | None = None, device_memory: int | None = None
+) -> Budget:
     """The largest chunk (up to a good size for reading) with which the plan keeps to `memory_bytes`.
 
+    An accelerator keeps to `device_memory` bytes (default: 2 GiB, and at most three quarters of what is free).
     Raises UsageError, with need and have, when not even a small chunk fits.
     """
     plain = [run for file in plan.files for run in file.runs if isinstance(run, Run)]
@@ -108,27 +128,47 @@ def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int 
     buffers = len(plan.inputs) + len(plan.outputs)
     longest = max((run.num_elements for run in plain), default=1)
     target = min(TARGET_CHUNK_BYTES // item_bytes, -(-longest // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
+    is_given = device_memory is not None
+    if device.is_accelerator and device_memory is None:
+        device_memory = min(DEFAULT_DEVICE_BYTES, int(device.free_bytes() * _FREE_SHARE))
 
     def need(workers: int, chunk_elements: int, coded_values: int) -> int:
-        scratch = device.scratch_bytes(chunk_elements, len(plan.outputs))
+        bytes_of_rows = host_bytes_for if device.is_accelerator else bytes_for
+        rows = bytes_of_rows(largest_chunk(coded, coded_values), len(plan.outputs))
+        lane_elements = min(_REDONE_ELEMENTS, chunk_elements) if device.is_accelerator else chunk_elements
+        lane = buffers * lane_elements * item_bytes + device.scratch_bytes(lane_elements, len(plan.outputs))
+        ring = ring_host_bytes(len(plan.outputs), chunk_elements * item_bytes) if device.is_accelerator else 0
+        return workers * (lane + ring + rows)
+
+    def need_of_device(workers: int, chunk_elements: int, coded_values: int) -> int:
         rows = bytes_for(largest_chunk(coded, coded_values), len(plan.outputs))
-        return workers * (buffers * chunk_elements * item_bytes + scratch + rows)
+        return workers * (ring_device_bytes(len(plan.outputs), chunk_elements, chunk_elements * item_bytes) + rows)
+
+    def fits(*size: int) -> bool:
+        return need(*size) <= memory_bytes and (device_memory is None or need_of_device(*size) <= device_memory)
 
     for workers in range(threads or max(2, min(8, len(os.sched_getaffinity(0)))), 0, -1):
-        chunk, values = target, TARGET_VALUES
-        while need(workers, chunk, values) > memory_bytes and (chunk > MIN_CHUNK_ELEMENTS or values > MIN_CHUNK_ELEMENTS):
+        chunk, values = target, ACCELERATOR_VALUES if device.is_accelerator else TARGET_VALUES
+        while not fits(workers, chunk, values) and (chunk > MIN_CHUNK_ELEMENTS or values > MIN_CHUNK_ELEMENTS):
             chunk = max(MIN_CHUNK_ELEMENTS, chunk // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
             values = max(MIN_CHUNK_ELEMENTS, values // 2)
-        if need(workers, chunk, values) <= memory_bytes:
-            return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk, values), values)
-    least = need(1, MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS)
+        if fits(workers, chunk, values):
+            on_device = need_of_device(workers, chunk, values) if device.is_accelerator else 0
+            return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk, values), values, on_device)
+    least = (1, MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS)
+    too_small, found, expected, hint = "--memory", memory_bytes, need(*least), ""
+    if device_memory is not None and expected <= memory_bytes:
+        too_small, found, expected, hint = "--device-memory", device_memory, need_of_device(*least), ", or --device cpu"
+    hint = f"{too_small} {-(-expected >> 20) + 1}MiB{hint}"
+    if too_small == "--device-memory" and not is_given:
+        too_small, hint = f"the free memory of {device.name}", "--device cpu  gives the same bytes"
     raise UsageError(
-        f"--memory is too small to average {len(plan.inputs)} checkpoints",
+        f"{too_small} is too small to average {len(plan.inputs)} checkpoints",
         details=[
-            f"found     {memory_bytes} bytes",
-            f"expected  at least {least} bytes",
+            f"found     {found} bytes",
+            f"expected  at least {expected} bytes",
         ],
-        hint=f"--memory {-(-least >> 20) + 1}MiB",
+        hint=hint,
     )
 
 
@@ -179,6 +219,26 @@ class _OpenFile:
         self.nonfinite: Counter[str] = Counter()
 
 
+class _Stopped(Exception):
+    """The run is to end: another worker failed, or a signal came."""
+
+
+@dataclass
+class _Started:
+    """A chunk that an accelerator is working on."""
+
+    number: int
+    open_file: _OpenFile
+    run: Run
+    start: int
+    count: int
+    slot: Slot
+    results: dict[int, memoryview] = field(default_factory=dict)
+    bytes_read: int = 0
+    seconds_reading: float = 0.0
+    seconds_computing: float = 0.0
+
+
 class _Job:
     """The state that the worker threads share."""
 
@@ -215,7 +275,8 @@ class _Job:
         self._totals: torch.Tensor | None = None
 
     def run(self) -> Statistics:
-        threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(self.budget.workers)]
+        rings: Sequence[Ring | None] = self._rings() if self.device.is_accelerator else [None] * self.budget.workers
+        threads = [threading.Thread(target=self._worker, args=(ring,), daemon=True) for ring in rings]
         for thread in threads:
             thread.start()
         try:
@@ -235,6 +296,32 @@ class _Job:
         if self._totals is not None:
             self.statistics.requantization_error = relative_errors(self._totals)
         return self.statistics
+
+    def _rings(self) -> list[Ring]:
+        """A ring for each worker, all made before any of them starts; of smaller chunks where the device has no memory for them."""
+        planned = self.budget
+        while True:
+            budget = self.budget
+            try:
+                return [
+                    Ring(self.device.queues(), len(self.plan.outputs), budget.chunk_elements, budget.chunk_bytes)
+                    for _ in range(budget.workers)
+                ]
+            except torch.OutOfMemoryError:
+                pass  # what was made is freed only now that its traceback is gone
+            self.device.release_freed()
+            try:
+                self.budget = fit_memory(self.plan, budget.bytes, self.device, budget.workers, budget.device_bytes // 2)
+            except UsageError as error:
+                raise PmergeError(
+                    f"{self.device.name} has too little free memory",
+                    details=[f"expected  at least {budget.device_bytes} bytes"],
+                    hint="--device cpu  gives the same bytes",
+                ) from error
+            self.statistics.notes = [
+                f"{self.device.name} was out of memory: {self.budget.workers} threads with chunks of {self.budget.chunk_bytes}"
+                f" bytes instead of {planned.workers} with {planned.chunk_bytes}"
+            ]
 
     def _chunks(self, todo: Sequence[Todo]) -> Iterator[tuple[_OpenFile, Run | CodedRun | None, int, int]]:
         """Every chunk of the work, in file order: (file, run, start, count); run None for an empty file.
@@ -259,18 +346,15 @@ class _Job:
                 for start in range(first, end, self.budget.chunk_elements):
                     yield open_file, run, start, min(self.budget.chunk_elements, end - start)
 
-    def _worker(self) -> None:
+    def _worker(self, ring: Ring | None) -> None:
         number = -1
+        started: deque[_Started] = deque()
         try:
             torch.set_num_threads(1)
-            lane = Lane(
-                self.device,
-                len(self.plan.inputs),
-                len(self.plan.outputs),
-                self.budget.chunk_elements,
-                self.budget.chunk_bytes,
-            )
-            coded = CodedReducer(self.device, self.inputs, self.plan.spec.accumulate)
+            num_elements = self.budget.chunk_elements if ring is None else min(_REDONE_ELEMENTS, self.budget.chunk_elements)
+            chunk_bytes = num_elements * (self.budget.chunk_bytes // self.budget.chunk_elements)
+            lane = Lane(len(self.plan.inputs), len(self.plan.outputs), num_elements, chunk_bytes)
+            coded = CodedReducers(self.device, self.inputs, self.plan.spec.accumulate)
             while not self._stopped.is_set():
                 with self._lock:
                     chunk = next(self._work, None)
@@ -279,16 +363,35 @@ class _Job:
                 number, (open_file, run, start, count) = chunk
                 if isinstance(run, CodedRun):
                     self._process_coded(coded, open_file, run, start, start + count)
-                else:
+                elif ring is None or run is None:
                     self._process(lane, open_file, run, start, count)
+                else:
+                    if len(started) == DEPTH and not self._finish(ring, lane, started.popleft()):
+                        break
+                    started.append(self._start(ring, number, open_file, run, start, count))
             self._add_up(coded)
+        except _Stopped:
+            pass
         except BaseException as error:  # handed to the main thread, which raises it
-            with self._lock:  # chunks are taken in order: those before this one are done or in flight, and tell for themselves
-                if self._error is None or number < self._error[0]:
-                    self._error = (number, error)
-            self._stopped.set()
+            self._fail(number, error)
+        try:
+            while started and ring is not None and self._finish(ring, lane, started.popleft()):
+                pass  # what was read is written, or tells of an error that comes before others
+            if ring is not None:
+                ring.close()
+        except BaseException as error:
+            self._fail(number, error)
         finally:
             self._finished.release()
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        """Stop the workers because of chunk `number`."""
+        if isinstance(error, torch.OutOfMemoryError):
+            error = PmergeError(f"{self.device.name} is out of memory", hint="--device cpu  gives the same bytes")
+        with self._lock:  # chunks are taken in order: those before this one are done or in flight, and tell for themselves
+            if self._error is None or number < self._error[0]:
+                self._error = (number, error)
+        self._stopped.set()
 
     def _process(self, lane: Lane, open_file: _OpenFile, run: Run | None, start: int, count: int) -> None:
         if run is None:
@@ -301,35 +404,111 @@ class _Job:
         for i in open_file.used if run.kind == "average" else sorted(set(bases.values())):
             if self._stopped.is_set():
                 return
-            source = run.sources[i]
-            bits = DTYPES[source.dtype].bits
-            size = count * bits // 8
-            self.inputs.read_into(source.file, source.offset + start * bits // 8, lane.inputs[i].memory[:size])
-            bytes_read += size
+            bytes_read += self._read(run, i, start, count, lane.inputs[i])
         read = time.perf_counter()
         if run.kind == "average":
             if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
                 self._handle_nonfinite(lane, open_file, run, start, count)
-            results = {k: lane.outputs[k] for k in open_file.writers}
+            results = {k: lane.outputs[k].memory for k in open_file.writers}
         else:
-            results = {k: lane.inputs[i] for k, i in bases.items()}
+            results = {k: lane.inputs[i].memory for k, i in bases.items()}
         computed = time.perf_counter()
+        self._write(open_file, run, start, count, results)
+        self._count(read - began, computed - read, time.perf_counter() - computed, bytes_read, run, count, open_file)
+
+    def _read(self, run: Run, i: int, start: int, count: int, buffer: HostBuffer) -> int:
+        """Read elements of one input to the beginning of `buffer`; how many bytes."""
+        source = run.sources[i]
+        bits = DTYPES[source.dtype].bits
+        size = count * bits // 8
+        self.inputs.read_into(source.file, source.offset + start * bits // 8, buffer.memory[:size])
+        return size
+
+    def _write(self, open_file: _OpenFile, run: Run, start: int, count: int, results: Mapping[int, memoryview]) -> None:
+        """Write elements of a run from the beginnings of `results`, one an output."""
         bits = DTYPES[run.dtype].bits
         offset, size = run.offset + start * bits // 8, count * bits // 8
         for k, writer in open_file.writers.items():
-            if writer.write(offset, results[k].memory[:size]):
+            if writer.write(offset, results[k][:size]):
                 self._complete(open_file, k)
-        written = time.perf_counter()
+
+    def _count(
+        self, reading: float, computing: float, writing: float, bytes_read: int, run: Run, count: int, open_file: _OpenFile
+    ) -> None:
         with self._lock:
             statistics = self.statistics
-            statistics.seconds_reading += read - began
-            statistics.seconds_computing += computed - read
-            statistics.seconds_writing += written - computed
+            statistics.seconds_reading += reading
+            statistics.seconds_computing += computing
+            statistics.seconds_writing += writing
             statistics.bytes_read += bytes_read
-            statistics.bytes_written += size * len(open_file.writers)
+            statistics.bytes_written += count * DTYPES[run.dtype].bits // 8 * len(open_file.writers)
             self._on_progress(statistics)
 
-    def _process_coded(self, reducer: CodedReducer, open_file: _OpenFile, run: CodedRun, first: int, end: int) -> None:
+    def _start(self, ring: Ring, number: int, open_file: _OpenFile, run: Run, start: int, count: int) -> _Started:
+        """Read a chunk and have the accelerator reduce it. Raises _Stopped when the run is to end."""
+        began = time.perf_counter()
+        slot = ring.take()
+        started = _Started(number, open_file, run, start, count, slot)
+
+        def read(i: int, buffer: HostBuffer) -> None:
+            if self._stopped.is_set():
+                raise _Stopped
+            before = time.perf_counter()
+            started.bytes_read += self._read(run, i, start, count, buffer)
+            started.seconds_reading += time.perf_counter() - before
+
+        if run.kind == "average":
+            ring.start(slot, run, count, open_file.operations, self.plan.spec.accumulate, read)
+            started.results = {k: slot.outputs[k].memory for k in open_file.writers}
+        else:
+            bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
+            first = {i: slot.outputs[k] for k, i in reversed(bases.items())}
+            for i, buffer in first.items():
+                read(i, buffer)
+            started.results = {k: first[i].memory for k, i in bases.items()}
+        started.seconds_computing = time.perf_counter() - began - started.seconds_reading
+        return started
+
+    def _finish(self, ring: Ring, lane: Lane, chunk: _Started) -> bool:
+        """Write the results of a started chunk once they are there. False where that failed, which is told."""
+        try:
+            began = time.perf_counter()
+            if not ring.finish(chunk.slot):
+                self._redo(lane, chunk)
+            computed = time.perf_counter()
+            self._write(chunk.open_file, chunk.run, chunk.start, chunk.count, chunk.results)
+            ring.give_back(chunk.slot)
+            computing = chunk.seconds_computing + computed - began
+            writing = time.perf_counter() - computed
+            self._count(chunk.seconds_reading, computing, writing, chunk.bytes_read, chunk.run, chunk.count, chunk.open_file)
+        except BaseException as error:  # handed to the main thread, which raises it
+            self._fail(chunk.number, error)
+            return False
+        return True
+
+    def _redo(self, lane: Lane, chunk: _Started) -> None:
+        """Reduce a chunk again on the CPU, in pieces: its results are not all finite, or the device had no memory for it."""
+        open_file, run = chunk.open_file, chunk.run
+        if chunk.slot.ran_out_of_memory:
+            self._note_done_on_cpu()
+        width = DTYPES[run.dtype].bits // 8
+        for start in range(chunk.start, chunk.start + chunk.count, _REDONE_ELEMENTS):
+            count = min(_REDONE_ELEMENTS, chunk.start + chunk.count - start)
+            for i in open_file.used:
+                self._read(run, i, start, count, lane.inputs[i])
+            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
+                self._handle_nonfinite(lane, open_file, run, start, count)
+            begin, end = (start - chunk.start) * width, (start - chunk.start + count) * width
+            for k in open_file.operations:
+                chunk.results[k][begin:end] = lane.outputs[k].memory[: count * width]
+
+    def _note_done_on_cpu(self) -> None:
+        note = f"{self.device.name} was out of memory: the CPU did some of the work, with the same result"
+        with self._lock:
+            if note not in self.statistics.notes:
+                self.statistics.notes.append(note)
+
+    def _process_coded(self, reducer: CodedReducers, open_file: _OpenFile, run: CodedRun, first: int, end: int) -> None:
         began = time.perf_counter()
         whole = run.codec is not None and run.codec.needs_stats
         chunks = list(rows_of(run, self.budget.coded_values)) if whole else [(first, end)]
@@ -338,32 +517,33 @@ class _Job:
         for r0, r1 in chunks:
             if self._stopped.is_set():
                 return
-            merged = reducer.reduce(run, r0, r1, operations, stats, self.plan.spec.allow_nonfinite)
-            with self._lock:
-                open_file.nonfinite.update(reducer.nonfinite)
-            reducer.nonfinite.clear()
-            computed = time.perf_counter()
-            written = 0
-            for (k, writer), writes in zip(open_file.writers.items(), merged.writes, strict=True):
-                for offset, data in writes:
-                    written += len(data)
-                    if len(data) and writer.write(offset, data):
-                        self._complete(open_file, k)
-            with self._lock:
-                statistics = self.statistics
-                statistics.seconds_reading += merged.seconds_reading
-                statistics.seconds_computing += computed - began - merged.seconds_reading
-                statistics.seconds_writing += time.perf_counter() - computed
-                statistics.bytes_read += merged.bytes_read
-                statistics.bytes_written += written
-                self._on_progress(statistics)
-            began = time.perf_counter()
+            for merged in reducer.reduce(run, r0, r1, operations, stats, self.plan.spec.allow_nonfinite):
+                with self._lock:
+                    open_file.nonfinite.update(reducer.take_nonfinite())
+                computed = time.perf_counter()
+                written = 0
+                for (k, writer), writes in zip(open_file.writers.items(), merged.writes, strict=True):
+                    for offset, data in writes:
+                        written += len(data)
+                        if len(data) and writer.write(offset, data):
+                            self._complete(open_file, k)
+                with self._lock:
+                    statistics = self.statistics
+                    statistics.seconds_reading += merged.seconds_reading
+                    statistics.seconds_computing += computed - began - merged.seconds_reading
+                    statistics.seconds_writing += time.perf_counter() - computed
+                    statistics.bytes_read += merged.bytes_read
+                    statistics.bytes_written += written
+                    self._on_progress(statistics)
+                began = time.perf_counter()
 
-    def _add_up(self, reducer: CodedReducer) -> None:
+    def _add_up(self, reducer: CodedReducers) -> None:
         """Take over what a worker has counted."""
+        if reducer.done_on_cpu:
+            self._note_done_on_cpu()
         with self._lock:
-            if reducer.totals is not None:
-                self._totals = reducer.totals if self._totals is None else combine_totals(self._totals, reducer.totals)
+            for totals in reducer.totals():
+                self._totals = totals if self._totals is None else combine_totals(self._totals, totals)
 
     def _complete(self, open_file: _OpenFile, k: int) -> None:
         sha256 = open_file.writers[k].finish()

@@ -1,0 +1,138 @@
+"""Which device a job runs on. "auto" takes an accelerator only where it is measured to be faster for this very job.
+
+Storage, cores and bus decide which is faster, not the device: plain sums are cheap anywhere. So both paths work on the first bytes
+of the job, as they would in the run, hashing included, only that nothing is written. The first pass of each is not counted: it
+starts CUDA, pins memory, and reads what then lies in the page cache for both. Where the storage is the limit both are equally fast,
+and the CPU is taken. Small jobs are over before a device has been started, and are not measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from merge_cli.engine.device import CPU, Device, choose_device
+from merge_cli.engine.stream import Budget, Statistics, Todo, stream
+from merge_cli.errors import PmergeError
+from merge_cli.plan import MergePlan
+
+SMALL_JOB_BYTES = 2_000_000_000
+SAMPLE_BYTES = 128_000_000
+SAMPLE_S = 0.5
+_MARGIN = 1.1  # by which an accelerator must be faster: less is noise
+
+
+class Settled(NamedTuple):
+    """The device, the memory as it is used there, and what to say about it."""
+
+    device: Device
+    budget: Budget
+    notes: tuple[str, ...]
+
+
+class Rate(NamedTuple):
+    """Bytes read in some seconds of work."""
+
+    num_bytes: int
+    seconds: float
+
+    @property
+    def gigabytes(self) -> float:
+        """A second."""
+        return self.num_bytes / max(self.seconds, 1e-9) / 1e9
+
+
+def settle(name: str, plan: MergePlan, fit: Callable[[Device], Budget], local_rank: int = 0) -> Settled:
+    """The device for `plan` under the name "auto", "cpu", "cuda" or "cuda:K"; only "auto" is decided here.
+
+    `fit` gives the budget on a device. Raises what it raises, and UsageError for a device that is not there.
+    """
+    device = choose_device(name, local_rank)
+    if name != "auto" or not device.is_accelerator:
+        return Settled(device, fit(device), ())
+    if plan.bytes_to_read < SMALL_JOB_BYTES:
+        note = f"device cpu: reads less than {SMALL_JOB_BYTES / 1e9:.0f} GB, for which starting {device.name} takes too long"
+        return Settled(CPU, fit(CPU), (note,))
+    on_cpu = fit(CPU)
+    try:
+        there = fit(device)
+        is_faster, note = compare(lambda: sample(plan, CPU, on_cpu), lambda: sample(plan, device, there), device.name)
+    except PmergeError as error:  # no room on the device, or it failed, or the data did: the run itself will tell
+        return Settled(CPU, on_cpu, (f"device cpu: {device.name} could not be measured ({error.message})",))
+    return Settled(device, there, (note,)) if is_faster else Settled(CPU, on_cpu, (note,))
+
+
+def compare(cpu: Callable[[], Rate], accelerator: Callable[[], Rate], name: str) -> tuple[bool, str]:
+    """Whether the accelerator called `name` is clearly faster, and a line that says so. Both paths are run twice, in turn."""
+    for path in (cpu, accelerator):
+        path()
+    first, second = cpu(), accelerator()
+    is_faster = second.gigabytes > _MARGIN * first.gigabytes
+    taken, rate, other, against = (name, second, "the CPU", first) if is_faster else ("cpu", first, name, second)
+    measured = f"measured on the first {min(first.num_bytes, second.num_bytes) / 1e6:.0f} MB"
+    return is_faster, f"device {taken}: {rate.gigabytes:.1f} GB/s against {against.gigabytes:.1f} GB/s on {other}, {measured}"
+
+
+class _Enough(Exception):
+    """As much as was to be measured is done."""
+
+
+def sample(plan: MergePlan, device: Device, budget: Budget, num_bytes: int = SAMPLE_BYTES, seconds: float = SAMPLE_S) -> Rate:
+    """Work on the first bytes of `plan`, until that many bytes were counted or that much time has passed. Writes nothing.
+
+    Not counted is what comes before every worker has finished a chunk: until then bytes are read that nobody has finished, twice as
+    many where a worker is two chunks ahead. After that they flow, in rounds of one chunk a worker.
+    """
+    outputs = tuple(range(len(plan.outputs)))
+    kinds = ("average", "coded")
+    todo = [Todo(replace(file, runs=tuple(run for run in file.runs if run.kind in kinds)), outputs) for file in plan.files]
+    allowing = replace(plan, spec=replace(plan.spec, allow_nonfinite=True))
+    chunks, is_enough = 0, False
+    done = first_round = Rate(0, 0.0)
+    began = time.perf_counter()
+
+    def watch(statistics: Statistics) -> None:
+        nonlocal chunks, is_enough, done, first_round
+        if not is_enough:  # what other threads finish while they stop is not counted
+            chunks += 1
+            now = Rate(statistics.bytes_read, time.perf_counter() - began)
+            first_round = now if chunks == budget.workers else first_round
+            before = first_round if chunks >= 2 * budget.workers else Rate(0, 0.0)
+            done = Rate(now.num_bytes - before.num_bytes, now.seconds - before.seconds)
+            flows = chunks >= 3 * budget.workers and done.num_bytes >= num_bytes
+            is_enough = flows or now.seconds >= seconds
+        if is_enough:
+            raise _Enough
+
+    todo = [each for each in todo if each.file.runs]
+    with suppress(_Enough):
+        stream(allowing, todo, [Path()] * len(outputs), budget, device, watch, _ignore, _Hasher)
+    return done
+
+
+def _ignore(*_: object) -> None:
+    """Nothing is finished."""
+
+
+class _Hasher:
+    """In place of a file's writer: does what costs time there, and leaves nothing behind."""
+
+    is_finished = False
+
+    def __init__(self, todo: Todo, folder: Path) -> None:
+        pass
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        hashlib.sha256(data)
+        return False
+
+    def finish(self) -> str:
+        return ""
+
+    def abandon(self) -> None:
+        pass

@@ -1,0 +1,202 @@
+"""Keep an accelerator busy: read, upload, add, round, copy back and write at the same time, in memory that is made once.
+
+    worker thread   reads an input into a stage  . . . . . . . . . . . . . . . . . . . waits for a slot's results, writes them
+    upload queue         host stage -> device stage
+    compute queue             widen, multiply, add; after the last input divide and round
+    download queue                                                 device slot -> host slot
+
+A `Ring` belongs to one worker. `STAGES` buffers, shared by all inputs in turn, carry bytes to the device, so pinned memory does not
+grow with the number of checkpoints; `DEPTH` slots carry results back, so that one chunk is read while the one before is finished.
+The sums are one set: the compute queue runs in order. What may not be overwritten before it was used:
+
+    host stage      by the next read    until its upload is done               the worker waits
+    device stage    by the next upload  until it was added                     the upload queue waits
+    device stage    is added            only after it was uploaded             the compute queue waits
+    device slot     is copied back      only after the chunk was rounded       the download queue waits
+    host slot       is written          only after it was copied back          the worker waits
+    both slots      by a later chunk    until the results were written         `take` refuses
+
+Every wait has a test that fails without it (tests/test_pipeline.py). Results that are not finite, and chunks for which the device
+had no memory, are told to the caller, who has the CPU do them again: inputs are not kept.
+
+`Queues` is all that is asked of a device. Not promised: that it is faster than the CPU (see `choice.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from merge_cli.engine.accumulator import Accumulator, accumulator_bytes, terms_by_input
+from merge_cli.engine.device import HostBuffer
+from merge_cli.engine.reduce import WeightedSum, torch_dtype
+from merge_cli.plan import Run
+
+STAGES = 3
+DEPTH = 2
+UPLOAD, COMPUTE, DOWNLOAD = QUEUES = ("upload", "compute", "download")
+
+Event = Any
+"""Stands for the end of an operation; each kind of queues has its own."""
+
+
+class Queues(Protocol):
+    """The queues of a device. Operations of one queue run in order; between queues and against the host only events order them."""
+
+    def host_buffer(self, num_bytes: int) -> HostBuffer:
+        """Memory of the host that the device can copy from and to while the host goes on. May raise torch.OutOfMemoryError."""
+
+    def memory(self, num_bytes: int) -> Tensor:
+        """Memory of the device, uint8 [num_bytes]. May raise torch.OutOfMemoryError."""
+
+    def submit(self, queue: str, operation: Callable[[], object], after: Sequence[Event] = ()) -> Event:
+        """Have `operation` run on `queue` when all before it there, and `after`, is done; does not wait for it.
+
+        May raise torch.OutOfMemoryError, when a part of the operation may run.
+        """
+
+    def wait(self, event: Event) -> None:
+        """Wait on the host until the operation of `event` is done."""
+
+    def wait_for_all(self) -> None:
+        """Wait on the host until all queues are empty."""
+
+
+class Slot:
+    """Room for the results of a chunk: `outputs[k]` on the host, and whether they are finite."""
+
+    def __init__(self, queues: Queues, num_outputs: int, chunk_bytes: int) -> None:
+        self.outputs = [queues.host_buffer(chunk_bytes) for _ in range(num_outputs)]
+        self.device_outputs = [queues.memory(chunk_bytes) for _ in range(num_outputs)]
+        self.clean = queues.host_buffer(num_outputs).tensor.view(torch.bool)
+        self.device_clean = queues.memory(num_outputs).view(torch.bool)
+        self.operations: tuple[int, ...] = ()
+        self.copied_back: Event | None = None
+        self.is_taken = False
+        self.ran_out_of_memory = False
+
+
+class _Stage:
+    """Room for one chunk of one input, on the host and on the device."""
+
+    def __init__(self, queues: Queues, chunk_bytes: int) -> None:
+        self.host = queues.host_buffer(chunk_bytes)
+        self.device = queues.memory(chunk_bytes)
+        self.uploaded: Event | None = None
+        self.added: Event | None = None
+
+
+class Ring:
+    """What one worker needs to reduce chunks of up to `chunk_elements` elements of at most `chunk_bytes` on a device.
+
+    Chunks are started and finished in the same order: `take`, `start`, then later `finish` and `give_back`.
+    """
+
+    def __init__(self, queues: Queues, num_outputs: int, chunk_elements: int, chunk_bytes: int) -> None:
+        self._queues = queues
+        self._accumulator = Accumulator(queues.memory, chunk_elements, num_outputs)
+        self._stages = [_Stage(queues, chunk_bytes) for _ in range(STAGES)]
+        self._slots = [Slot(queues, num_outputs, chunk_bytes) for _ in range(DEPTH)]
+        self._next_stage = self._next_slot = 0
+
+    def take(self) -> Slot:
+        """The slot for the next chunk. The chunk that was in it must have been given back."""
+        slot = self._slots[self._next_slot]
+        assert not slot.is_taken
+        self._next_slot = (self._next_slot + 1) % DEPTH
+        slot.is_taken, slot.operations, slot.copied_back, slot.ran_out_of_memory = True, (), None, False
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """The slot's results have been written."""
+        slot.is_taken = False
+
+    def start(
+        self,
+        slot: Slot,
+        run: Run,
+        count: int,
+        operations: Mapping[int, WeightedSum],
+        accumulate: str,
+        read: Callable[[int, HostBuffer], None],
+    ) -> None:
+        """Read `count` elements of every input that the operations use, by `read(i, buffer)`, and have the device reduce them."""
+        slot.operations = tuple(operations)
+        try:
+            dtypes = {}
+            for i, terms in terms_by_input(run, operations, accumulate).items():
+                dtypes.update({term.k: term.dtype for term in terms})
+                dtype = torch_dtype(run.sources[i].dtype)
+                stage = self._read(partial(read, i), count * dtype.itemsize)
+                source = stage.device[: count * dtype.itemsize].view(dtype)
+                stage.added = self._queues.submit(COMPUTE, partial(self._accumulator.add, source, terms), [stage.uploaded])
+            self._finish(slot, count, torch_dtype(run.dtype), operations, dtypes)
+        except torch.OutOfMemoryError:
+            self._give_up(slot)
+
+    def finish(self, slot: Slot) -> bool:
+        """Wait for the results of a chunk. False where the CPU must make them: not finite, or the device was out of memory."""
+        if slot.copied_back is not None:
+            self._queues.wait(slot.copied_back)
+        return not slot.ran_out_of_memory and all(bool(slot.clean[k]) for k in slot.operations)
+
+    def close(self) -> None:
+        """Wait until the device uses none of the buffers any more."""
+        self._queues.wait_for_all()
+
+    def _read(self, read: Callable[[HostBuffer], None], num_bytes: int) -> _Stage:
+        """Read into the next stage, and have it uploaded."""
+        stage = self._stages[self._next_stage]
+        self._next_stage = (self._next_stage + 1) % STAGES
+        if stage.uploaded is not None:
+            self._queues.wait(stage.uploaded)
+        read(stage.host)
+        upload = partial(_copy, stage.host.tensor[:num_bytes], stage.device[:num_bytes])
+        stage.uploaded = self._queues.submit(UPLOAD, upload, [] if stage.added is None else [stage.added])
+        return stage
+
+    def _finish(
+        self, slot: Slot, count: int, dtype: torch.dtype, operations: Mapping[int, WeightedSum], dtypes: Mapping[int, torch.dtype]
+    ) -> None:
+        """Have the sums rounded and copied back."""
+        size = count * dtype.itemsize
+
+        def round_all() -> None:
+            for k, operation in operations.items():
+                output = slot.device_outputs[k][:size].view(dtype)
+                self._accumulator.finish(k, operation, dtypes[k], output, slot.device_clean[k])
+
+        def copy_back() -> None:
+            for k in operations:
+                _copy(slot.device_outputs[k][:size], slot.outputs[k].tensor[:size])
+            _copy(slot.device_clean, slot.clean)
+
+        rounded = self._queues.submit(COMPUTE, round_all)
+        slot.copied_back = self._queues.submit(DOWNLOAD, copy_back, [rounded])
+
+    def _give_up(self, slot: Slot) -> None:
+        """Part of an operation may have been submitted, of whose end no event tells."""
+        slot.ran_out_of_memory, slot.copied_back = True, None
+        self._queues.wait_for_all()
+
+
+def ring_host_bytes(num_outputs: int, chunk_bytes: int) -> int:
+    """The pinned memory of a `Ring`; torch rounds every buffer up to a power of two."""
+    return (STAGES + DEPTH * num_outputs) * _power_of_two(chunk_bytes) + DEPTH * _power_of_two(num_outputs)
+
+
+def ring_device_bytes(num_outputs: int, chunk_elements: int, chunk_bytes: int) -> int:
+    """The device memory of a `Ring`."""
+    return (STAGES + DEPTH * num_outputs) * chunk_bytes + accumulator_bytes(chunk_elements, num_outputs) + DEPTH * num_outputs
+
+
+def _power_of_two(num_bytes: int) -> int:
+    return 1 << (num_bytes - 1).bit_length()
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source, non_blocking=True)
