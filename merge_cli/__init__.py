@@ -15,8 +15,10 @@ from merge_cli.version import __version__
 
 if TYPE_CHECKING:
     from merge_cli.averaging import AveragePlan, AverageResult, Progress, average, plan_average, run_average
+    from merge_cli.cluster import Rank, find_rank
     from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
     from merge_cli.methods import Coefficients, coefficients
+    from merge_cli.sharing import ShareResult, finalize, run_share
     from merge_cli.sweeping import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
     from merge_cli.verification import Verification, verify
 
@@ -26,16 +28,21 @@ __all__ = [
     "Checkpoint",
     "Coefficients",
     "Progress",
+    "Rank",
+    "ShareResult",
     "SweepPlan",
     "SweepResult",
     "Verification",
     "__version__",
     "average",
     "coefficients",
+    "finalize",
+    "find_rank",
     "open_checkpoint",
     "plan_average",
     "plan_sweep",
     "run_average",
+    "run_share",
     "run_sweep",
     "sweep",
     "verify",
@@ -45,6 +52,8 @@ _HOMES = {
     **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "averaging"),
     **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
     **dict.fromkeys(["Coefficients", "coefficients"], "methods"),
+    **dict.fromkeys(["Rank", "find_rank"], "cluster"),
+    **dict.fromkeys(["ShareResult", "finalize", "run_share"], "sharing"),
     **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "sweeping"),
     **dict.fromkeys(["Verification", "verify"], "verification"),
 }

@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_cli.cluster import WORKER, Rank
 from merge_cli.errors import InputError, OutputError, PmergeError, UsageError, first_ten
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
@@ -75,6 +76,7 @@ class AveragePlan:
     restart: bool
     verify_resume: bool
     findings: tuple[PmergeError, ...]
+    rank: Rank
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,14 @@ def plan_average(
     overwrite: bool = False,
     restart: bool = False,
     verify_resume: bool = False,
+    rank: Rank | None = None,
 ) -> AveragePlan:
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
     Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
     such as "8B" in tokens), `memory` and `shard_size` in bytes. `restart` throws away what an unfinished run to this output left,
-    `verify_resume` reads its finished files again before they are trusted. Without `output` the result goes to
-    `./merged-<method>-<oldest step>-<newest step>`.
+    `verify_resume` reads its finished files again before they are trusted. `rank` is this process where several make one average
+    (`merge_cli.sharing`). Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
     too little space) is in `findings` instead, so that a plan can always be looked at.
@@ -195,15 +198,21 @@ def plan_average(
             raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
     from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
+    from merge_cli.output.manifest import stands
     from merge_cli.output.staging import check_destinations
 
     if requantize and dtype != "keep":
         raise UsageError("--requantize keeps the base's dtypes, and --dtype changes them", hint="use one of them")
+    rank = rank or Rank()
+    if verify_resume and not rank.is_alone:
+        raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
     where = choose_device(device)
-    budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
-    findings = check_destinations({destination: merge}, overwrite)
+    memory = (memory or DEFAULT_MEMORY_BYTES) // (rank.world_size if rank.source == WORKER else 1)
+    budget = fit_memory(merge, memory, where, threads or rank.threads(len(os.sched_getaffinity(0))))
+    late = not rank.is_alone and stands(destination, merge)
+    findings = [] if late else check_destinations({destination: merge}, overwrite)
     return AveragePlan(
-        merge, destination, candidates, notes, warnings, where, budget, overwrite, restart, verify_resume, tuple(findings)
+        merge, destination, candidates, notes, warnings, where, budget, overwrite, restart, verify_resume, tuple(findings), rank
     )
 
 
@@ -250,9 +259,9 @@ def run_average(
             return AverageResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), nonfinite)
         reused = len(done)
 
-        def finished(_: int, file: Any, sha256: str, nonfinite: Mapping[str, int]) -> None:
-            staging.record(file, sha256, nonfinite)
-            done[file.name] = Done(file.file_bytes, sha256, nonfinite)
+        def finished(_: int, written: Todo, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            staging.record(written.file, sha256, nonfinite)
+            done[written.file.name] = Done(written.file.file_bytes, sha256, nonfinite)
 
         todo = [Todo(file, (0,)) for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)

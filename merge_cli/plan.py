@@ -15,7 +15,7 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -77,6 +77,16 @@ class Run:
     def key_at(self, element: int) -> str:
         """The tensor that element number `element` of the run belongs to."""
         return self.keys[bisect.bisect_right(self.starts, element) - 1]
+
+    def between(self, begin: int, end: int) -> tuple[int, int]:
+        """The elements (first, end) whose first byte lies between these bytes of the output file."""
+        bits = DTYPES[self.dtype].bits
+        first, last = (-(-8 * (byte - self.offset) // bits) for byte in (begin, end))
+        return min(max(first, 0), self.num_elements), min(max(last, 0), self.num_elements)
+
+    def bytes_written(self, first: int, end: int) -> int:
+        """The bytes of elements `first` to `end` of the output."""
+        return (end - first) * DTYPES[self.dtype].bits // 8
 
     @property
     def source_bytes(self) -> tuple[int, ...]:
@@ -154,6 +164,27 @@ class CodedRun:
         """About `values` values in rows: a multiple of the row step, at least one step, at most all rows."""
         step = self.row_step
         return min(max(self.num_rows, 1), max(step, values // max(self.shape[-1], 1) // step * step))
+
+    def between(self, begin: int, end: int) -> tuple[int, int]:
+        """The rows (first, end) whose first part begins between these bytes of the output file; all or none where the codec must
+        see all values."""
+        role, offset = self.sinks[0]
+        size, step = self._part_bytes(role, 0, self.num_rows), self.row_step
+        if not size or (self.codec is not None and (self.codec.needs_stats or role in self.codec.whole)):
+            return (0, self.num_rows) if begin <= offset < end else (0, 0)
+        first, last = (-(-(byte - offset) * self.num_rows // (size * step)) * step for byte in (begin, end))
+        return min(max(first, 0), self.num_rows), min(max(last, 0), self.num_rows)
+
+    def bytes_written(self, first: int, end: int) -> int:
+        """The bytes that rows `first` to `end` give to all sinks."""
+        whole = () if self.codec is None else self.codec.whole
+        return sum(self._part_bytes(role, first, end) for role, _ in self.sinks if end > first and (not first or role not in whole))
+
+    def _part_bytes(self, role: str, first: int, end: int) -> int:
+        if self.codec is None:
+            return (end - first) * self.shape[-1] * DTYPES[self.dtype].bits // 8
+        begin, stop = self.codec.part_range(role, self.shape, first, end)
+        return stop - begin
 
     @property
     def source_bytes(self) -> tuple[int, ...]:
@@ -272,21 +303,6 @@ class MergePlan:
             "files": [[f.name, hashlib.sha256(f.header).hexdigest()] for f in self.files],
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def share(files: Sequence[OutputFile], rank: int, world_size: int) -> tuple[OutputFile, ...]:
-    """The output files that `rank` of `world_size` writes: largest first, each to the rank with the least so far.
-
-    Every rank computes the same answer, so no rank needs to talk to another. The share keeps the order of `files`.
-    """
-    loads = [0] * world_size
-    mine: set[str] = set()
-    for file in sorted(files, key=lambda f: (-f.file_bytes, f.name)):
-        to = loads.index(min(loads))
-        loads[to] += file.file_bytes
-        if to == rank:
-            mine.add(file.name)
-    return tuple(file for file in files if file.name in mine)
 
 
 class RunBuilder:

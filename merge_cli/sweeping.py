@@ -29,7 +29,7 @@ from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.grid import Combination, entry, grid, unique
 from merge_cli.methods import Coefficients
-from merge_cli.plan import MergePlan, MergeSpec, Output, OutputFile
+from merge_cli.plan import MergePlan, MergeSpec, Output
 from merge_cli.planner import build_plan
 from merge_cli.selection import Candidate, is_in_tokens, parse_amount
 from merge_cli.version import __version__
@@ -164,6 +164,7 @@ def plan_sweep(
         warnings += [line for line in merge.warnings if line not in warnings]
     from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
+    from merge_cli.output.manifest import stands
     from merge_cli.output.staging import check_destinations
 
     where, folder = choose_device(device), Path(output)
@@ -174,7 +175,7 @@ def plan_sweep(
         for k, each in enumerate(members):
             own = replace(spec, method=each.combination.method, parameters=each.combination.parameters)
             path, alone = folder / each.combination.name, merge.alone(k, own)
-            here.append(SweepOutput(each.combination, path, each.candidates, alone, _stands(path, alone)))
+            here.append(SweepOutput(each.combination, path, each.candidates, alone, stands(path, alone)))
         outputs += here
         todo = [k for k, each in enumerate(here) if not each.is_done]
         if todo:
@@ -292,9 +293,9 @@ def _run_group(
         for staging in published:
             staging.clean()
 
-        def finished(k: int, file: OutputFile, sha256: str, nonfinite: Mapping[str, int]) -> None:
-            stagings[k].record(file, sha256, nonfinite)
-            done[k][file.name] = Done(file.file_bytes, sha256, nonfinite)
+        def finished(k: int, written: Todo, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            stagings[k].record(written.file, sha256, nonfinite)
+            done[k][written.file.name] = Done(written.file.file_bytes, sha256, nonfinite)
 
         todo = [Todo(file, tuple(k for k in unpublished if file.name not in done[k])) for file in merge.files]
         todo = [each for each in todo if each.outputs]
@@ -397,25 +398,6 @@ def _layout(base: Checkpoint) -> object:
     files = tuple((file.name, file.header.sha256) for file in base.files)
     places = tuple((stored.file.name, stored.name) for stored in base.tensors.values())
     return base.layout, base.root is None, files, hash(places), quantization
-
-
-def _stands(path: Path, merge: MergePlan) -> bool:
-    """Whether the complete result of this very plan, made from these very inputs, stands at `path`."""
-    from merge_cli.output.manifest import MANIFEST, input_fingerprints, is_sealed
-    from merge_cli.output.staging import SUFFIX
-
-    if path.is_symlink() or path.with_name(path.name + SUFFIX).joinpath("publish.json").exists():
-        return False
-    try:
-        raw = (path / MANIFEST).read_bytes()
-        content = json.loads(raw) if is_sealed(raw) else {}
-        same = content["plan"] == merge.fingerprint() and [each["files"] for each in content["inputs"]] == [
-            each["files"] for each in input_fingerprints(merge)
-        ]
-        files = {**content["files"], **content["side_files"]}
-        return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _check_report(path: Path) -> list[OutputError]:

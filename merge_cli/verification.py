@@ -358,8 +358,8 @@ def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[
         meter.add(statistics.bytes_read - before)
         before = statistics.bytes_read
 
-    def comparer(file: OutputFile, place: Path) -> _Comparer:
-        return _Comparer(file, place, different)
+    def comparer(each: Todo, place: Path) -> _Comparer:
+        return _Comparer(each.file, place, different)
 
     try:
         budget = fit_memory(todo, DEFAULT_MEMORY_BYTES, where)

@@ -108,11 +108,16 @@ def serve() -> None:
     import merge_cli.averaging
     import merge_cli.cli.app
     import merge_cli.cli.average
+    import merge_cli.cluster
     import merge_cli.engine.stream
+    import merge_cli.output.joint
     import merge_cli.output.manifest
+    import merge_cli.sharing
     from merge_cli.errors import PmergeError
 
     torch.set_num_threads(1)
+    merge_cli.cluster.MIN_PIECE_BYTES = 2048  # cuts the small files of the tests too
+    merge_cli.output.joint._CONTROL_WAIT_S = 0.3  # of a stopped rank
     with suppress(PmergeError):  # imports what is imported late, before a child has another user or few descriptors
         merge_cli.cli.app.app(["average", "/nowhere"], standalone_mode=False)
     shim = ctypes.CDLL(os.environ.pop("LD_PRELOAD"))

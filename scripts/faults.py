@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fault_ranks
 import torch
 from fault_runs import Ended, FaultRuns
 from safetensors.torch import save_file
@@ -634,6 +635,7 @@ def main() -> int:
         single = [space, inodes, fsync_fails, read_only, no_permission, file_size_limit, few_descriptors, slow_storage]
         single += [changed_inputs, locks, another_request, damaged_finished_file]
         tries = [*sweeps(ground, every), *((f.__name__, lambda f=f: f(ground)) for f in single)]
+        tries += fault_ranks.tries(ground, every)
         tries += [("power_loss", lambda: power_loss(ground, 3 * every)), ("strace", lambda: strace_sweep(ground, 4 * every))]
         if options.soak:
             tries.append(("soak", lambda: soak(ground, options.soak)))

@@ -44,7 +44,7 @@ def test_python_example(place: Path) -> None:
     assert (place / "merged" / "pmerge.json").exists()
 
 
-@pytest.mark.parametrize("command", ["average", "inspect", "methods", "sweep", "verify"])
+@pytest.mark.parametrize("command", ["average", "finalize", "inspect", "methods", "sweep", "verify"])
 def test_every_command_and_flag_is_documented(command: str) -> None:
     assert f"pmerge {command}" in README
     if command == "average":

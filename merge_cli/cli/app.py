@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli.average import average_command
+from merge_cli.cli.finalize import finalize_command
 from merge_cli.cli.inspect import inspect_command
 from merge_cli.cli.methods import methods_command
 from merge_cli.cli.sweep import sweep_command
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("average")(average_command)
+app.command("finalize")(finalize_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
 app.command("sweep")(sweep_command)

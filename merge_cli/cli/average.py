@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +76,9 @@ def average_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
+    workers: Annotated[str, typer.Option(metavar="N", help="Processes on this machine: a number, or auto.")] = "1",
+    rank: Annotated[int | None, typer.Option(metavar="R", help="This process's number among several that make one result.")] = None,
+    world_size: Annotated[int | None, typer.Option(metavar="W", help="How many they are (both: from the launcher).")] = None,
     storage_bandwidth: Annotated[
         str | None, typer.Option(help="Bytes per second, as 5GB, for the time that --dry-run estimates (measured).")
     ] = None,
@@ -87,8 +93,20 @@ def average_command(
 
     Example:  pmerge average ckpt_*/ --method ema
     """
-    from merge_cli.averaging import plan_average, run_average
+    from merge_cli.averaging import plan_average
+    from merge_cli.cli.workers import end_with_parent, parse_workers
+    from merge_cli.cluster import ARRAY, WORKER, Rank, find_rank
 
+    me = find_rank(os.environ, rank, world_size)
+    num_workers = parse_workers(workers, me)
+    if me.source == WORKER:
+        end_with_parent()
+    elif num_workers > 1:
+        me = Rank(0, num_workers, 0, num_workers, WORKER)
+    muted = quiet
+    if me.rank and me.source != ARRAY:  # one rank talks for all; each task of an array has a log of its own
+        console.speak_as(f"worker {me.rank}: " if me.source == WORKER else f"{me}: ")
+        quiet = True
     paths, typed = _weighted_paths(checkpoints)
     if weights is not None:
         if typed is not None:
@@ -132,20 +150,62 @@ def average_command(
         overwrite=overwrite,
         restart=restart,
         verify_resume=verify_resume,
+        rank=me,
     )
     if not quiet:
         _show_plan(plan)
     if dry_run:
-        _finish_dry_run(plan, as_json, quiet, bandwidth)
+        if me.rank == 0:
+            _finish_dry_run(plan, as_json, quiet, bandwidth)
         return
-    with console.ProgressLine(quiet) as progress:
-        result = run_average(plan, on_progress=progress.update, command=sys.argv)
+    result = _run(plan, quiet)
     if not quiet:
         _show_result(plan, result)
+    elif plan.rank.rank and not muted and getattr(result, "has_published", False):
+        console.say(f"came last and has published {plan.output}")
+    if not _is_to_tell(plan, result):
+        return
     if as_json:
         console.out_json({**_as_json(plan), **_result_as_json(result)})
     else:
         console.out(result.output)
+
+
+def _run(plan: AveragePlan, quiet: bool) -> AverageResult:
+    """Do the work: alone, as one rank of several, or as the first of several workers."""
+    from merge_cli.averaging import run_average
+    from merge_cli.cli.workers import Workers
+    from merge_cli.cluster import WORKER
+    from merge_cli.sharing import run_share
+
+    with console.ProgressLine(quiet) as progress:
+        if plan.rank.is_alone:
+            return run_average(plan, on_progress=progress.update, command=sys.argv)
+        if plan.rank.source != WORKER or plan.rank.rank:
+            return run_share(plan, on_progress=progress.update, command=sys.argv)
+        with Workers(plan.rank.world_size) as others:
+            result = run_share(plan, on_progress=progress.update, command=sys.argv)
+            others.wait()
+            return result
+
+
+def _is_to_tell(plan: AveragePlan, result: AverageResult) -> bool:
+    """Whether the path belongs on this process's stdout: on that of one rank only, so that a script reads one line.
+
+    It is the rank that published; where the result stood before they were started, it is rank 0.
+    """
+    from merge_cli.sharing import ShareResult
+
+    if not isinstance(result, ShareResult) or result.has_published:
+        return True
+    published = (plan.output / "pmerge.json").stat().st_mtime if result.stood else math.inf
+    return plan.rank.rank == 0 and published < _process_start()
+
+
+def _process_start() -> float:
+    """When this process was started, in seconds since the epoch."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _weighted_paths(arguments: list[str]) -> tuple[list[str], list[float] | None]:
@@ -201,6 +261,8 @@ def _show_plan(plan: AveragePlan) -> None:
     parameters = "".join(f" {k}={v}" for k, v in merge.spec.parameters.items() if k != "weights")
     count = f"{len(rows)} checkpoint" + ("s" if len(rows) > 1 else "")
     console.say(f"average of {count} by {merge.spec.method}{parameters} -> {plan.output}")
+    if not plan.rank.is_alone:
+        _show_shares(plan)
     for line in console.table(("checkpoint", "step", "coefficient", ""), rows):
         console.say(line)
     console.say(f"  effective sample size {chosen.effective_sample_size:.2f}, mean age {chosen.mean_age():.2f} intervals")
@@ -222,6 +284,19 @@ def _show_plan(plan: AveragePlan) -> None:
         console.say(f"note: {note}")
     for warning in plan.warnings:
         console.say(f"warning: {warning}")
+
+
+def _show_shares(plan: AveragePlan) -> None:
+    from merge_cli.cluster import cut, shares
+
+    pieces = cut(plan.merge.files, plan.rank.world_size)
+    loads = [sum(piece.end - piece.begin for piece in share) for share in shares(pieces, plan.rank.world_size)]
+    largest = max(loads) * len(loads) / max(sum(loads), 1)
+    many = sum(not piece.is_whole for piece in pieces)
+    console.say(
+        f"  {plan.rank} (from {plan.rank.source}): {len(pieces)} pieces{f', {many} of them parts of files' if many else ''};"
+        f" the largest share is {largest:.2f} x the mean"
+    )
 
 
 def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwidth: int | None) -> None:
@@ -246,6 +321,18 @@ def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandw
 
 
 def _show_result(plan: AveragePlan, result: AverageResult) -> None:
+    from merge_cli.cluster import WORKER
+    from merge_cli.sharing import ShareResult
+
+    if isinstance(result, ShareResult) and not result.has_published:
+        if result.stood:
+            console.say("the result stands already, complete: nothing was left to do")
+        elif plan.rank.source == WORKER:
+            console.say("done by all workers")
+        else:
+            left = f"{result.missing} of {len(plan.merge.files)} files are with other ranks, the last of which publishes"
+            console.say(f"{plan.rank} has done what was there for it in {result.seconds:.1f} s; {left}")
+        return
     statistics = result.statistics
     parts = {
         "reading": statistics.seconds_reading,

@@ -21,6 +21,15 @@ _DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2
 _CONTROL |= {code: f"\\u{code:04x}" for code in _DIRECTION}
 
 
+_speaker = ""
+
+
+def speak_as(name: str) -> None:
+    """Begin every line on stderr with `name`: one of several processes that write to one terminal."""
+    global _speaker
+    _speaker = name
+
+
 def printable(text: object) -> str:
     """`text` with control characters escaped: tensor and file names come from others and may hold anything."""
     return str(text).translate(_CONTROL).encode("utf-8", "backslashreplace").decode("utf-8")
@@ -40,7 +49,7 @@ def say(line: str = "") -> None:
     """One line on stderr; a closed or broken stderr never stops a run."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+            print(_speaker + printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _print(text: str) -> None:

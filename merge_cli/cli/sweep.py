@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,8 +47,15 @@ def sweep_command(
 
     Example:  pmerge sweep run/ -o sweep --method sma,ema:0.1,ema:0.2 --last 3,6,10
     """
+    from merge_cli.cluster import ARRAY, find_rank
     from merge_cli.sweeping import as_dict, plan_sweep, run_sweep
 
+    me = find_rank(os.environ)
+    if not me.is_alone and me.source != ARRAY:  # the tasks of an array may each make a sweep of their own
+        raise UsageError(
+            f"a sweep is made by one process, and this is {me} (from {me.source})",
+            hint="start one, or none of its variables:  srun -n 1 ...; env -u RANK -u WORLD_SIZE pmerge sweep ...",
+        )
     if list_file is None and method is None:
         raise UsageError("a sweep needs --method or --list", hint="--method sma,wma,ema:0.1,ema:0.2 --last 6,10")
     if method is None and (last or every or at):

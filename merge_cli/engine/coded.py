@@ -198,10 +198,10 @@ def keep_freed_memory() -> None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
-def rows_of(run: CodedRun, values: int) -> Iterable[tuple[int, int]]:
-    """The chunks (first row, end) of a run, of about `values` values each."""
-    step = run.rows_at_once(values)
-    return ((r0, min(r0 + step, run.num_rows)) for r0 in range(0, run.num_rows, step))
+def rows_of(run: CodedRun, values: int, first: int = 0, end: int | None = None) -> Iterable[tuple[int, int]]:
+    """The chunks (first row, end) of rows `first` to `end` of a run, of about `values` values each."""
+    step, end = run.rows_at_once(values), run.num_rows if end is None else end
+    return ((r0, min(r0 + step, end)) for r0 in range(first, end, step))
 
 
 def largest_chunk(runs: Iterable[CodedRun], values: int) -> int:

@@ -27,7 +27,7 @@ from merge_cli.engine.device import Device, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
 from merge_cli.engine.reduce import WeightedSum, torch_dtype, weighted_sum
-from merge_cli.engine.writer import ShardWriter, Writer
+from merge_cli.engine.writer import PieceWriter, ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
@@ -55,10 +55,29 @@ class Budget:
 
 
 class Todo(NamedTuple):
-    """A file to be written, and for which outputs of the plan."""
+    """A file to be written, and for which outputs of the plan; or a piece of it (see `cluster.py`): what begins in these bytes."""
 
     file: OutputFile
     outputs: tuple[int, ...]
+    begin: int = 0
+    end: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.begin == 0 and self.end in (None, self.file.file_bytes)
+
+    def parts(self) -> Iterator[tuple[Run | CodedRun, int, int]]:
+        """The runs in it, each with its first element (row, for quantised tensors) and its end."""
+        end = self.file.file_bytes if self.end is None else self.end
+        for run in self.file.runs:
+            first, last = run.between(self.begin, end)
+            if last > first or (self.is_whole and isinstance(run, CodedRun)):
+                yield run, first, last
+
+    @property
+    def bytes_to_write(self) -> int:
+        """The bytes of its data for one output."""
+        return sum(run.bytes_written(first, last) for run, first, last in self.parts())
 
 
 @dataclass
@@ -113,6 +132,11 @@ def fit_memory(plan: MergePlan, memory_bytes: int, device: Device, threads: int 
     )
 
 
+def shard_writer(todo: Todo, folder: Path) -> Writer:
+    """What writes a file, or a piece of one, into `folder`."""
+    return ShardWriter(todo.file, folder) if todo.is_whole else PieceWriter(todo.file, folder, todo.bytes_to_write)
+
+
 def physical_memory() -> int:
     """The bytes of memory that the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -125,20 +149,22 @@ def stream(
     budget: Budget,
     device: Device,
     on_progress: Callable[[Statistics], None],
-    on_file: Callable[[int, OutputFile, str, Mapping[str, int]], None],
-    writer: Callable[[OutputFile, Path], Writer] = ShardWriter,
+    on_file: Callable[[int, Todo, str, Mapping[str, int]], None],
+    writer: Callable[[Todo, Path], Writer] = shard_writer,
+    claim: Callable[[Todo], bool] = lambda todo: True,
 ) -> Statistics:
     """Write what is `todo` of the plan: the files of output k into `folders[k]`. Only inputs that these outputs use are read.
 
-    `on_file(k, file, sha256, nonfinite)` is called from a worker thread after a file is durable under its name; `nonfinite` counts
-    the elements that are NaN or Inf, by tensor (only with allow_nonfinite). An error stops all workers; of several, the one that
-    comes first in the plan is raised. Partial files stay. `writer(file, folder)` makes what takes the bytes of a file.
+    `on_file(k, todo, sha256, nonfinite)` is called from a worker thread after a file is durable under its name (a piece of a file:
+    under the file's partial name, and `sha256` is empty); `nonfinite` counts the elements that are NaN or Inf, by tensor (only with
+    allow_nonfinite). An error stops all workers; of several, the one that comes first in the plan is raised. Partial files stay.
+    `writer(todo, folder)` makes what takes the bytes; `claim(todo)` is asked when its turn comes, and False leaves it to others.
     """
     if any(isinstance(run, CodedRun) for each in todo for run in each.file.runs):
         keep_freed_memory()
     with InputFiles(keep_cached=plan.bytes_to_read <= _CACHED_SHARE * physical_memory()) as inputs:
         check_equal_integers(plan, todo, inputs)
-        job = _Job(plan, todo, folders, budget, device, inputs, on_progress, on_file, writer)
+        job = _Job(plan, todo, folders, budget, device, inputs, on_progress, on_file, writer, claim)
         return job.run()
 
 
@@ -146,7 +172,7 @@ class _OpenFile:
     """An output file in progress: for each output its operation and its writer."""
 
     def __init__(self, todo: Todo, operations: Mapping[int, WeightedSum], writers: Mapping[int, Writer]) -> None:
-        self.file = todo.file
+        self.todo = todo
         self.operations = operations
         self.used = sorted({i for operation in operations.values() for i in operation.inputs})
         self.writers = writers
@@ -165,8 +191,9 @@ class _Job:
         device: Device,
         inputs: InputFiles,
         on_progress: Callable[[Statistics], None],
-        on_file: Callable[[int, OutputFile, str, Mapping[str, int]], None],
-        writer: Callable[[OutputFile, Path], Writer],
+        on_file: Callable[[int, Todo, str, Mapping[str, int]], None],
+        writer: Callable[[Todo, Path], Writer],
+        claim: Callable[[Todo], bool],
     ) -> None:
         self.plan = plan
         self.budget = budget
@@ -177,6 +204,7 @@ class _Job:
         self._on_progress = on_progress
         self._on_file = on_file
         self._writer = writer
+        self._claim = claim
         self._operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
         self._work = enumerate(self._chunks(todo))
         self._open: set[_OpenFile] = set()
@@ -214,19 +242,22 @@ class _Job:
         Elements are counted, or rows for quantised tensors; those whose codec must see all values first are one chunk.
         """
         for each in todo:
-            writers = {k: self._writer(each.file, self._folders[k]) for k in each.outputs}
+            if not self._claim(each):
+                continue
+            writers = {k: self._writer(each, self._folders[k]) for k in each.outputs}
             open_file = _OpenFile(each, {k: self._operations[k] for k in each.outputs}, writers)
             self._open.add(open_file)
-            if not each.file.runs:
+            parts = list(each.parts())
+            if not parts:
                 yield open_file, None, 0, 0
-            for run in each.file.runs:
+            for run, first, end in parts:
                 if isinstance(run, CodedRun):
                     whole = run.codec is not None and run.codec.needs_stats
-                    chunks = [(0, run.num_rows)] if whole else rows_of(run, self.budget.coded_values)
+                    chunks = [(first, end)] if whole else rows_of(run, self.budget.coded_values, first, end)
                     yield from ((open_file, run, r0, r1 - r0) for r0, r1 in chunks)
                     continue
-                for start in range(0, run.num_elements, self.budget.chunk_elements):
-                    yield open_file, run, start, min(self.budget.chunk_elements, run.num_elements - start)
+                for start in range(first, end, self.budget.chunk_elements):
+                    yield open_file, run, start, min(self.budget.chunk_elements, end - start)
 
     def _worker(self) -> None:
         number = -1
@@ -339,7 +370,7 @@ class _Job:
         with self._lock:
             if all(writer.is_finished for writer in open_file.writers.values()):
                 self._open.discard(open_file)
-            self._on_file(k, open_file.file, sha256, dict(open_file.nonfinite))
+            self._on_file(k, open_file.todo, sha256, dict(open_file.nonfinite))
 
     def _handle_nonfinite(self, lane: Lane, open_file: _OpenFile, run: Run, start: int, count: int) -> None:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""

@@ -3,6 +3,9 @@
 The file grows under a `.partial` name and its header is written last, so that a torn file can never be read as a checkpoint. The
 sha256 follows the contiguous front of what has been written: a chunk that extends the front is hashed from memory, chunks that
 came early are read back when the front reaches them.
+
+Several processes, also on several hosts, may write pieces of one file; whoever finds all of them durable reads the file once, for
+its sha256, and completes it.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class ShardWriter:
     def __init__(self, file: OutputFile, folder: Path) -> None:
         self.file = file
         self.path = folder / file.name
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = partial_path(self.path)
         self._lock = threading.Lock()
         self._remaining = file.file_bytes - len(file.header)
         self._front = len(file.header)
@@ -59,7 +62,7 @@ class ShardWriter:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the file stands complete under its final name."""
+        """Whether the file is closed: complete, or failed in the attempt."""
         return self._fd < 0
 
     def write(self, offset: int, data: memoryview) -> bool:
@@ -84,30 +87,12 @@ class ShardWriter:
                 if end is None:
                     self._hashing = False
                     return self._remaining == 0 and not self._written
-            self._hash_back(start, end)
-
-    def _hash_back(self, start: int, end: int) -> None:
-        while start < end:
-            try:
-                piece = os.pread(self._fd, min(_READ_BACK_BYTES, end - start), start)
-                if not piece:
-                    raise OSError(errno.EIO, "the file ended early")
-            except OSError as error:
-                raise output_error(error, f"cannot read back {self.partial} at byte {start}", self.partial) from error
-            self._sha256.update(piece)
-            start += len(piece)
+            _hash_range(self._fd, start, end, self._sha256, self.partial)
 
     def finish(self) -> str:
         """Write the header, fsync, rename to the final name, fsync the folder; the file's sha256."""
-        write_all(self._fd, memoryview(self.file.header), 0, self.partial)
-        try:
-            fsync_file(self._fd)
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-            self.partial.rename(self.path)
-            fsync_folder(self.path.parent)
-        except OSError as error:
-            raise output_error(error, f"cannot complete {self.path}", self.path, self.file.file_bytes) from error
+        fd, self._fd = self._fd, -1
+        _complete(fd, self.file, self.path)
         return self._sha256.hexdigest()
 
     def abandon(self) -> None:
@@ -115,3 +100,104 @@ class ShardWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class PieceWriter:
+    """A piece of an output file that other processes write too: `num_bytes` of it, wherever the plan says."""
+
+    def __init__(self, file: OutputFile, folder: Path, num_bytes: int) -> None:
+        self.partial = partial_path(folder / file.name)
+        self._lock = threading.Lock()
+        self._remaining = num_bytes
+        try:
+            make_folder(self.partial.parent)
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise output_error(error, f"cannot create {self.partial}", self.partial, file.file_bytes) from error
+        try:
+            reserve(self._fd, file.file_bytes, self.partial)
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the file is closed: the piece is durable, or failed in the attempt."""
+        return self._fd < 0
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        """Write `data` at byte `offset`; True for the one call after which all of the piece is written."""
+        write_all(self._fd, data, offset, self.partial)
+        with self._lock:
+            self._remaining -= len(data)
+            return self._remaining == 0
+
+    def finish(self) -> str:
+        """Sync the piece and the name of its file; there is no sha256 yet."""
+        fd, self._fd = self._fd, -1
+        try:
+            fsync_file(fd)
+            fsync_folder(self.partial.parent)
+        except OSError as error:
+            raise output_error(error, f"cannot make a piece of {self.partial} durable", self.partial) from error
+        finally:
+            os.close(fd)
+        return ""
+
+    def abandon(self) -> None:
+        """Close the file, leaving it where it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def assemble(file: OutputFile, folder: Path) -> str:
+    """Complete a file of which every piece is durable under its partial name; the file's sha256. Raises OutputError."""
+    path = folder / file.name
+    sha256 = hashlib.sha256(file.header)
+    try:
+        if path.exists() and not partial_path(path).exists():
+            path.rename(partial_path(path))  # whoever completed it died before the sha256 was recorded
+        fd = os.open(partial_path(path), os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise output_error(error, f"cannot open {partial_path(path)}", path) from error
+    try:
+        _hash_range(fd, len(file.header), file.file_bytes, sha256, partial_path(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    _complete(fd, file, path)
+    return sha256.hexdigest()
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file grows before it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def _hash_range(fd: int, start: int, end: int, sha256: hashlib._Hash, path: Path) -> None:
+    while start < end:
+        try:
+            piece = os.pread(fd, min(_READ_BACK_BYTES, end - start), start)
+            if not piece:
+                raise OSError(errno.EIO, "the file ended early")
+        except OSError as error:
+            raise output_error(error, f"cannot read back {path} at byte {start}", path) from error
+        sha256.update(piece)
+        start += len(piece)
+
+
+def _complete(fd: int, file: OutputFile, path: Path) -> None:
+    """Write the header, fsync and close `fd`, give the file its final name, fsync the folder."""
+    try:
+        write_all(fd, memoryview(file.header), 0, partial_path(path))
+        fsync_file(fd)
+    except OSError as error:
+        raise output_error(error, f"cannot complete {path}", path, file.file_bytes) from error
+    finally:
+        os.close(fd)
+    try:
+        partial_path(path).rename(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise output_error(error, f"cannot complete {path}", path, file.file_bytes) from error

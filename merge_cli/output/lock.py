@@ -23,28 +23,74 @@ from merge_cli.engine.durable import NOT_SUPPORTED, make_folder, output_error
 from merge_cli.errors import OutputError
 
 _NO_FLOCK = (*NOT_SUPPORTED, errno.ENOLCK)
+_LOOK_EVERY_S = 0.5
+
+
+class HeldError(OutputError):
+    """Another run has the lock."""
 
 
 class Lock:
-    """The exclusive lock of `destination`: `path` in its staging folder, which is made when it is missing."""
+    """The lock of `destination`: `path` in its staging folder, which is made when it is missing.
 
-    def __init__(self, path: Path, destination: Path) -> None:
+    Processes that write one result together hold it `shared`: they keep out those who do not belong to them. Where a filesystem has
+    no flock, that cannot be kept up, and a shared lock only looks whether somebody has it for himself. With `wait_s` it is waited
+    for as long as another process has it.
+    """
+
+    def __init__(self, path: Path, destination: Path, *, shared: bool = False, wait_s: float = 0.0) -> None:
         self.path = path
-        self._owner = path.with_name("lock.owner")
+        self._owner = path.with_name(path.name + ".owner")
         self._destination = destination
+        self._shared = shared
+        self._wait_s = wait_s
         self._fd = -1
+        self._locked = False
         self._owns_file = False
 
     def acquire(self) -> None:
         """Take the lock. Raises OutputError, naming the holder, where another run has it."""
-        while not self._try():
-            pass  # a run that finished removed the folder between our opening the file and locking it
+        until, pause_s = time.monotonic() + self._wait_s, 0.01
+        while True:
+            try:
+                if self._try():
+                    return  # else a run that finished removed the folder between our opening the file and locking it
+            except HeldError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LOOK_EVERY_S)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has the lock."""
+        return self._fd >= 0
+
+    @property
+    def has_flock(self) -> bool:
+        """Whether the lock that is held is one of the kernel, which ends with its holder."""
+        return self._locked
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the file that is locked is still the one that has the name."""
+        return self._is_still_there(self._fd)
+
+    def is_alone(self) -> bool:
+        """Whether no other process shares the lock, which is held; others who ask in this moment are told that it is taken."""
+        try:
+            return flock(self._fd, shared=False)
+        except BlockingIOError:
+            return False
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Give the lock back; what its files said about the holder goes first."""
         if self._fd >= 0:
-            with suppress(OSError):
-                os.ftruncate(self._fd, 0)
+            if not self._shared:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, 0)
             if self._owns_file:
                 self._owner.unlink(missing_ok=True)
             os.close(self._fd)
@@ -66,12 +112,16 @@ class Lock:
         except OSError as error:
             raise output_error(error, f"cannot create {self.path.parent}", self.path) from error
         try:
-            if self._flock(fd):
+            self._locked = self._flock(fd)
+            if self._locked:
                 if not self._is_still_there(fd):
                     return False
                 if self._owner.exists():  # a run that could not flock, where we can
                     self._check_dead(self._owner)
                     self._owner.unlink()
+            elif self._shared:
+                if self._owner.exists():
+                    self._check_dead(self._owner)
             else:
                 self._take_file(fd)
             record = json.dumps(identity()).encode()
@@ -86,16 +136,11 @@ class Lock:
                 os.close(fd)
 
     def _flock(self, fd: int) -> bool:
-        """True: locked. False: this filesystem has no locks. Raises OutputError where another run has it."""
+        """True: locked. False: this filesystem has no locks. Raises HeldError where another run has it."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_FLOCK:
-                return False
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+            return flock(fd, shared=self._shared)
+        except BlockingIOError as error:
             raise self._held(_read(self.path), "wait for it, stop it, or write somewhere else:  -o PATH") from error
-        return True
 
     def _is_still_there(self, fd: int) -> bool:
         try:
@@ -116,7 +161,7 @@ class Lock:
     def _take_over(self) -> None:
         """Replace the owner file of a dead run; only one run at a time may do that."""
         self._check_dead(self._owner)
-        takeover = self._owner.with_name("lock.takeover")
+        takeover = self.path.with_name(self.path.name + ".takeover")
         if not _create(takeover):
             raise self._held(_read(takeover), f"if that run is no more:  rm {shlex.quote(str(takeover))}")
         try:
@@ -132,13 +177,29 @@ class Lock:
         if not is_dead(holder):
             raise self._held(holder, f"if that run is no more:  rm {shlex.quote(str(path))}")
 
-    def _held(self, holder: dict[str, Any], hint: str) -> OutputError:
+    def _held(self, holder: dict[str, Any], hint: str) -> HeldError:
         lines = [f"{name:8}  {holder[name]}" for name in ("host", "pid", "since", "command") if name in holder]
-        return OutputError(
+        return HeldError(
             f"another run is writing {self._destination}",
             details=lines or ["held by   a run that did not write down who it is"],
             hint=hint,
         )
+
+
+def flock(fd: int, *, shared: bool = False) -> bool:
+    """Lock an open file without waiting; False where the filesystem has no locks.
+
+    Raises BlockingIOError where another process has it, and other OSErrors.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_FLOCK:
+            return False
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError(error.errno, error.strerror) from error
+        raise
+    return True
 
 
 def identity() -> dict[str, Any]:

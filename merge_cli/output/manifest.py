@@ -15,7 +15,7 @@ from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.files import check_stays_inside, read_regular_file
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
-from merge_cli.output.staging import Done
+from merge_cli.output.staging import SUFFIX, Done
 from merge_cli.plan import ALGORITHM, MergePlan, Output
 from merge_cli.version import __version__
 
@@ -50,6 +50,8 @@ def request_state(plan: MergePlan) -> dict[str, Any]:
         "request": dataclasses.asdict(plan.spec),
         "base": str(plan.inputs[plan.base].path.resolve()),
         "coefficients": [list(output.coefficients.values) for output in plan.outputs],
+        "rational": [[output.coefficients.numerators, output.coefficients.denominator] for output in plan.outputs],
+        "steps": list(plan.steps),
         "inputs": {entry["path"]: {file.pop("name"): file for file in entry["files"]} for entry in input_fingerprints(plan)},
         "plan": plan.fingerprint(),
     }
@@ -113,6 +115,22 @@ def is_sealed(raw: bytes) -> bool:
     """Whether the bytes of `pmerge.json` end with the sha256 of what stands before it: no bit of them has changed."""
     text = raw[: -len(_SEAL % bytes(64))]
     return raw == text + _SEAL % hashlib.sha256(text).hexdigest().encode()
+
+
+def stands(path: Path, merge: MergePlan) -> bool:
+    """Whether the complete result of this very plan, made from these very inputs, stands at `path`."""
+    if path.is_symlink() or path.with_name(path.name + SUFFIX).joinpath("publish.json").exists():
+        return False
+    try:
+        raw = (path / MANIFEST).read_bytes()
+        content = json.loads(raw) if is_sealed(raw) else {}
+        same = content["plan"] == merge.fingerprint() and [each["files"] for each in content["inputs"]] == [
+            each["files"] for each in input_fingerprints(merge)
+        ]
+        files = {**content["files"], **content["side_files"]}
+        return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def index_of(plan: MergePlan) -> tuple[str, bytes] | None:

@@ -6,6 +6,7 @@ Everything is first written to `OUT.pmerge-partial/` beside the destination, on 
     lock            held (flock) by the run that works on it
     done/           one record per finished file: its size, modification time and sha256
     checkpoint/     the result as it grows: shards, then side files and pmerge.json, the index last
+    claims/, ranks/ with several ranks: who is at work on what, and how far (see `joint.py`)
     publish.json    what is about to get the final name; written when all of checkpoint/ is durable
     replaced/       with --overwrite, the old result in the moment between two renames
 
@@ -51,6 +52,7 @@ SUFFIX = ".pmerge-partial"
 _MANIFEST = "pmerge.json"
 _NO_FOLDER_RENAME = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EISDIR, errno.EMLINK)
 _READ_BYTES = 4 << 20
+_WITHOUT_STATE = {"lock", "lock.owner", "control", "control.owner", "state.json.partial"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Staging:
         self._state_file = self.folder / "state.json"
         self._publish_file = self.folder / "publish.json"
         self._replaced = self.folder / "replaced"
+        self._more_folders = (self.folder / "claims", self.folder / "ranks")  # see `joint.py`
         self._state: Mapping[str, Any] = {}
         self._lock = Lock(self.folder / "lock", destination)
 
@@ -109,13 +112,16 @@ class Staging:
             self._remove_all_but(done)
             self._done.mkdir(exist_ok=True)
             self.checkpoint.mkdir(exist_ok=True)
-            if not self._state_file.exists():
-                about = "an unfinished pmerge run: run the same command again to continue it, with --restart to begin afresh"
-                made_by = {"about": about, "command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-                write_file(self._state_file, json.dumps({**made_by, "state": self._state}, indent=2).encode())
+            self._write_state()
         except OSError as error:
             raise output_error(error, f"cannot work in {self.folder}", self._state_file) from error
         return done
+
+    def _write_state(self) -> None:
+        if not self._state_file.exists():
+            about = "an unfinished pmerge run: run the same command again to continue it, with --restart to begin afresh"
+            made_by = {"about": about, "command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+            write_file(self._state_file, json.dumps({**made_by, "state": self._state}, indent=2).encode())
 
     def record(self, file: OutputFile, sha256: str, nonfinite: Mapping[str, int]) -> None:
         """Note that `file` stands complete and durable in the staging folder."""
@@ -153,12 +159,15 @@ class Staging:
     def clean(self) -> None:
         """Remove the staging folder after the result was published; what another put into it stays."""
         with suppress(OSError):  # the result stands: what cannot be removed is only litter
-            for part in (self.checkpoint, self._replaced, self._done):
-                _remove(part)
-            for file in (self._state_file, self._publish_file):
-                file.unlink(missing_ok=True)
+            self._remove_content()
             self._lock.remove_files()
             self.folder.rmdir()
+
+    def _remove_content(self) -> None:
+        for part in (self.checkpoint, self._replaced, self._done, *self._more_folders):
+            _remove(part)
+        for file in (self._state_file, self._publish_file, self.folder / "control"):
+            file.unlink(missing_ok=True)
 
     def _appear(self) -> None:
         try:
@@ -171,7 +180,7 @@ class Staging:
     def _move_files(self) -> None:
         """Where folders cannot be renamed: file by file, what makes it a checkpoint (pmerge.json, the index) last."""
         self.destination.mkdir()
-        marker = {**_read_json(self._publish_file), "inode": self.destination.stat().st_ino, "by_file": True}
+        marker = {**read_json(self._publish_file), "inode": self.destination.stat().st_ino, "by_file": True}
         write_file(self._publish_file, json.dumps(marker).encode())
         try:
             for path in sorted(_files_in(self.checkpoint), key=_publishing_order):
@@ -218,7 +227,7 @@ class Staging:
 
     def _recover(self) -> bool:
         """Finish or undo what a run that died while publishing began; True when it was this request and is complete."""
-        marker = _read_json(self._publish_file)
+        marker = read_json(self._publish_file)
         half_moved = bool(marker.get("by_file")) and self.checkpoint.exists()
         ours = self.destination.is_dir() and self.destination.stat().st_ino == marker.get("inode")
         if ours and not half_moved:
@@ -256,14 +265,14 @@ class Staging:
 
     def _discard(self) -> None:
         """Remove what an earlier run left, and nothing else."""
-        for part in (self._done, self.checkpoint):
+        for part in (self._done, self.checkpoint, *self._more_folders):
             _remove(part)
         self._state_file.unlink(missing_ok=True)
 
     def _check_same_request(self) -> None:
         """Raise OutputError unless the staging folder belongs to this very request, or nothing in it is finished."""
         if not self._state_file.exists():
-            strange = sorted({path.name for path in self.folder.iterdir()} - {"lock", "lock.owner", "state.json.partial"})
+            strange = sorted({path.name for path in self.folder.iterdir()} - _WITHOUT_STATE)
             if not any((self.folder / name).is_file() or any((self.folder / name).iterdir()) for name in strange):
                 return
             raise OutputError(
@@ -271,7 +280,7 @@ class Staging:
                 details=first_ten(strange),
                 hint="look at it; to throw away what an earlier run left there, add --restart",
             )
-        was = _read_json(self._state_file).get("state")
+        was = read_json(self._state_file).get("state")
         if was == self._state:
             return
         if not any(self._done.glob("*.json")):  # nothing is finished: nothing is lost by beginning afresh
@@ -283,10 +292,10 @@ class Staging:
             hint="repeat the command that began it, or throw its work away:  --restart",
         )
 
-    def _finished_files(self, verify: bool) -> dict[str, Done]:
+    def _finished_files(self, verify: bool, only: str | None = None) -> dict[str, Done]:
         found = {}
-        for record in sorted(self._done.glob("*.json")):
-            entry = _read_json(record)
+        for record in sorted(self._done.glob("*.json")) if only is None else [self._record_file(only)]:
+            entry = read_json(record)
             try:
                 path, done = self.checkpoint / entry["name"], Done(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]))
                 status = path.stat()
@@ -307,6 +316,8 @@ class Staging:
         for folder, _, _ in os.walk(self.checkpoint, topdown=False):
             with suppress(OSError):  # not empty
                 Path(folder).rmdir()
+        if self._done.exists():
+            fsync_folder(self._done)  # no record may come back after a power cut and vouch for what is written from here on
 
     def _record_file(self, name: str) -> Path:
         return self._done / f"{name.replace('/', '%2F')}.json"
@@ -345,7 +356,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):

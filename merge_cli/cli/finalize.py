@@ -1,0 +1,23 @@
+"""`pmerge finalize`: publish by hand what several ranks have finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merge_cli.cli import console
+
+
+def finalize_command(
+    output: Annotated[Path, typer.Argument(help="The destination that was given to pmerge average.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+) -> None:
+    """Publish an average whose files are all finished, or say which are not; needed only where no rank was left to do it.
+
+    Example:  pmerge finalize merged-ema-1000-10000
+    """
+    from merge_cli.sharing import finalize
+
+    console.out(finalize(output, overwrite=overwrite))

@@ -1,0 +1,173 @@
+"""One average made by several processes: the feature behind torchrun, srun, --workers and `pmerge finalize`, as a library.
+
+    run_share   what one rank does: its share, then what no other rank has begun; the one that comes last publishes
+    finalize    publishes what ranks have finished, by hand
+
+The result is, bit for bit, that of `run_average`. There is no rendezvous: ranks may start late, die, and be started again, and
+running the same command again does only what is missing. How ranks keep out of each other's way is in `output/joint.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.averaging import AveragePlan, AverageResult, Progress, StrPath, complete
+from merge_cli.cluster import Piece, cut, order_of_work, shares
+from merge_cli.errors import InputError, OutputError, UsageError, first_ten
+from merge_cli.formats.checkpoint import open_checkpoint
+from merge_cli.formats.safetensors import Header
+from merge_cli.methods import Coefficients
+from merge_cli.plan import MergePlan, MergeSpec, Output
+from merge_cli.planner import build_plan
+
+if TYPE_CHECKING:
+    from merge_cli.engine.stream import Statistics, Todo
+    from merge_cli.output.joint import JointStaging
+
+
+@dataclass(frozen=True)
+class ShareResult(AverageResult):
+    """What a rank has done. `has_published`: it was the one that published; `stood`: the result stood when it came;
+    `missing`: so many files are still with other ranks (0 where it is published)."""
+
+    has_published: bool = False
+    stood: bool = False
+    missing: int = 0
+
+
+def run_share(
+    plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
+) -> ShareResult:
+    """Do what `plan.rank` is to do. The progress that rank 0 hears of is that of all ranks, others hear of their own.
+
+    Raises what `run_average` raises; then this rank's work is incomplete, and the others go on. A result with `missing` files is no
+    failure: the ranks that have them publish.
+    """
+    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.output.joint import JointStaging
+    from merge_cli.output.manifest import count_nonfinite, request_state
+
+    if plan.findings:
+        raise plan.findings[0]
+    began = time.perf_counter()
+    merge, rank = plan.merge, plan.rank
+    pieces = cut(merge.files, rank.world_size)
+    own = set(shares(pieces, rank.world_size)[rank.rank])
+
+    with JointStaging(plan.output, merge, rank, plan.overwrite) as staging:
+        done = staging.prepare(request_state(merge), restart=plan.restart)
+        if staging.is_published:
+            return ShareResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), stood=True)
+        reused = len(done)
+        statistics = Statistics()
+        report = _reporter(plan, staging, on_progress)
+
+        def claim(each: Todo) -> bool:
+            piece = _piece(each)
+            return staging.claim(piece, piece in own)
+
+        def finished(_: int, each: Todo, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            staging.record_piece(_piece(each), sha256, nonfinite)
+
+        work = order_of_work(pieces, rank.rank, rank.world_size)
+        todo = [Todo(piece.file, (0,), piece.begin, piece.end) for piece in work if piece.file.name not in done]
+        if todo:
+            folders = [staging.checkpoint]
+            statistics = stream(merge, todo, folders, plan.budget, plan.device, report, finished, claim=claim)
+        staging.assemble_files()
+        nonfinite: dict[str, int] = {}
+        if missing := len(staging.missing()):
+            return ShareResult(plan.output, time.perf_counter() - began, statistics, reused, missing=missing)
+        done = staging.take_turn()
+        if done:
+            complete(merge, staging.checkpoint, done, command)
+            check_inputs_unchanged(merge)
+            staging.publish()
+            nonfinite = count_nonfinite(done)
+    return ShareResult(plan.output, time.perf_counter() - began, statistics, reused, nonfinite, has_published=bool(done))
+
+
+def _piece(todo: Todo) -> Piece:
+    return Piece(todo.file, todo.begin, todo.file.file_bytes if todo.end is None else todo.end)
+
+
+def _reporter(
+    plan: AveragePlan, staging: JointStaging, on_progress: Callable[[Progress], None] | None
+) -> Callable[[Statistics], None]:
+    """Tells the others of this rank's progress, and the caller of that of all."""
+    read, write = plan.merge.bytes_to_read, plan.merge.bytes_to_write
+    began = time.perf_counter()
+    asked, share = -1.0, 0.0
+
+    def report(statistics: Statistics) -> None:
+        nonlocal asked, share
+        staging.tell(statistics.bytes_written)
+        if on_progress is None:
+            return
+        if plan.rank.rank == 0 and time.perf_counter() - asked > 2.0:
+            asked, share = time.perf_counter(), min(1.0, staging.bytes_of_all() / max(write, 1))
+        done = share if plan.rank.rank == 0 else statistics.bytes_written / max(write, 1)
+        on_progress(Progress(int(done * read), read, int(done * write), write, time.perf_counter() - began))
+
+    return report
+
+
+def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
+    """Publish the average whose ranks have finished all files without one of them publishing it; returns its path.
+
+    Raises OutputError, naming what is missing, where something is; InputError where inputs have changed since.
+    """
+    from merge_cli.engine.stream import check_inputs_unchanged
+    from merge_cli.output.joint import JointStaging
+    from merge_cli.output.manifest import MANIFEST, request_state
+    from merge_cli.output.staging import SUFFIX, differences, read_json
+
+    path = Path(destination)
+    path = path.with_name(path.name.removesuffix(SUFFIX)) if path.name.endswith(SUFFIX) else path
+    folder = path.with_name(path.name + SUFFIX)
+    record = read_json(folder / "state.json")
+    if not record:
+        if (path / MANIFEST).is_file() and not os.path.lexists(folder):
+            return path
+        raise UsageError(f"there is no unfinished run for {path}", details=[f"looked for  {folder / 'state.json'}"])
+    state, command = record["state"], record["command"]
+    merge = plan_of(state)
+    now = request_state(merge)
+    if changed := differences(state, json.loads(json.dumps(now))):
+        raise InputError(f"the inputs of {path} have changed since its ranks began", details=first_ten(changed, "more differences"))
+    with JointStaging(path, merge, None, overwrite) as staging:
+        staging.prepare(now)
+        if staging.is_published:
+            return path
+        staging.assemble_files()
+        if missing := staging.missing():
+            raise OutputError(
+                f"{len(missing)} of {len(merge.files)} files of {path} are not finished",
+                details=first_ten(missing),
+                hint=f"run the ranks again, they do only what is missing:  {command}",
+            )
+        if done := staging.take_turn():
+            complete(merge, staging.checkpoint, done, shlex.split(command))
+            check_inputs_unchanged(merge)
+            staging.publish()
+    return path
+
+
+def plan_of(state: Mapping[str, Any]) -> MergePlan:
+    """The plan that a `state.json` was made from, as far as its inputs still are what they were. Raises InputError."""
+    request: dict[str, Any] = {**state["request"]}
+    request |= {key: tuple(request[key]) for key in ("include", "exclude")}
+    seen: dict[str, Header] = {}
+    inputs = [open_checkpoint(Path(path), seen=seen) for path in state["inputs"]]
+    values, (numerators, denominator) = state["coefficients"][0], state["rational"][0]
+    chosen = Coefficients(tuple(values), None if numerators is None else tuple(numerators), denominator)
+    base = list(state["inputs"]).index(state["base"])
+    output = Output(tuple(range(len(inputs))), chosen, base)
+    return build_plan(MergeSpec(**request), inputs, state["steps"], base, [output])

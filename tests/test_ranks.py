@@ -1,0 +1,327 @@
+"""One average by several ranks: the bytes of a single run, whatever their number, order, launcher and fate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import digests, nasty_run, nasty_tensors, training_run, write_checkpoint, write_run
+from safetensors.torch import load_file, save_file
+from test_quantized_average import quantized_run
+
+from merge_cli import Rank, average, finalize, plan_average, run_share
+from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
+from merge_cli.sharing import ShareResult
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import fault_ranks
+import faults
+from fault_runs import FaultRuns
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID", "PMERGE_RANK")
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of a few kilobytes, so that small files are cut too."""
+    monkeypatch.setattr("merge_cli.cluster.MIN_PIECE_BYTES", 512)
+    monkeypatch.setattr("merge_cli.output.joint._CONTROL_WAIT_S", 20.0)
+
+
+def share(paths: list[Path], out: Path, rank: int, world_size: int, **options: Any) -> ShareResult:
+    return run_share(plan_average(paths, out, rank=Rank(rank, world_size, source="--rank"), **options))
+
+
+def as_single(single: Path, joint: Path) -> None:
+    """Assert that two results are equal but for the commands in pmerge.json."""
+    assert not joint.with_name(joint.name + ".pmerge-partial").exists()
+    names = sorted(path.relative_to(single) for path in single.rglob("*"))
+    assert names == sorted(path.relative_to(joint) for path in joint.rglob("*"))
+    for name in names:
+        if str(name) == "pmerge.json":
+            one, other = (json.loads((folder / name).read_text()) | {"command": "", "sha256": ""} for folder in (single, joint))
+            assert one == other
+        elif (single / name).is_file():
+            assert (single / name).read_bytes() == (joint / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded", "mixed"])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_one_after_the_other_give_the_bytes_of_one_run(layout: str, world_size: int, tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout=layout)
+    expected = average(paths, tmp_path / "one", method="ema").output
+    results = [share(paths, tmp_path / "out", rank, world_size, method="ema") for rank in reversed(range(world_size))]
+    assert results[0].has_published and not results[0].missing  # the first to come did what nobody else had begun
+    assert all(result.stood for result in results[1:])
+    as_single(expected, tmp_path / "out")
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("case", ["fp8 block", "nvfp4"])
+def test_quantised_checkpoints(case: str, requantize: bool, tmp_path: Path) -> None:
+    from test_quantization_pairing import READ
+
+    name = next(name for name in READ if case.split()[0] in name.lower())
+    paths = quantized_run(tmp_path / "run", name)[0]
+    expected = average(paths, tmp_path / "one", requantize=requantize).output
+    without_taking_over(paths, tmp_path / "out", 3, requantize=requantize)
+    as_single(expected, tmp_path / "out")
+
+
+def without_taking_over(paths: list[Path], out: Path, world_size: int, **options: Any) -> list[ShareResult]:
+    """Every rank does just its share, as where there is no flock."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        return [share(paths, out, rank, world_size, **options) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_without_flock_each_rank_does_its_share_and_the_last_publishes(world_size: int, tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run")
+    expected = average(paths, tmp_path / "one").output
+    results = without_taking_over(paths, tmp_path / "out", world_size)
+    assert [result.has_published for result in results] == [False] * (world_size - 1) + [True]
+    assert [bool(result.missing) for result in results] == [True] * (world_size - 1) + [False]
+    as_single(expected, tmp_path / "out")
+
+
+def test_ranks_at_the_same_time(tmp_path: Path) -> None:
+    run = training_run({f"layers.{i}": torch.randn(61, 997).bfloat16() for i in range(40)}, 3)
+    paths = write_run(tmp_path / "run", run, shards=3)
+    expected = average(paths, tmp_path / "one").output
+    results: list[ShareResult] = []
+    threads = [
+        threading.Thread(target=lambda rank=rank: results.append(share(paths, tmp_path / "out", rank, 4, threads=1)))  # type: ignore[misc]
+        for rank in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert sum(result.has_published for result in results) == 1
+    as_single(expected, tmp_path / "out")
+
+
+def stop_at_publishing(paths: list[Path], out: Path, rank: int, world_size: int, **options: Any) -> None:
+    """A rank that does all there is and dies before it publishes."""
+
+    class Died(BaseException):
+        pass
+
+    def die(self: object) -> None:
+        raise Died
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+        patch.setattr("merge_cli.output.joint.JointStaging.take_turn", die)
+        share(paths, out, rank, world_size, **options)
+
+
+def test_what_is_done_is_kept_by_ranks_of_another_world_size(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="single")
+    expected = average(paths, tmp_path / "one").output
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        share(paths, out, 0, 4)
+    records = {path: path.read_bytes() for path in (tmp_path / "out.pmerge-partial" / "done").iterdir()}
+    assert records and all("@" in path.name for path in records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        again = share(paths, out, 0, 8)
+    assert again.missing == 1
+    assert {path: path.read_bytes() for path in records} == records
+    result = share(paths, out, 1, 2)
+    assert result.has_published
+    as_single(expected, out)
+
+
+def test_a_single_run_continues_what_ranks_have_left(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="sharded")
+    expected = average(paths, tmp_path / "one").output
+    stop_at_publishing(paths, tmp_path / "out", 0, 2)
+    result = average(paths, tmp_path / "out")
+    assert result.reused == 3
+    as_single(expected, tmp_path / "out")
+
+
+def test_finalize_publishes_what_is_finished(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run")
+    expected = average(paths, tmp_path / "one", method="wma", exclude=["*norm*"]).output
+    stop_at_publishing(paths, tmp_path / "out", 1, 3, method="wma", exclude=["*norm*"])
+    assert not (tmp_path / "out").exists()
+    assert finalize(tmp_path / "out") == tmp_path / "out"
+    as_single(expected, tmp_path / "out")
+    assert finalize(tmp_path / "out") == tmp_path / "out"  # it stands
+
+
+def test_finalize_says_what_is_missing_and_changes_nothing(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="sharded")
+    with pytest.raises(UsageError, match="no unfinished run"):
+        finalize(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        share(paths, tmp_path / "out", 0, 2)
+    with pytest.raises(OutputError, match=r"of 3 files of .*out are not finished") as refused:
+        finalize(tmp_path / "out")
+    assert "run the ranks again" in refused.value.hint
+    os.utime(paths[0] / "model-00001-of-00003.safetensors")
+    with pytest.raises(InputError, match="have changed since"):
+        finalize(tmp_path / "out")
+
+
+def test_ranks_that_were_given_different_requests_are_told(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run")
+    stop_at_publishing(paths, tmp_path / "out", 0, 2)
+    with pytest.raises(OutputError, match="another request") as refused:
+        share(paths, tmp_path / "out", 1, 2, method="wma")
+    assert "method  was sma, is wma" in str(refused.value)
+    expected = average(paths, tmp_path / "one", method="wma").output
+    results = [share(paths, tmp_path / "out", rank, 2, method="wma", restart=True) for rank in (0, 1)]
+    assert results[0].has_published and results[1].stood
+    as_single(expected, tmp_path / "out")
+
+
+def test_a_destination_of_something_else_is_refused_and_one_of_the_same_stands(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run")
+    average(paths, tmp_path / "out", method="wma")
+    with pytest.raises(OutputError, match="exists already"):
+        share(paths, tmp_path / "out", 0, 2)
+    assert share(paths, tmp_path / "out", 0, 2, method="wma").stood
+    expected = average(paths, tmp_path / "one").output
+    assert share(paths, tmp_path / "out", 1, 2, overwrite=True).has_published
+    as_single(expected, tmp_path / "out")
+
+
+def test_nan_fails_the_rank_that_meets_it_and_publishes_nothing(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3000).bfloat16(), "b": torch.randn(3000).bfloat16()}
+    broken = {"a": tensors["a"], "b": torch.full((3000,), torch.nan).bfloat16()}
+    paths = write_run(tmp_path / "run", [tensors, broken], shards=2)
+    failures = 0
+    for rank in (0, 1):
+        with pytest.raises(NonFiniteError, match="`b` has NaN"):
+            share(paths, tmp_path / "out", rank, 2)
+        failures += 1
+    assert failures == 2 and not (tmp_path / "out").exists()
+    share(paths, tmp_path / "out", 0, 2, allow_nonfinite=True, restart=True)
+    assert json.loads((tmp_path / "out" / "pmerge.json").read_text())["nonfinite"] == {"b": 3000}
+    average(paths, tmp_path / "one", allow_nonfinite=True)
+    as_single(tmp_path / "one", tmp_path / "out")
+
+
+def test_folders_of_ranks_that_trained(tmp_path: Path) -> None:
+    """A layout with slashes in the names of its files."""
+    for step in (1, 2):
+        for rank in (0, 1):
+            folder = tmp_path / "run" / f"step_{step}" / f"rank{rank}"
+            folder.mkdir(parents=True)
+            generator = torch.Generator().manual_seed(10 * step + rank)
+            save_file({"w": torch.randn(5000, generator=generator).bfloat16()}, folder / "model.safetensors")
+    paths = [tmp_path / "run" / "step_1", tmp_path / "run" / "step_2"]
+    expected = average(paths, tmp_path / "one").output
+    share(paths, tmp_path / "out", 1, 2)
+    as_single(expected, tmp_path / "out")
+
+
+# --- the command
+
+
+def pmerge(cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
+    command = [sys.executable, "-m", "merge_cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def run_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="pmerge-test-") as folder:
+        for number, tensors in enumerate(training_run(nasty_tensors(), 2), 1):
+            write_checkpoint(Path(folder) / "run" / f"checkpoint-{number}", tensors, shards=3)
+        average([Path(folder) / "run"], Path(folder) / "one")
+        yield Path(folder)
+
+
+def test_only_one_rank_tells_the_path_and_only_rank_0_talks(run_folder: Path, tmp_path: Path) -> None:
+    runs = [pmerge(run_folder, "average", "run", "-o", tmp_path / "out", RANK=str(rank), WORLD_SIZE="3") for rank in (1, 2, 0)]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], [], [str(tmp_path / "out")]]  # rank 0: it stood
+    assert "rank 1 of 3: came last and has published" in runs[0].stderr and not runs[1].stderr
+    assert "rank 0 of 3 (from torchrun)" in runs[2].stderr and "stands already" in runs[2].stderr
+    assert digests(tmp_path / "out") == digests(run_folder / "one")
+
+
+def test_a_batch_script_with_several_tasks_is_no_rank(run_folder: Path, tmp_path: Path) -> None:
+    run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="1")
+    assert run.returncode == 0 and "rank" not in run.stderr
+
+
+def test_dry_run_shows_the_shares_once(run_folder: Path, tmp_path: Path) -> None:
+    runs = [
+        pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--dry-run", "--rank", rank, "--world-size", 2)
+        for rank in (0, 1)
+    ]
+    assert "the largest share is" in runs[0].stderr
+    assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], []] and not runs[1].stderr
+
+
+def test_workers(run_folder: Path, tmp_path: Path) -> None:
+    run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--workers", "2")
+    assert run.returncode == 0 and run.stdout.split() == [str(tmp_path / "out")]
+    as_single(run_folder / "one", tmp_path / "out")
+    for wrong in ("0", "some", "-1"):
+        assert pmerge(run_folder, "average", "run", "--workers", wrong).returncode == 2
+    refused = pmerge(run_folder, "average", "run", "--workers", "2", RANK="0", WORLD_SIZE="2")
+    assert refused.returncode == 2 and "a run without a launcher" in refused.stderr
+
+
+def test_a_worker_that_fails_fails_the_run(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "run", tmp_path / "run")
+    shard = tmp_path / "run" / "checkpoint-1" / "model-00003-of-00003.safetensors"
+    tensors = load_file(shard)
+    save_file({name: torch.full_like(t, torch.nan) if t.is_floating_point() else t for name, t in tensors.items()}, shard)
+    run = pmerge(tmp_path, "average", "run", "-o", "out", "--workers", "2", "--quiet")
+    assert run.returncode == 1 and not run.stdout and "has NaN" in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# --- faults
+
+
+@pytest.fixture(scope="module")
+def ground() -> Iterator[faults.Ground]:
+    if not shutil.which("gcc"):
+        pytest.skip("faults are injected by a library that gcc compiles")
+    with tempfile.TemporaryDirectory(prefix="pmerge-test-") as folder, FaultRuns() as runs:
+        yield faults.Ground(Path(folder) / "ground", runs)
+
+
+@pytest.mark.parametrize("filesystem", ["Linux", "no flock", "no renameat2 (NFS, Lustre)", "no folder rename"])
+def test_a_rank_killed_anywhere_loses_nothing(ground: faults.Ground, filesystem: str) -> None:
+    row = fault_ranks.killed(ground, "any:kill:0", (-9,), filesystem, every=37)
+    assert row.ok, row.wrong
+
+
+@pytest.mark.parametrize("fault", ["pwrite:error:28", "fsync:error:5", "rename:error:5"])
+def test_a_rank_that_cannot_write_fails_and_the_others_finish(ground: faults.Ground, fault: str) -> None:
+    row = fault_ranks.killed(ground, fault, (1,), every=11)
+    assert row.ok, row.wrong
+
+
+def test_a_rank_stopped_anywhere_while_another_runs(ground: faults.Ground) -> None:
+    row = fault_ranks.stopped(ground, every=41)
+    assert row.ok, row.wrong
+
+
+def test_ranks_at_once_killed_at_random(ground: faults.Ground) -> None:
+    row = fault_ranks.together(ground, rounds=2, seed=1)
+    assert row.ok, row.wrong
