@@ -93,7 +93,9 @@ def find_rank(environment: Mapping[str, str], rank: int | None = None, world_siz
     for launcher in _LAUNCHERS:
         if environment.get(launcher.rank) and environment.get(launcher.world_size) and not _is_stale(launcher, environment):
             rank, world_size, local_rank, local_size = (_number(environment, name) for name in launcher[1:])
-            return _checked(Rank(rank, world_size, local_rank, local_size, launcher.name))
+            found = _checked(Rank(rank, world_size, local_rank, local_size, launcher.name))
+            if launcher.name != "srun" or not found.is_alone:
+                return found  # a step of one may be in an array, or left over from the shell in which that was submitted
     return _array_task(environment)
 
 

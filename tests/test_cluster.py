@@ -67,6 +67,13 @@ ENVIRONMENTS = {  # the variables of each launcher as measured, docs/clusters.md
         {**SLURM_STEP, "SLURM_PROCID": "1", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4"},
         Rank(1, 2, 0, 0, "srun"),
     ),
+    "an array submitted in srun --pty bash": (
+        {
+            **{"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+            **{f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "1", "COUNT": "4", "MIN": "0", "STEP": "1"}.items()},
+        },
+        Rank(1, 4, 0, 0, ARRAY),
+    ),
     "Open MPI in an allocation": (
         {
             "SLURM_JOB_ID": "17",

@@ -19,8 +19,9 @@ from builders import digests, nasty_run, nasty_tensors, training_run, write_chec
 from safetensors.torch import load_file, save_file
 from test_quantized_average import quantized_run
 
-from merge_cli import Rank, average, finalize, plan_average, run_share
+from merge_cli import Rank, average, finalize, plan_average, run_average, run_share
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
+from merge_cli.output.lock import Lock
 from merge_cli.sharing import ShareResult
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -111,6 +112,30 @@ def test_ranks_at_the_same_time(tmp_path: Path) -> None:
     assert len(results) == 4
     assert sum(result.has_published for result in results) == 1
     as_single(expected, tmp_path / "out")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_nothing_remains_where_open_files_are_renamed_instead_of_removed(
+    world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS does it: the name .nfs... goes when the file is closed."""
+    release = Lock.release
+
+    def remove_files(lock: Lock) -> None:
+        lock.path.rename(lock.path.with_name(".nfs1"))
+
+    def close(lock: Lock) -> None:
+        release(lock)
+        if lock.path.name == "lock":
+            lock.path.with_name(".nfs1").unlink(missing_ok=True)
+
+    monkeypatch.setattr(Lock, "remove_files", remove_files)
+    monkeypatch.setattr(Lock, "release", close)
+    paths = write_run(tmp_path / "run", training_run({f"layers.{i}": torch.randn(61, 997) for i in range(4)}, 2), shards=2)
+    for rank in range(world_size):
+        run_average(plan_average(paths, tmp_path / "out")) if world_size == 1 else share(paths, tmp_path / "out", rank, world_size)
+    assert (tmp_path / "out").exists()
+    assert not (tmp_path / "out.pmerge-partial").exists()
 
 
 def stop_at_publishing(paths: list[Path], out: Path, rank: int, world_size: int, **options: Any) -> None:

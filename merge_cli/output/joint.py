@@ -77,6 +77,7 @@ class JointStaging(Staging):
                 self._progress_file(self._rank).unlink(missing_ok=True)
         self._lock.release()
         self._control.release()
+        self._remove_empty_folder()
 
     # --- the folder
 
@@ -105,7 +106,13 @@ class JointStaging(Staging):
         return self._finished_files(verify=False)
 
     def _stands(self) -> bool:
-        """Whether the result of this plan is published; what the publishing rank could not clean away goes."""
+        """Whether the result of this plan is published; what the publishing rank could not clean away goes.
+
+        The folder that holds the result is opened because an NFS client then asks the server what is in it. Else it may say for up
+        to a minute that there is no result, as it was when this rank began.
+        """
+        with suppress(OSError):
+            os.close(os.open(self.destination.parent, os.O_RDONLY | os.O_DIRECTORY))
         self.is_published = self._recover() or stands(self.destination, self._merge)
         if self.is_published:
             self.clean()
@@ -176,6 +183,7 @@ class JointStaging(Staging):
 
     def clean(self) -> None:
         """Remove the staging folder after the result was published. The lock goes first: by that other ranks know."""
+        self._is_cleaned = True
         with suppress(OSError):
             self._lock.remove_files()
         with suppress(OSError):

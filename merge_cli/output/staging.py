@@ -81,6 +81,7 @@ class Staging:
         self._publish_file = self.folder / "publish.json"
         self._replaced = self.folder / "replaced"
         self._more_folders = (self.folder / "claims", self.folder / "ranks")  # see `joint.py`
+        self._is_cleaned = False
         self._state: Mapping[str, Any] = {}
         self._lock = Lock(self.folder / "lock", destination)
 
@@ -90,6 +91,7 @@ class Staging:
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()
+        self._remove_empty_folder()
 
     def prepare(self, state: Mapping[str, Any], *, restart: bool = False, verify: bool = False) -> dict[str, Done]:
         """Get ready to write what `state` describes; the files that an earlier run of the same finished, by name.
@@ -158,10 +160,17 @@ class Staging:
 
     def clean(self) -> None:
         """Remove the staging folder after the result was published; what another put into it stays."""
+        self._is_cleaned = True
         with suppress(OSError):  # the result stands: what cannot be removed is only litter
             self._remove_content()
             self._lock.remove_files()
             self.folder.rmdir()
+
+    def _remove_empty_folder(self) -> None:
+        """After the locks are released: NFS keeps an open file that is removed, under another name, until it is closed."""
+        if self._is_cleaned:
+            with suppress(OSError):  # gone already, or somebody else's
+                self.folder.rmdir()
 
     def _remove_content(self) -> None:
         for part in (self.checkpoint, self._replaced, self._done, *self._more_folders):
