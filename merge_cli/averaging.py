@@ -119,6 +119,8 @@ def plan_average(
     device: str = "auto",
     memory: int | None = None,
     threads: int | None = None,
+    chunk_size: int | None = None,
+    direct: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
     verify_resume: bool = False,
@@ -126,8 +128,8 @@ def plan_average(
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
     Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
-    such as "8B" in tokens), `memory` and `shard_size` in bytes. `restart` throws away what an unfinished run to this output left,
-    `verify_resume` reads its finished files again before they are trusted. Without `output` the result goes to
+    such as "8B" in tokens), `memory`, `chunk_size` and `shard_size` in bytes. `restart` throws away what an unfinished run to this
+    output left, `verify_resume` reads its finished files again before they are trusted. Without `output` the result goes to
     `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
@@ -194,13 +196,16 @@ def plan_average(
         if not destination.name:
             raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
     from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
+    from merge_cli.engine.storage import choose_direct
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.staging import check_destinations
 
     if requantize and dtype != "keep":
         raise UsageError("--requantize keeps the base's dtypes, and --dtype changes them", hint="use one of them")
     where = choose_device(device)
-    budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
+    direct_reads = choose_direct(merge, direct)
+    notes = (*notes, *filter(None, [direct_reads.note]))
+    budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads, chunk_size, direct_reads.use)
     findings = check_destinations({destination: merge}, overwrite)
     return AveragePlan(
         merge, destination, candidates, notes, warnings, where, budget, overwrite, restart, verify_resume, tuple(findings)

@@ -130,6 +130,8 @@ def plan_sweep(
     device: str = "auto",
     memory: int | None = None,
     threads: int | None = None,
+    chunk_size: int | None = None,
+    direct: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
     verify_resume: bool = False,
@@ -163,6 +165,7 @@ def plan_sweep(
         notes += [note for note in merge.notes if note not in notes]
         warnings += [line for line in merge.warnings if line not in warnings]
     from merge_cli.engine.device import choose_device  # torch is imported only once the checkpoints are known to fit together
+    from merge_cli.engine.storage import choose_direct
     from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.staging import check_destinations
 
@@ -179,7 +182,9 @@ def plan_sweep(
         todo = [k for k, each in enumerate(here) if not each.is_done]
         if todo:
             merge = replace(merge, outputs=tuple(merge.outputs[k] for k in todo))
-            budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads)
+            direct_reads = choose_direct(merge, direct)
+            notes += [note for note in [direct_reads.note] if note and note not in notes]
+            budget = fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads, chunk_size, direct_reads.use)
             groups.append(SweepGroup(merge, tuple(here[k] for k in todo), budget))
     outputs.sort(key=lambda each: wanted.index(each.combination))
     findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, overwrite)

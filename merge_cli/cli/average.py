@@ -73,6 +73,10 @@ def average_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto",
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
+    chunk_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What is read at once, as 4MiB (chosen by the filesystem).")
+    ] = None,
+    direct: Annotated[str, typer.Option(help="Read past the page cache (O_DIRECT): auto, on or off.")] = "auto",
     storage_bandwidth: Annotated[
         str | None, typer.Option(help="Bytes per second, as 5GB, for the time that --dry-run estimates (measured).")
     ] = None,
@@ -129,6 +133,8 @@ def average_command(
         device=device,
         memory=parse_size(memory, "--memory"),
         threads=threads,
+        chunk_size=parse_size(chunk_size, "--chunk-size"),
+        direct=direct,
         overwrite=overwrite,
         restart=restart,
         verify_resume=verify_resume,

@@ -15,17 +15,21 @@ from dataclasses import dataclass
 
 import torch
 
+from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reduce import (
     Scratch,
+    Views,
     WeightedSum,
     accumulator_dtype,
     add_term,
     divide,
     is_clean,
+    is_finite,
     store,
     torch_dtype,
 )
 from merge_cli.errors import UsageError
+from merge_cli.formats.checkpoint import WeightFile
 from merge_cli.plan import Run
 
 CPU_BLOCK_ELEMENTS = 1 << 18
@@ -67,10 +71,14 @@ def choose_device(name: str) -> Device:
 
 
 class HostBuffer:
-    """`num_bytes` of page-aligned memory: `memory` for reading and writing files, `tensor` (uint8) for computing."""
+    """`num_bytes` of page-aligned memory: `memory` for reading and writing files, `tensor` (uint8) for computing.
+
+    The data begins at byte `begin`, which is 0 but for what was read in whole blocks of the storage.
+    """
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:
         num_bytes = max(num_bytes, 1)
+        self.begin = 0
         if pinned:
             self.tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
             array = (ctypes.c_char * num_bytes).from_address(self.tensor.data_ptr())
@@ -79,14 +87,28 @@ class HostBuffer:
             self._map = mmap.mmap(-1, num_bytes)
             self.memory = memoryview(self._map)
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.views = Views(self.tensor)
+
+    def fill(self, inputs: InputFiles, file: WeightFile, offset: int, size: int, item_bytes: int) -> None:
+        """Read `size` bytes from byte `offset` of an input."""
+        self.begin = inputs.read_block(file, offset, size, item_bytes, self.memory)
+
+    def data(self, size: int) -> memoryview:
+        """The first `size` bytes of the data."""
+        return self.memory[self.begin : self.begin + size]
 
 
 class Lane:
-    """One worker's buffers and device memory: `num_inputs` chunks in, `num_outputs` chunks out, `chunk_bytes` each."""
+    """One worker's buffers and device memory: `num_inputs` chunks in, `num_outputs` chunks out, `chunk_bytes` each.
 
-    def __init__(self, device: Device, num_inputs: int, num_outputs: int, chunk_elements: int, chunk_bytes: int) -> None:
+    Inputs have `slack_bytes` more, for reading whole blocks of the storage.
+    """
+
+    def __init__(
+        self, device: Device, num_inputs: int, num_outputs: int, chunk_elements: int, chunk_bytes: int, slack_bytes: int = 0
+    ) -> None:
         self._device = device
-        self.inputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_inputs)]
+        self.inputs = [HostBuffer(chunk_bytes + slack_bytes, device.is_cuda) for _ in range(num_inputs)]
         self.outputs = [HostBuffer(chunk_bytes, device.is_cuda) for _ in range(num_outputs)]
         self._block = device.block_elements(chunk_elements)
         self._scratch = Scratch(self._block, num_outputs, device.torch)
@@ -109,7 +131,7 @@ class Lane:
             dtypes[k] = accumulator_dtype(setting, operation, [run.sources[i].dtype for i in operation.inputs], run.dtype)
             for position, i in enumerate(operation.inputs):
                 users.setdefault(i, []).append((k, position))
-        clean: list[torch.Tensor] = []
+        clean: list[torch.Tensor | bool] = []
         out_dtype = torch_dtype(run.dtype)
         with self._active():
             for start in range(0, count, self._block):
@@ -117,13 +139,21 @@ class Lane:
                 sums = {k: self._scratch.accumulator(k, length, dtype) for k, dtype in dtypes.items()}
                 for i in sorted(users):
                     source = self._upload(elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length))
-                    wide = {dtype: self._widen(source, dtype) for dtype in {dtypes[k] for k, _ in users[i]}}
+                    wide: dict[torch.dtype, torch.Tensor] = {}
                     for k, position in users[i]:
-                        add_term(operations[k], position, wide[dtypes[k]], sums[k])
+                        dtype = dtypes[k]
+                        if position == 0 and operations[k].factors[0] == 1.0:
+                            sums[k].copy_(source)  # what multiplying by 1 gives, in one pass
+                            continue
+                        if dtype not in wide:
+                            wide[dtype] = self._widen(source, dtype)
+                        add_term(operations[k], position, wide[dtype], sums[k])
                 for k, operation in operations.items():
                     divide(operation, sums[k])
                     clean.append(self._store(sums[k], elements(self.outputs[k], out_dtype, start, length), mend))
-            return bool(torch.stack(clean).all().item())  # waits for the stream
+            if self._stream is None:
+                return all(clean)
+            return bool(torch.stack(clean).all().item())  # type: ignore[arg-type]  # waits for the stream
 
     def _widen(self, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return source if source.dtype == dtype else self._scratch.wide(source.numel(), dtype).copy_(source)
@@ -134,21 +164,20 @@ class Lane:
     def _upload(self, host: torch.Tensor) -> torch.Tensor:
         return host if self._stream is None else host.to(self._device.torch, non_blocking=True)
 
-    def _store(self, accumulator: torch.Tensor, host: torch.Tensor, mend: bool) -> torch.Tensor:
-        """Round into `host` (with `mend`: only where that is not finite); a bool tensor []: whether all is finite."""
+    def _store(self, accumulator: torch.Tensor, host: torch.Tensor, mend: bool) -> torch.Tensor | bool:
+        """Round into `host` (with `mend`: only where that is not finite); whether all is finite (on CUDA a bool tensor [])."""
         if self._stream is None and not mend:
             store(accumulator, host)
-            return is_clean(host)
+            return is_finite(host)
         rounded = torch.empty(host.shape, dtype=host.dtype, device=accumulator.device)
         store(accumulator, rounded)
         if mend:
             before = self._upload(host)
             rounded = torch.where(before.isfinite(), before, rounded)
         host.copy_(rounded, non_blocking=True)
-        return is_clean(rounded)
+        return is_finite(rounded) if self._stream is None else is_clean(rounded)
 
 
 def elements(buffer: HostBuffer, dtype: torch.dtype, start: int, length: int) -> torch.Tensor:
     """Elements `start` to `start + length` of a buffer that holds `dtype`, as a view [length]."""
-    size = dtype.itemsize
-    return buffer.tensor[start * size : (start + length) * size].view(dtype)
+    return buffer.views.of(dtype, buffer.begin + start * dtype.itemsize, length)
