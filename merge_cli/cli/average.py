@@ -236,7 +236,7 @@ def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandw
     if not (as_json and quiet):
         for finding in plan.findings:
             console.print_error(finding, "finding")
-    expected = estimate(plan.merge, storage_bandwidth)
+    expected = estimate(plan.merge, storage_bandwidth, device=plan.device)
     rate = console.human_bytes(expected.storage_bandwidth)
     if not quiet:
         console.say(
