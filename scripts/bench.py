@@ -53,6 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mergekit-env", type=Path, default=SCRIPTS.parent / ".venv-mergekit", metavar="FOLDER")
     parser.add_argument("--sweep", action="store_true", help="eight outputs by `pmerge sweep`; no peers")
     parser.add_argument("--grow", choices=VALUES)
+    parser.add_argument("--sparse", action="store_true", help="inputs of a series are holes, read as zeros: for measuring memory")
     parser.add_argument("--values", help="of the series, with commas between them")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw pmerge's peak memory along the series")
     parser.add_argument("--json", action="store_true")
@@ -116,7 +117,7 @@ def series(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, obj
 
     values = options.values.split(",") if options.values else VALUES[options.grow]
     rows, points = [], []
-    for value, results in grow(options.grow, values, contestants, work, options.rounds):
+    for value, results in grow(options.grow, values, contestants, work, options.rounds, options.sparse):
         facts = [bench_report.as_json(result) for result in results]
         floor_s = bench_report.floor_seconds(facts)
         rows += [(f"{value} {f['name']}", bench_report.figures(f, floor_s)) for f in facts]

@@ -45,19 +45,19 @@ def point(what: str, value: str) -> tuple[int, str, dict[str, object]]:
 
 
 def grow(
-    what: str, values: Sequence[str], contestants: Callable[[str], list[Contestant]], work: Path, rounds: int
+    what: str, values: Sequence[str], contestants: Callable[[str], list[Contestant]], work: Path, rounds: int, sparse: bool
 ) -> Iterator[tuple[str, list[Result]]]:
-    """Each value and its results. `contestants` gives those of a value (which may be a `--memory`)."""
+    """Each value and its results. `contestants` gives those of a value (which may be a `--memory`); `sparse` inputs are holes."""
     for value in values:
         count, size, more = point(what, value)
-        need, free = (count + 1) * parse_size(size), free_bytes(work)
+        need, free = (1 if sparse else count + 1) * parse_size(size), free_bytes(work)
         if need > free:
             missing = f"needs {format_size(need)}, {format_size(free)} free"
             print(f"{what} {value}: left out: {missing}", file=sys.stderr)
             continue
         print(f"{what} {value}", file=sys.stderr)
         folder = work / "inputs"
-        inputs = make_inputs(folder, count=count, size=size, **more)
+        inputs = make_inputs(folder, count=count, size=size, sparse=sparse, **more)
         try:
             yield value, contest(contestants(value), inputs, work, rounds)
         finally:
