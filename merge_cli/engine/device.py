@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -114,17 +114,28 @@ class Lane:
         self._scratch = Scratch(self._block, num_outputs, device.torch)
         self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None  # type: ignore[no-untyped-call]
 
-    def reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str) -> bool:
+    def reduce(
+        self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str, load: Callable[[int], None]
+    ) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
+        `load(i)` fills input buffer i. It is called just before that input is added, while what it reads is in the nearest cache.
         False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for float32 where the
         average is not (masks are full of the smallest bfloat16): such elements, and only they, are summed again in float64.
         """
-        if self._reduce(run, count, operations, setting, mend=False):
+        if self._reduce(run, count, operations, setting, load):
             return True
         return setting == "auto" and self._reduce(run, count, operations, "fp64", mend=True)
 
-    def _reduce(self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str, mend: bool) -> bool:
+    def _reduce(
+        self,
+        run: Run,
+        count: int,
+        operations: Mapping[int, WeightedSum],
+        setting: str,
+        load: Callable[[int], None] | None = None,
+        mend: bool = False,
+    ) -> bool:
         users: dict[int, list[tuple[int, int]]] = {}  # of each input: which operations, and as which term
         dtypes = {}
         for k, operation in operations.items():
@@ -138,6 +149,8 @@ class Lane:
                 length = min(self._block, count - start)
                 sums = {k: self._scratch.accumulator(k, length, dtype) for k, dtype in dtypes.items()}
                 for i in sorted(users):
+                    if load is not None and start == 0:
+                        load(i)
                     source = self._upload(elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length))
                     wide: dict[torch.dtype, torch.Tensor] = {}
                     for k, position in users[i]:

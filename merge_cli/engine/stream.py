@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from merge_cli.engine.coded import TARGET_VALUES, CodedReducer, bytes_for, keep_freed_memory, largest_chunk, rows_of
-from merge_cli.engine.device import CPU_BLOCK_ELEMENTS, Device, Lane, elements
+from merge_cli.engine.device import CPU_BLOCK_ELEMENTS, Device, HostBuffer, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
 from merge_cli.engine.reduce import WeightedSum, torch_dtype, weighted_sum
@@ -169,6 +169,10 @@ class _OpenFile:
         self.nonfinite: Counter[str] = Counter()
 
 
+class _Stopped(Exception):
+    """The run is to end: another worker failed, or a signal came."""
+
+
 class _Job:
     """The state that the worker threads share."""
 
@@ -268,6 +272,8 @@ class _Job:
                 else:
                     self._process(lane, open_file, run, start, count)
             self._add_up(coded)
+        except _Stopped:
+            pass
         except BaseException as error:  # handed to the main thread, which raises it
             with self._lock:  # chunks are taken in order: those before this one are done or in flight, and tell for themselves
                 if self._error is None or number < self._error[0]:
@@ -282,22 +288,24 @@ class _Job:
                 self._complete(open_file, k)
             return
         began = time.perf_counter()
-        bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
-        bytes_read = 0
-        for i in open_file.used if run.kind == "average" else sorted(set(bases.values())):
+        bytes_read, reading = 0, 0.0
+
+        def load(i: int) -> None:
+            nonlocal bytes_read, reading
             if self._stopped.is_set():
-                return
-            source = run.sources[i]
-            bits = DTYPES[source.dtype].bits
-            size = count * bits // 8
-            lane.inputs[i].fill(self.inputs, source.file, source.offset + start * bits // 8, size, max(1, bits // 8))
-            bytes_read += size
-        read = time.perf_counter()
+                raise _Stopped
+            before = time.perf_counter()
+            bytes_read += self._read(run, i, start, count, lane.inputs[i])
+            reading += time.perf_counter() - before
+
         if run.kind == "average":
-            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
+            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate, load):
                 self._handle_nonfinite(lane, open_file, run, start, count)
             results = {k: lane.outputs[k] for k in open_file.writers}
         else:
+            bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
+            for i in sorted(set(bases.values())):
+                load(i)
             results = {k: lane.inputs[i] for k, i in bases.items()}
         computed = time.perf_counter()
         bits = DTYPES[run.dtype].bits
@@ -308,12 +316,20 @@ class _Job:
         written = time.perf_counter()
         with self._lock:
             statistics = self.statistics
-            statistics.seconds_reading += read - began
-            statistics.seconds_computing += computed - read
+            statistics.seconds_reading += reading
+            statistics.seconds_computing += computed - began - reading
             statistics.seconds_writing += written - computed
             statistics.bytes_read += bytes_read
             statistics.bytes_written += size * len(open_file.writers)
             self._on_progress(statistics)
+
+    def _read(self, run: Run, i: int, start: int, count: int, buffer: HostBuffer) -> int:
+        """Read elements of one input into `buffer`; how many bytes."""
+        source = run.sources[i]
+        bits = DTYPES[source.dtype].bits
+        size = count * bits // 8
+        buffer.fill(self.inputs, source.file, source.offset + start * bits // 8, size, max(1, bits // 8))
+        return size
 
     def _process_coded(self, reducer: CodedReducer, open_file: _OpenFile, run: CodedRun, first: int, end: int) -> None:
         began = time.perf_counter()
