@@ -40,8 +40,9 @@ from merge_cli.selection import (
 )
 
 if TYPE_CHECKING:
+    from merge_cli.engine.budget import Budget
     from merge_cli.engine.device import Device
-    from merge_cli.engine.stream import Budget, Statistics
+    from merge_cli.engine.stream import Statistics
     from merge_cli.output.staging import Done
 
 StrPath = str | os.PathLike[str]
@@ -122,6 +123,8 @@ def plan_average(
     memory: int | None = None,
     device_memory: int | None = None,
     threads: int | None = None,
+    chunk_size: int | None = None,
+    direct: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
     verify_resume: bool = False,
@@ -130,9 +133,10 @@ def plan_average(
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
     Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
-    such as "8B" in tokens), `memory`, `device_memory` and `shard_size` in bytes. `restart` throws away what an unfinished run to
-    this output left, `verify_resume` reads its finished files again before they are trusted. `rank` is this process where several
-    make one average (`merge_cli.sharing`). Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
+    such as "8B" in tokens), `memory`, `device_memory`, `chunk_size` and `shard_size` in bytes. `restart` throws away what an
+    unfinished run to this output left, `verify_resume` reads its finished files again before they are trusted. `rank` is this
+    process where several make one average (`merge_cli.sharing`). Without `output` the result goes to
+    `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
     too little space) is in `findings` instead, so that a plan can always be looked at.
@@ -197,8 +201,9 @@ def plan_average(
         destination = destination.resolve()
         if not destination.name:
             raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
+    from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
-    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
+    from merge_cli.engine.storage import choose_direct
     from merge_cli.output.manifest import stands
     from merge_cli.output.staging import check_destinations
 
@@ -209,10 +214,13 @@ def plan_average(
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
     memory = (memory or DEFAULT_MEMORY_BYTES) // (rank.world_size if rank.source == WORKER else 1)
     threads = threads or rank.threads(len(os.sched_getaffinity(0)))
-    where, budget, reasons = settle(
-        device, merge, lambda where: fit_memory(merge, memory, where, threads, device_memory), rank.local_rank
-    )
-    notes = (*notes, *reasons)
+    direct_reads = choose_direct(merge, direct)
+
+    def fit(where: Device) -> Budget:
+        return fit_memory(merge, memory, where, threads, device_memory, chunk_size, direct_reads.use)
+
+    where, budget, reasons = settle(device, merge, fit, rank.local_rank)
+    notes = (*notes, *filter(None, [direct_reads.note]), *reasons)
     late = not rank.is_alone and stands(destination, merge)
     findings = [] if late else check_destinations({destination: merge}, overwrite)
     return AveragePlan(

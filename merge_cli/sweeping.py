@@ -36,8 +36,9 @@ from merge_cli.selection import Candidate, is_in_tokens, parse_amount
 from merge_cli.version import __version__
 
 if TYPE_CHECKING:
+    from merge_cli.engine.budget import Budget
     from merge_cli.engine.device import Device
-    from merge_cli.engine.stream import Budget, Statistics
+    from merge_cli.engine.stream import Statistics
 
 REPORT = "sweep.json"
 
@@ -132,6 +133,8 @@ def plan_sweep(
     memory: int | None = None,
     device_memory: int | None = None,
     threads: int | None = None,
+    chunk_size: int | None = None,
+    direct: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
     verify_resume: bool = False,
@@ -164,16 +167,21 @@ def plan_sweep(
     for merge, _ in merges:
         notes += [note for note in merge.notes if note not in notes]
         warnings += [line for line in merge.warnings if line not in warnings]
+    from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
-    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, fit_memory
+    from merge_cli.engine.storage import choose_direct
     from merge_cli.output.manifest import stands
     from merge_cli.output.staging import check_destinations
 
-    def fit(merge: MergePlan, where: Device) -> Budget:
-        return fit_memory(merge, memory or DEFAULT_MEMORY_BYTES, where, threads, device_memory)
-
     folder = Path(output)
     largest = max((merge for merge, _ in merges), key=lambda merge: merge.bytes_to_read)
+    direct_reads = choose_direct(largest, direct)
+    notes += filter(None, [direct_reads.note])
+
+    def fit(merge: MergePlan, where: Device) -> Budget:
+        memory_bytes = memory or DEFAULT_MEMORY_BYTES
+        return fit_memory(merge, memory_bytes, where, threads, device_memory, chunk_size, direct_reads.use)
+
     where, _, reasons = settle(device, largest, partial(fit, largest))
     notes += reasons
     outputs: list[SweepOutput] = []

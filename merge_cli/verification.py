@@ -346,8 +346,9 @@ def _restricted_run(run: Run | CodedRun, chosen: set[str]) -> Iterator[Run | Cod
 
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
     """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
+    from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.engine.choice import settle
-    from merge_cli.engine.stream import DEFAULT_MEMORY_BYTES, Statistics, Todo, check_inputs_unchanged, fit_memory, stream
+    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
 
     different: dict[str, set[str]] = {}
     before = 0

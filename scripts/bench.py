@@ -4,7 +4,7 @@
     scripts/bench --peers naive,safe_open,mergekit             mergekit too, in an environment of its own
     scripts/bench --shape moe --tensors 20000                  many small tensors
     scripts/bench --size 1.3GB --largest-tensor 1GB            one tensor larger than --memory
-    scripts/bench --grow n                                     a series; also size, tensors, memory
+    scripts/bench --grow n --plot memory.svg                   a series; also size, largest, tensors, memory
     scripts/bench --inputs run/ckpt_*                          checkpoints that are there already
     scripts/bench --sweep --count 10 --size 200MB              eight averages by `pmerge sweep`, against one read and eight copies
     scripts/bench -- --workers 2                               what follows -- goes to `pmerge average`
@@ -53,7 +53,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mergekit-env", type=Path, default=SCRIPTS.parent / ".venv-mergekit", metavar="FOLDER")
     parser.add_argument("--sweep", action="store_true", help="eight outputs by `pmerge sweep`; no peers")
     parser.add_argument("--grow", choices=VALUES)
+    parser.add_argument("--sparse", action="store_true", help="inputs of a series are holes, read as zeros: for measuring memory")
     parser.add_argument("--values", help="of the series, with commas between them")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw pmerge's peak memory along the series")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("pmerge_options", nargs="*", metavar="-- PMERGE OPTIONS")
     options = parser.parse_args(argv)
@@ -62,6 +64,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options.peers = [name for name in names if name != "none"]
     if unknown := set(options.peers) - PEERS.keys():
         parser.error(f"no peer is called {', '.join(sorted(unknown))}: there are {', '.join(PEERS)}")
+    if options.plot and not options.grow:
+        parser.error("--plot draws a series: it needs --grow")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
@@ -113,11 +117,15 @@ def series(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, obj
 
     values = options.values.split(",") if options.values else VALUES[options.grow]
     rows, points = [], []
-    for value, results in grow(options.grow, values, contestants, work, options.rounds):
+    for value, results in grow(options.grow, values, contestants, work, options.rounds, options.sparse):
         facts = [bench_report.as_json(result) for result in results]
         floor_s = bench_report.floor_seconds(facts)
         rows += [(f"{value} {f['name']}", bench_report.figures(f, floor_s)) for f in facts]
-        points.append({"value": value, "inputs": str(results[0].inputs), "results": facts})
+        inputs = results[0].inputs
+        moved, tensors = inputs.moved_bytes(1), inputs.num_tensors
+        points.append({"value": value, "inputs": str(inputs), "moved_bytes": moved, "tensors": tensors, "results": facts})
+    if options.plot and points:
+        options.plot.write_text(bench_report.memory_plot(options.grow, options.memory, points))
     return rows, {"grow": options.grow, "points": points}
 
 
@@ -155,6 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"load before: {load_before:.2f}; {options.rounds} rounds after one of warm-up\n")
     print(f"{measured.get('inputs') or 'time and memory against ' + options.grow}\n")
     bench_report.table(options.grow or "", rows)
+    if options.grow:
+        bench_report.straightness(options.grow, measured["points"])
     print(f"\n{bench_report.NOTES}")
 
 

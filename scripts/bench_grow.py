@@ -2,6 +2,7 @@
 
     n         number of checkpoints, each of 100 MB
     size      size of a checkpoint, 2 of them
+    largest   size of the largest tensor of a checkpoint, 2 of them, each 100 MB larger than that
     tensors   number of tensors in a checkpoint of 1 GB, 2 of them (a mixture of experts)
     memory    `--memory`, 4 checkpoints of 1 GB
 
@@ -22,6 +23,7 @@ from units import format_size, parse_size
 VALUES = {
     "n": ["2", "4", "8", "16", "32"],
     "size": ["100MB", "300MB", "1GB", "3GB", "10GB"],
+    "largest": ["100MB", "500MB", "2GB"],
     "tensors": ["100", "1000", "10000", "100000"],
     "memory": ["64MiB", "128MiB", "256MiB", "512MiB", "1GiB"],
 }
@@ -34,6 +36,8 @@ def point(what: str, value: str) -> tuple[int, str, dict[str, object]]:
             return int(value), "100MB", {"shape": "dense"}
         case "size":
             return 2, value, {"shape": "dense"}
+        case "largest":
+            return 2, str(parse_size(value) + 100_000_000), {"shape": "dense", "largest_tensor": value}
         case "tensors":
             return 2, "1GB", {"shape": "moe", "tensors": int(value)}
         case _:
@@ -41,19 +45,19 @@ def point(what: str, value: str) -> tuple[int, str, dict[str, object]]:
 
 
 def grow(
-    what: str, values: Sequence[str], contestants: Callable[[str], list[Contestant]], work: Path, rounds: int
+    what: str, values: Sequence[str], contestants: Callable[[str], list[Contestant]], work: Path, rounds: int, sparse: bool
 ) -> Iterator[tuple[str, list[Result]]]:
-    """Each value and its results. `contestants` gives those of a value (which may be a `--memory`)."""
+    """Each value and its results. `contestants` gives those of a value (which may be a `--memory`); `sparse` inputs are holes."""
     for value in values:
         count, size, more = point(what, value)
-        need, free = (count + 1) * parse_size(size), free_bytes(work)
+        need, free = (1 if sparse else count + 1) * parse_size(size), free_bytes(work)
         if need > free:
             missing = f"needs {format_size(need)}, {format_size(free)} free"
             print(f"{what} {value}: left out: {missing}", file=sys.stderr)
             continue
         print(f"{what} {value}", file=sys.stderr)
         folder = work / "inputs"
-        inputs = make_inputs(folder, count=count, size=size, **more)
+        inputs = make_inputs(folder, count=count, size=size, sparse=sparse, **more)
         try:
             yield value, contest(contestants(value), inputs, work, rounds)
         finally:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import bench_plot
 from bench_contestants import MERGEKIT
 from bench_measure import Measured
 from bench_rounds import Result, filesystem
@@ -119,6 +120,39 @@ def figures(facts: dict, floor_s: float | None) -> dict[str, str]:
         "tiny merge s": f"{statistics.median(facts['tiny_merge_s']):.2f}" if facts["tiny_merge_s"] else "",
         "rounded": "" if facts["name"] == "floor" else rounded(facts["check"]),
     }
+
+
+def of_pmerge(points: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """The points of a series at which pmerge was measured, and what was."""
+    found = [(point, facts) for point in points for facts in point["results"] if facts["name"] == "pmerge"]
+    return [(point, facts) for point, facts in found if "wall_s" in facts]
+
+
+def memory_plot(grow: str, memory: str, points: Sequence[dict]) -> str:
+    """An SVG drawing of pmerge's peak memory along a series."""
+    bars = [(str(point["value"]), facts["largest_process_bytes"] / 1e6) for point, facts in of_pmerge(points)]
+    title = f"Peak resident memory of pmerge average{'' if grow == 'memory' else f' --memory {memory}'}"
+    return bench_plot.bars(title, "MB", X_TITLES[grow], bars, limit=0 if grow == "memory" else 512)
+
+
+X_TITLES = {
+    "n": "number of checkpoints, 100 MB each",
+    "size": "size of each of 2 checkpoints",
+    "largest": "largest tensor of each of 2 checkpoints",
+    "tensors": "tensors in each of 2 checkpoints of 1 GB",
+    "memory": "--memory, 4 checkpoints of 1 GB",
+}
+
+
+def straightness(grow: str, points: Sequence[dict]) -> None:
+    """Print the straight line through pmerge's loop times, and how far each lies from it."""
+    measured = [(point, statistics.median(facts["loop_s"])) for point, facts in of_pmerge(points) if facts["loop_s"]]
+    if grow == "memory" or len(measured) < 3:
+        return
+    key, unit, each = ("tensors", 1000, "1000 tensors") if grow == "tensors" else ("moved_bytes", 1e9, "GB moved")
+    fixed, slope, rest = bench_plot.fit_line([(point[key], loop) for point, loop in measured])
+    print(f"\nloop: {fixed:.3f} s + {slope * unit:.3f} s a {each}; off that line:", end=" ")
+    print(", ".join(f"{point['value']} {100 * off:+.0f} %" for (point, _), off in zip(measured, rest, strict=True)))
 
 
 def floor_seconds(contest: Iterable[dict]) -> float | None:

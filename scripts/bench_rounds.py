@@ -69,7 +69,8 @@ def describe(checkpoints: Sequence[Path]) -> Inputs:
 
 def make_inputs(out: Path, **options: object) -> Inputs:
     """Checkpoints from make_checkpoints.py; `options` are its options, those that are 0 are left out."""
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value]
+    names = {key: f"--{key.replace('_', '-')}" for key in options}
+    flags = [names[key] if value is True else f"{names[key]}={value}" for key, value in options.items() if value]
     command = [sys.executable, str(SCRIPTS / "make_checkpoints.py"), *flags, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench_contestants
 import bench_measure
 import bench_peers
+import bench_plot
 import bench_report
 import bench_rounds
 import make_checkpoints
@@ -222,6 +224,31 @@ def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, c
     assert len({len(line) for line in lines}) == 1
     assert "| 1.00 " in lines[2]
     assert "failed" in lines[3]
+
+
+def test_fit_line():
+    fixed, slope, rest = bench_plot.fit_line([(1, 3.0), (10, 21.0), (100, 201.0)])
+    assert (fixed, slope) == (pytest.approx(1), pytest.approx(2))
+    assert rest == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("least, step", [(0.3, 0.5), (1, 1), (3, 5), (112.64, 200), (60, 100)])
+def test_nice_step(least, step):
+    assert bench_plot.nice_step(least) == pytest.approx(step)
+
+
+def test_plot_is_well_formed():
+    drawing = ElementTree.fromstring(bench_plot.bars("a < b", "MB", "n", [("2", 250.0), ("32", 260.0)], limit=512))
+    heights = [float(bar.get("height")) for bar in drawing.iter("{http://www.w3.org/2000/svg}rect") if bar.get("x")]
+    assert heights[1] / heights[0] == pytest.approx(260 / 250, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_bench_of_a_series(tmp_path):
+    options = ["--grow=size", "--values=1MB,2MB,3MB", "--rounds=1", f"--folder={tmp_path}", f"--plot={tmp_path}/m.svg"]
+    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True)
+    assert "loop: " in done.stdout and "3MB " in done.stdout.split("off that line:")[1]
+    ElementTree.parse(tmp_path / "m.svg")
 
 
 @pytest.mark.slow

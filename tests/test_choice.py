@@ -13,9 +13,9 @@ from fake_device import Failure, FakeDevice, World
 
 from merge_cli import average, plan_average
 from merge_cli.engine import choice
+from merge_cli.engine.budget import fit_memory
 from merge_cli.engine.choice import Rate, compare, sample
 from merge_cli.engine.device import CPU, Device, choose_device
-from merge_cli.engine.stream import fit_memory
 from merge_cli.errors import PmergeError
 
 

@@ -318,6 +318,7 @@ def test_a_closed_or_full_stream_is_no_traceback(run: Path) -> None:
 def test_dry_run_estimates_the_time(run: Path) -> None:
     plan = json.loads(pmerge("average", run, "--dry-run", "--json", "--storage-bandwidth", "1kB", cwd=run).stdout)
     moved = plan["bytes_to_read"] + plan["bytes_to_write"]
+    assert plan["estimate"].pop("parts").keys() == {"storage", "computing"}
     assert plan["estimate"] == {"seconds": moved / 1000, "bottleneck": "storage", "storage_bandwidth": 1000}
     plan = json.loads(pmerge("average", run, "--dry-run", "--json", "--storage-bandwidth", "1000TB", cwd=run).stdout)
     assert plan["estimate"]["bottleneck"] == "computing" and 0 < plan["estimate"]["seconds"] < 1

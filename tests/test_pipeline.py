@@ -57,8 +57,9 @@ def on(monkeypatch: pytest.MonkeyPatch) -> On:
     def run_on(world: World, *arguments: Any, chunk_bytes: int = CHUNK_BYTES, **options: Any) -> AverageResult:
         with monkeypatch.context() as patched:
             patched.setattr("merge_cli.engine.choice.choose_device", lambda *_: FakeDevice("fake", world))
-            patched.setattr("merge_cli.engine.stream.TARGET_CHUNK_BYTES", chunk_bytes)
-            patched.setattr("merge_cli.engine.stream._REDONE_ELEMENTS", 1000)
+            patched.setattr("merge_cli.engine.budget.LARGE_REQUEST_BYTES", chunk_bytes)
+            patched.setattr("merge_cli.engine.stream.REDONE_ELEMENTS", 1000)
+            patched.setattr("merge_cli.engine.budget.REDONE_ELEMENTS", 1000)
             try:
                 return average(*arguments, device="fake", **options)
             finally:

@@ -1,14 +1,27 @@
-"""Reading the inputs: what stays in the page cache."""
+"""Reading the inputs: what stays in the page cache, what goes past it, and how much is read at once."""
 
+import errno
+import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from merge_cli import average, sweep
+from merge_cli.averaging import plan_average
+from merge_cli.engine import storage
+from merge_cli.engine.budget import fit_memory
+from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
-from merge_cli.formats.checkpoint import open_checkpoint
+from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
+from merge_cli.errors import ChangedError, UsageError
+from merge_cli.formats.checkpoint import WeightFile, open_checkpoint
 
 
 def cached(path: Path, offset: int) -> bool:
@@ -39,3 +52,155 @@ def test_what_was_read_stays_cached_unless_told_otherwise(keep: bool, tmp_path: 
     with InputFiles(keep_cached=keep) as inputs:
         inputs.read_into(file, 0, memoryview(bytearray(file.file_bytes)))
     assert cached(file.path, 8 << 20) == keep
+
+
+# -- O_DIRECT -----------------------------------------------------------------------------------------------------------------
+
+
+def has_direct(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def odd_file(tmp_path_factory: pytest.TempPathFactory) -> WeightFile:
+    """A file whose size is no multiple of 4096, larger than some blocks."""
+    torch.manual_seed(0)
+    numbers = torch.randint(0, 256, (100_003,), dtype=torch.uint8)
+    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("odd") / "c", {"w": numbers})).files[0]
+
+
+def block_for(size: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, size + 2 * DIRECT_BLOCK_BYTES))
+
+
+@given(data=st.data(), direct=st.booleans(), item_bytes=st.sampled_from([1, 2, 4, 8]))
+@settings(max_examples=100, deadline=None)
+def test_direct_reads_equal_buffered_reads(odd_file: WeightFile, data: st.DataObject, direct: bool, item_bytes: int) -> None:
+    begin = data.draw(st.integers(0, odd_file.file_bytes) | st.sampled_from([0, 4095, 4096, 98304]))
+    end = data.draw(st.integers(begin, odd_file.file_bytes) | st.just(odd_file.file_bytes))
+    block = block_for(end - begin)
+    with InputFiles(direct=direct) as inputs:
+        start = inputs.read_block(odd_file, begin, end - begin, item_bytes, block)
+    assert start % item_bytes == 0
+    assert block[start : start + end - begin] == odd_file.path.read_bytes()[begin:end]
+    if direct and has_direct(odd_file.path) and begin < end and begin % DIRECT_BLOCK_BYTES % item_bytes == 0:
+        assert start == begin % DIRECT_BLOCK_BYTES
+
+
+def test_a_file_that_ends_early_is_named_by_direct_reads_too(tmp_path: Path) -> None:
+    file = open_checkpoint(write_checkpoint(tmp_path / "c", {"w": torch.ones(50_000)})).files[0]
+    with InputFiles(direct=True) as inputs:
+        inputs.read_block(file, 0, 10_000, 4, block_for(10_000))  # now it is open
+        os.truncate(file.path, 150_000)
+        inputs.read_block(file, 140_000, 10_000, 4, block_for(10_000))
+        with pytest.raises(ChangedError, match=r"changed during the run|ended at byte 150000"):
+            inputs.read_block(file, 140_000, 20_000, 4, block_for(20_000))
+
+
+@pytest.mark.parametrize("where", ["open", "preadv"])
+def test_storage_without_direct_reads_is_read_through_the_cache(
+    where: str, odd_file: WeightFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_direct(monkeypatch, where)
+    with InputFiles(direct=True) as inputs:
+        for begin in (100, 5000):
+            block = block_for(9000)
+            assert inputs.read_block(odd_file, begin, 9000, 1, block) == 0
+            assert block[:9000] == odd_file.path.read_bytes()[begin : begin + 9000]
+
+
+def without_direct(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Let O_DIRECT fail as on filesystems that do not have it: at the opening, or at the first read."""
+    real_open, real_preadv, direct = os.open, os.preadv, set()
+
+    def fake_open(path: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_DIRECT and where == "open":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fd = real_open(path, flags & ~os.O_DIRECT, *more)
+        (direct.add if flags & os.O_DIRECT else direct.discard)(fd)
+        return fd
+
+    def fake_preadv(fd: int, *more: Any) -> int:
+        if fd in direct:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real_preadv(fd, *more)
+
+    monkeypatch.setattr(os, "open", fake_open)
+    monkeypatch.setattr(os, "preadv", fake_preadv)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for step in (1, 2, 3):
+        torch.manual_seed(step)
+        shapes = {"a": (3,), "w": (70_001,), "x": (300, 301), "z": (1,)}
+        weights = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+        write_checkpoint(tmp_path / "run" / f"step_{step}", weights | {"n": torch.randn(5001), "i": torch.arange(3)})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8192, 100_000])
+def test_direct_does_not_change_the_bytes(chunk_size: int | None, run: Path, tmp_path: Path) -> None:
+    expected = weights_of(average([run], tmp_path / "off", method="ema", direct="off").output)
+    assert weights_of(average([run], tmp_path / "on", method="ema", direct="on", chunk_size=chunk_size).output) == expected
+    made = sweep([run], tmp_path / "sweep", methods=["sma", "ema"], direct="on", chunk_size=chunk_size, memory=8 << 20)
+    assert weights_of(made.outputs[1]) == expected
+
+
+def weights_of(checkpoint: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(checkpoint.glob("*.safetensors"))]
+
+
+@pytest.mark.parametrize("where", ["open", "preadv"])
+def test_a_note_says_why_reads_are_not_direct(where: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_direct(monkeypatch, where)
+    plan = plan_average([run], tmp_path / "out", direct="on")
+    assert plan.budget.slack_bytes == 0
+    assert any("O_DIRECT fails for" in note and "Invalid argument" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("direct_speed, chosen", [(3e9, True), (2.1e9, False), (1e9, False)])
+def test_auto_takes_what_is_clearly_faster(
+    direct_speed: float, chosen: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_probe", lambda file: None)
+    monkeypatch.setattr(storage, "_bytes_per_s", lambda path, begin, size, flags: direct_speed if flags else 2e9)
+    assert plan_average([run], tmp_path / "out").notes == plan_average([run], tmp_path / "out", direct="off").notes
+    monkeypatch.setattr(storage, "is_larger_than_cache", lambda plan: True)
+    plan = plan_average([run], tmp_path / "out")
+    assert (plan.budget.slack_bytes > 0) == chosen
+    assert any(f"{direct_speed / 1e9:.2f} GB/s with O_DIRECT, 2.00 GB/s without" in note for note in plan.notes)
+
+
+def test_auto_really_times_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "is_larger_than_cache", lambda plan: True)
+    notes = plan_average([run], tmp_path / "out").notes
+    assert any("GB/s with O_DIRECT" in note or "O_DIRECT fails" in note for note in notes)
+
+
+def test_direct_is_auto_on_or_off(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--direct cannot be 'yes'"):
+        plan_average([run], tmp_path / "out", direct="yes")
+
+
+# -- the size of a chunk ------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_are_small_where_data_is_local_and_large_where_it_may_not_be(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = plan_average([run], tmp_path / "out").merge
+    big = replace(merge, files=tuple(replace(file, runs=tuple(map(lengthen, file.runs))) for file in merge.files))
+    cpu = Device("cpu")
+    chunks = [fit_memory(big, 1 << 30, cpu, chunk_bytes=size).chunk_bytes for size in (None, 1 << 20, 5000)]
+    assert chunks == [(1 << 18) * 8, 1 << 20, 4096 * 8]  # the widest input has 8 bytes an element
+    monkeypatch.setattr(storage, "_LOCAL", {})
+    assert fit_memory(big, 1 << 30, cpu).chunk_bytes == 4 << 20
+
+
+def lengthen(run: Any) -> Any:
+    return replace(run, num_elements=1 << 24)

@@ -77,6 +77,10 @@ def average_command(
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
     device_memory: Annotated[str | None, typer.Option(help="Bound on a GPU's buffers (2GiB, at most 3/4 of what is free).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
+    chunk_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What is read at once, as 4MiB (chosen by the filesystem).")
+    ] = None,
+    direct: Annotated[str, typer.Option(help="Read past the page cache (O_DIRECT): auto, on or off.")] = "auto",
     workers: Annotated[str, typer.Option(metavar="N", help="Processes on this machine: a number, or auto.")] = "1",
     rank: Annotated[int | None, typer.Option(metavar="R", help="This process's number among several that make one result.")] = None,
     world_size: Annotated[int | None, typer.Option(metavar="W", help="How many they are (both: from the launcher).")] = None,
@@ -149,6 +153,8 @@ def average_command(
         memory=parse_size(memory, "--memory"),
         device_memory=parse_size(device_memory, "--device-memory"),
         threads=threads,
+        chunk_size=parse_size(chunk_size, "--chunk-size"),
+        direct=direct,
         overwrite=overwrite,
         restart=restart,
         verify_resume=verify_resume,
@@ -308,7 +314,7 @@ def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandw
     if not (as_json and quiet):
         for finding in plan.findings:
             console.print_error(finding, "finding")
-    expected = estimate(plan.merge, storage_bandwidth)
+    expected = estimate(plan.merge, storage_bandwidth, device=plan.device)
     rate = console.human_bytes(expected.storage_bandwidth)
     if not quiet:
         console.say(

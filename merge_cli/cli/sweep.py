@@ -37,6 +37,10 @@ def sweep_command(
     memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
     device_memory: Annotated[str | None, typer.Option(help="Bound on a GPU's buffers (2GiB, at most 3/4 of what is free).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
+    chunk_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What is read at once, as 4MiB (chosen by the filesystem).")
+    ] = None,
+    direct: Annotated[str, typer.Option(help="Read past the page cache (O_DIRECT): auto, on or off.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results that are others.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what unfinished runs left.")] = False,
@@ -76,6 +80,8 @@ def sweep_command(
         memory=parse_size(memory, "--memory"),
         device_memory=parse_size(device_memory, "--device-memory"),
         threads=threads,
+        chunk_size=parse_size(chunk_size, "--chunk-size"),
+        direct=direct,
         overwrite=overwrite,
         restart=restart,
         verify_resume=verify_resume,

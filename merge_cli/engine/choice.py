@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from merge_cli.engine.budget import Budget
 from merge_cli.engine.device import CPU, Device, choose_device
-from merge_cli.engine.stream import Budget, Statistics, Todo, stream
+from merge_cli.engine.stream import Statistics, Todo, stream
 from merge_cli.errors import PmergeError
 from merge_cli.plan import MergePlan
 

@@ -1,53 +1,113 @@
-"""How long a merge will take: the slower of moving its bytes to and from storage and of working on them.
+"""How long a merge will take: the slowest of what its bytes pass through.
 
     storage   (bytes read + bytes written) / R, both sharing one link
     work      (bytes read x READ + bytes written x WRITE) / cores
+    PCIe      bytes read / P, on a GPU; results come back in the other direction
+    memory    (bytes read x 4 + bytes written x 5) / M: into the page cache, out of it (two), to the sum; or as many and the sha256
 
-R is measured by reading a little, or given. The costs of a byte are measured figures of one core (docs/benchmarks.md): copying it
-from the page cache and adding it up; hashing it and copying it to the page cache.
+R is measured by reading a little, or given; P is measured. M counts only where given (`parts_of`): no short measurement by one
+thread shows what the memory of a machine can do. The costs of a byte are measured figures of one core (docs/benchmarks.md): copying
+it from the page cache and, on the CPU, adding it up; hashing it and copying it to the page cache. What a GPU itself does takes a
+tenth of PCIe's time or less, and is left out.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reduce import accumulator_dtype, weighted_sum
 from merge_cli.plan import CodedRun, MergePlan
 
-READ_S_PER_BYTE = {"float32": 0.17e-9, "float64": 0.33e-9, "coded": 1.9e-9}
+READ_S_PER_BYTE = {"copy": 0.06e-9, "float32": 0.17e-9, "float64": 0.33e-9, "coded": 1.9e-9}
 WRITE_S_PER_BYTE = 1.0e-9
+MEMORY_PASSES = {"read": 4, "written": 5}
 SAMPLE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, what decides them ("storage" or "computing"), and the storage bandwidth (bytes/s) they rest on."""
+    """Seconds, the part that decides them, the storage bandwidth (bytes/s) that they rest on, and the seconds of all parts."""
 
     seconds: float
     bottleneck: str
     storage_bandwidth: float
+    parts: Mapping[str, float]
 
 
-def estimate(plan: MergePlan, storage_bandwidth: float | None = None, cores: int | None = None) -> Estimate:
-    """Estimate the time of `plan` on the CPU; without `storage_bandwidth` (bytes/s) the first bytes of the newest input are timed.
+def parts_of(
+    bytes_read: float,
+    bytes_written: float,
+    read_s: float,
+    *,
+    storage_bandwidth: float,
+    cores: int,
+    pcie_bandwidth: float | None = None,
+    memory_bandwidth: float | None = None,
+) -> dict[str, float]:
+    """The seconds that each part needs by itself; `read_s` is the work of one core on all that is read, bandwidths in bytes/s."""
+    parts = {
+        "storage": (bytes_read + bytes_written) / storage_bandwidth,
+        "computing": (read_s + bytes_written * WRITE_S_PER_BYTE) / cores,
+    }
+    if pcie_bandwidth:
+        parts["PCIe"] = bytes_read / pcie_bandwidth
+    if memory_bandwidth:
+        passes = bytes_read * MEMORY_PASSES["read"] + bytes_written * MEMORY_PASSES["written"]
+        parts["memory"] = passes / memory_bandwidth
+    return parts
+
+
+def estimate(
+    plan: MergePlan,
+    storage_bandwidth: float | None = None,
+    cores: int | None = None,
+    device: Device = Device("cpu"),  # noqa: B008 (it is frozen)
+    pcie_bandwidth: float | None = None,
+) -> Estimate:
+    """Estimate the time of `plan`; without `storage_bandwidth` (bytes/s) the first bytes of the newest input are timed.
 
     What is in the page cache already is read faster than the rest will be: give the bandwidth where you know it.
     """
     bandwidth = storage_bandwidth or measure_bandwidth(plan)
-    cores = cores or len(os.sched_getaffinity(0))
     coded = sum(run.bytes_read for file in plan.files for run in file.runs if isinstance(run, CodedRun))
     operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
     plain = plan.bytes_to_read - coded
-    work = plan.bytes_to_write * WRITE_S_PER_BYTE + coded * READ_S_PER_BYTE["coded"]
-    for operation in operations:
-        dtype = str(accumulator_dtype(plan.spec.accumulate, operation, ["BF16"], "BF16")).removeprefix("torch.")
-        work += plain * READ_S_PER_BYTE[dtype]
-    seconds = {"storage": (plan.bytes_to_read + plan.bytes_to_write) / bandwidth, "computing": work / cores}
-    bottleneck = max(seconds, key=lambda name: seconds[name])
-    return Estimate(seconds[bottleneck], bottleneck, bandwidth)
+    if device.is_accelerator:
+        read_s = plan.bytes_to_read * READ_S_PER_BYTE["copy"]
+        pcie_bandwidth = pcie_bandwidth or measure_pcie(device)
+    else:
+        read_s = coded * READ_S_PER_BYTE["coded"]
+        for operation in operations:
+            dtype = str(accumulator_dtype(plan.spec.accumulate, operation, ["BF16"], "BF16")).removeprefix("torch.")
+            read_s += plain * READ_S_PER_BYTE[dtype]
+    parts = parts_of(
+        plan.bytes_to_read,
+        plan.bytes_to_write,
+        read_s,
+        storage_bandwidth=bandwidth,
+        cores=cores or len(os.sched_getaffinity(0)),
+        pcie_bandwidth=pcie_bandwidth if device.is_accelerator else None,
+    )
+    bottleneck = max(parts, key=lambda name: parts[name])
+    return Estimate(parts[bottleneck], bottleneck, bandwidth, parts)
+
+
+def measure_pcie(device: Device) -> float:
+    """Bytes per second from pinned memory to a CUDA device."""
+    host = torch.empty(SAMPLE_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = host.to(device.torch)
+    torch.cuda.synchronize(device.torch)
+    began = time.perf_counter()
+    there.copy_(host, non_blocking=True)
+    torch.cuda.synchronize(device.torch)
+    return SAMPLE_BYTES / max(time.perf_counter() - began, 1e-9)
 
 
 def measure_bandwidth(plan: MergePlan) -> float:

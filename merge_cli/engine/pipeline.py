@@ -83,8 +83,8 @@ class Slot:
 class _Stage:
     """Room for one chunk of one input, on the host and on the device."""
 
-    def __init__(self, queues: Queues, chunk_bytes: int) -> None:
-        self.host = queues.host_buffer(chunk_bytes)
+    def __init__(self, queues: Queues, chunk_bytes: int, slack_bytes: int) -> None:
+        self.host = queues.host_buffer(chunk_bytes + slack_bytes)
         self.device = queues.memory(chunk_bytes)
         self.uploaded: Event | None = None
         self.added: Event | None = None
@@ -96,10 +96,10 @@ class Ring:
     Chunks are started and finished in the same order: `take`, `start`, then later `finish` and `give_back`.
     """
 
-    def __init__(self, queues: Queues, num_outputs: int, chunk_elements: int, chunk_bytes: int) -> None:
+    def __init__(self, queues: Queues, num_outputs: int, chunk_elements: int, chunk_bytes: int, slack_bytes: int = 0) -> None:
         self._queues = queues
         self._accumulator = Accumulator(queues.memory, chunk_elements, num_outputs)
-        self._stages = [_Stage(queues, chunk_bytes) for _ in range(STAGES)]
+        self._stages = [_Stage(queues, chunk_bytes, slack_bytes) for _ in range(STAGES)]
         self._slots = [Slot(queues, num_outputs, chunk_bytes) for _ in range(DEPTH)]
         self._next_stage = self._next_slot = 0
 
@@ -155,7 +155,8 @@ class Ring:
         if stage.uploaded is not None:
             self._queues.wait(stage.uploaded)
         read(stage.host)
-        upload = partial(_copy, stage.host.tensor[:num_bytes], stage.device[:num_bytes])
+        begin = stage.host.begin
+        upload = partial(_copy, stage.host.tensor[begin : begin + num_bytes], stage.device[:num_bytes])
         stage.uploaded = self._queues.submit(UPLOAD, upload, [] if stage.added is None else [stage.added])
         return stage
 
@@ -184,9 +185,10 @@ class Ring:
         self._queues.wait_for_all()
 
 
-def ring_host_bytes(num_outputs: int, chunk_bytes: int) -> int:
+def ring_host_bytes(num_outputs: int, chunk_bytes: int, slack_bytes: int = 0) -> int:
     """The pinned memory of a `Ring`; torch rounds every buffer up to a power of two."""
-    return (STAGES + DEPTH * num_outputs) * _power_of_two(chunk_bytes) + DEPTH * _power_of_two(num_outputs)
+    slots = DEPTH * (num_outputs * _power_of_two(chunk_bytes) + _power_of_two(num_outputs))
+    return STAGES * _power_of_two(chunk_bytes + slack_bytes) + slots
 
 
 def ring_device_bytes(num_outputs: int, chunk_elements: int, chunk_bytes: int) -> int:

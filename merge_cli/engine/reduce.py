@@ -10,6 +10,7 @@ float32. The first term is copied, not added to zero, which keeps negative zeros
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,22 +63,41 @@ def accumulator_dtype(accumulate: str, operation: WeightedSum, source_dtypes: Se
     return torch.float32 if operation.is_rational and narrow else torch.float64
 
 
+class Views:
+    """Parts of a buffer (uint8) as tensors of a dtype. The last few are kept: making one takes as long as a small sum."""
+
+    _MOST = 64
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+        self._views: dict[tuple[torch.dtype, int, int], torch.Tensor] = {}
+
+    def of(self, dtype: torch.dtype, begin: int, length: int) -> torch.Tensor:
+        """The `length` elements of `dtype` that begin at byte `begin`."""
+        key = (dtype, begin, length)
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= self._MOST:
+                self._views.clear()
+            found = self._views[key] = self._buffer[begin : begin + length * dtype.itemsize].view(dtype)
+        return found
+
+
 class Scratch:
     """Accumulators and temporaries of `elements` each, made once and reused for every block."""
 
     def __init__(self, elements: int, num_outputs: int, device: torch.device) -> None:
-        self._accumulators = [torch.empty(elements * 8, dtype=torch.uint8, device=device) for _ in range(num_outputs)]
-        self._wide = torch.empty(elements * 12, dtype=torch.uint8, device=device)
+        self._accumulators = [Views(torch.empty(elements * 8, dtype=torch.uint8, device=device)) for _ in range(num_outputs)]
+        self._wide = Views(torch.empty(elements * 12, dtype=torch.uint8, device=device))
         self._elements = elements
 
     def accumulator(self, k: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """The accumulator of output `k` as a tensor [elements] of `dtype`."""
-        return self._accumulators[k][: elements * dtype.itemsize].view(dtype)
+        return self._accumulators[k].of(dtype, 0, elements)
 
     def wide(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Room for an input as a tensor [elements] of `dtype`, float32 or float64; the two do not overlap."""
-        begin = 0 if dtype == torch.float64 else self._elements * 8
-        return self._wide[begin : begin + elements * dtype.itemsize].view(dtype)
+        return self._wide.of(dtype, 0 if dtype == torch.float64 else self._elements * 8, elements)
 
 
 def add_term(
@@ -93,7 +113,7 @@ def add_term(
     elif factor == 1.0:
         accumulator.add_(source)
     elif not accumulator.is_cuda and multiplies_then_adds():
-        accumulator.addcmul_(source, torch.ones((), dtype=source.dtype), value=factor)
+        accumulator.addcmul_(source, _cpu_scalar(1.0, dtype=source.dtype), value=factor)
     else:
         accumulator.add_(torch.mul(source, factor, out=product))
 
@@ -118,7 +138,13 @@ def multiplies_then_adds() -> bool:
 def divide(operation: WeightedSum, accumulator: torch.Tensor) -> None:
     """Finish the sum."""
     if operation.divisor is not None:
-        accumulator.div_(torch.full((), operation.divisor, dtype=accumulator.dtype, device=accumulator.device))
+        scalar = _cpu_scalar if not accumulator.is_cuda else functools.partial(torch.full, (), device=accumulator.device)
+        accumulator.div_(scalar(operation.divisor, dtype=accumulator.dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _cpu_scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((), value, dtype=dtype)
 
 
 def store(accumulator: torch.Tensor, output: torch.Tensor) -> None:
@@ -170,3 +196,9 @@ def is_clean(output: torch.Tensor) -> torch.Tensor:
     """A bool tensor []: whether every element of a result is finite."""
     low, high = torch.aminmax(output)  # NaN in, NaN out
     return low.isfinite() & high.isfinite()
+
+
+def is_finite(output: torch.Tensor) -> bool:
+    """The same for results on the CPU, where asking two numbers is cheaper than five operations on tensors of one."""
+    low, high = torch.aminmax(output)
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -13,7 +13,6 @@ are worked through in rows, see `coded.py`.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -24,50 +23,19 @@ from typing import NamedTuple
 
 import torch
 
-from merge_cli.engine.coded import (
-    ACCELERATOR_VALUES,
-    TARGET_VALUES,
-    CodedReducers,
-    bytes_for,
-    host_bytes_for,
-    keep_freed_memory,
-    largest_chunk,
-    rows_of,
-)
+from merge_cli.engine.budget import REDONE_ELEMENTS, Budget, fit_memory
+from merge_cli.engine.coded import CodedReducers, keep_freed_memory, rows_of
 from merge_cli.engine.device import Device, HostBuffer, Lane, elements
 from merge_cli.engine.nonfinite import describe_nonfinite
-from merge_cli.engine.pipeline import DEPTH, Ring, Slot, ring_device_bytes, ring_host_bytes
+from merge_cli.engine.pipeline import DEPTH, Ring, Slot
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
 from merge_cli.engine.reduce import WeightedSum, torch_dtype, weighted_sum
+from merge_cli.engine.storage import is_larger_than_cache
 from merge_cli.engine.writer import PieceWriter, ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.plan import CodedRun, MergePlan, OutputFile, Run
-
-DEFAULT_MEMORY_BYTES = 2 << 30
-DEFAULT_DEVICE_BYTES = 2 << 30
-TARGET_CHUNK_BYTES = 4 << 20
-MIN_CHUNK_ELEMENTS = 4096
-_CHUNK_MULTIPLE = 4096
-_FREE_SHARE = 0.75  # of an accelerator's free memory, at most, where nothing is said
-_REDONE_ELEMENTS = 1 << 16  # at once, on the CPU, of a chunk that an accelerator could not do
-_CACHED_SHARE = 0.25  # of the memory: larger inputs are not left in the page cache
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How the memory is used: `bytes` in all, by `workers` threads with chunks of `chunk_elements` (at most `chunk_bytes`).
-
-    Quantised tensors are taken in chunks of about `coded_values` values. `device_bytes` are what an accelerator holds.
-    """
-
-    workers: int
-    chunk_elements: int
-    chunk_bytes: int
-    bytes: int
-    coded_values: int = TARGET_VALUES
-    device_bytes: int = 0
 
 
 class Todo(NamedTuple):
@@ -113,73 +81,9 @@ class Statistics:
     notes: list[str] = field(default_factory=list)
 
 
-def fit_memory(
-    plan: MergePlan, memory_bytes: int, device: Device, threads: int | None = None, device_memory: int | None = None
-) -> Budget:
-    """The largest chunk (up to a good size for reading) with which the plan keeps to `memory_bytes`.
-
-    An accelerator keeps to `device_memory` bytes (default: 2 GiB, and at most three quarters of what is free).
-    Raises UsageError, with need and have, when not even a small chunk fits.
-    """
-    plain = [run for file in plan.files for run in file.runs if isinstance(run, Run)]
-    coded = [run for file in plan.files for run in file.runs if isinstance(run, CodedRun)]
-    dtypes = {dtype for run in plain for dtype in (run.dtype, *(source.dtype for source in run.sources))}
-    item_bytes = max((DTYPES[dtype].bits for dtype in dtypes), default=16) // 8
-    buffers = len(plan.inputs) + len(plan.outputs)
-    longest = max((run.num_elements for run in plain), default=1)
-    target = min(TARGET_CHUNK_BYTES // item_bytes, -(-longest // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
-    is_given = device_memory is not None
-    if device.is_accelerator and device_memory is None:
-        device_memory = min(DEFAULT_DEVICE_BYTES, int(device.free_bytes() * _FREE_SHARE))
-
-    def need(workers: int, chunk_elements: int, coded_values: int) -> int:
-        bytes_of_rows = host_bytes_for if device.is_accelerator else bytes_for
-        rows = bytes_of_rows(largest_chunk(coded, coded_values), len(plan.outputs))
-        lane_elements = min(_REDONE_ELEMENTS, chunk_elements) if device.is_accelerator else chunk_elements
-        lane = buffers * lane_elements * item_bytes + device.scratch_bytes(lane_elements, len(plan.outputs))
-        ring = ring_host_bytes(len(plan.outputs), chunk_elements * item_bytes) if device.is_accelerator else 0
-        return workers * (lane + ring + rows)
-
-    def need_of_device(workers: int, chunk_elements: int, coded_values: int) -> int:
-        rows = bytes_for(largest_chunk(coded, coded_values), len(plan.outputs))
-        return workers * (ring_device_bytes(len(plan.outputs), chunk_elements, chunk_elements * item_bytes) + rows)
-
-    def fits(*size: int) -> bool:
-        return need(*size) <= memory_bytes and (device_memory is None or need_of_device(*size) <= device_memory)
-
-    for workers in range(threads or max(2, min(8, len(os.sched_getaffinity(0)))), 0, -1):
-        chunk, values = target, ACCELERATOR_VALUES if device.is_accelerator else TARGET_VALUES
-        while not fits(workers, chunk, values) and (chunk > MIN_CHUNK_ELEMENTS or values > MIN_CHUNK_ELEMENTS):
-            chunk = max(MIN_CHUNK_ELEMENTS, chunk // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
-            values = max(MIN_CHUNK_ELEMENTS, values // 2)
-        if fits(workers, chunk, values):
-            on_device = need_of_device(workers, chunk, values) if device.is_accelerator else 0
-            return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk, values), values, on_device)
-    least = (1, MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS)
-    too_small, found, expected, hint = "--memory", memory_bytes, need(*least), ""
-    if device_memory is not None and expected <= memory_bytes:
-        too_small, found, expected, hint = "--device-memory", device_memory, need_of_device(*least), ", or --device cpu"
-    hint = f"{too_small} {-(-expected >> 20) + 1}MiB{hint}"
-    if too_small == "--device-memory" and not is_given:
-        too_small, hint = f"the free memory of {device.name}", "--device cpu  gives the same bytes"
-    raise UsageError(
-        f"{too_small} is too small to average {len(plan.inputs)} checkpoints",
-        details=[
-            f"found     {found} bytes",
-            f"expected  at least {expected} bytes",
-        ],
-        hint=hint,
-    )
-
-
 def shard_writer(todo: Todo, folder: Path) -> Writer:
     """What writes a file, or a piece of one, into `folder`."""
     return ShardWriter(todo.file, folder) if todo.is_whole else PieceWriter(todo.file, folder, todo.bytes_to_write)
-
-
-def physical_memory() -> int:
-    """The bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def stream(
@@ -202,7 +106,7 @@ def stream(
     """
     if any(isinstance(run, CodedRun) for each in todo for run in each.file.runs):
         keep_freed_memory()
-    with InputFiles(keep_cached=plan.bytes_to_read <= _CACHED_SHARE * physical_memory()) as inputs:
+    with InputFiles(keep_cached=not is_larger_than_cache(plan), direct=budget.slack_bytes > 0) as inputs:
         check_equal_integers(plan, todo, inputs)
         job = _Job(plan, todo, folders, budget, device, inputs, on_progress, on_file, writer, claim)
         return job.run()
@@ -233,7 +137,7 @@ class _Started:
     start: int
     count: int
     slot: Slot
-    results: dict[int, memoryview] = field(default_factory=dict)
+    results: dict[int, HostBuffer] = field(default_factory=dict)
     bytes_read: int = 0
     seconds_reading: float = 0.0
     seconds_computing: float = 0.0
@@ -304,14 +208,21 @@ class _Job:
             budget = self.budget
             try:
                 return [
-                    Ring(self.device.queues(), len(self.plan.outputs), budget.chunk_elements, budget.chunk_bytes)
+                    Ring(
+                        self.device.queues(),
+                        len(self.plan.outputs),
+                        budget.chunk_elements,
+                        budget.chunk_bytes,
+                        budget.slack_bytes,
+                    )
                     for _ in range(budget.workers)
                 ]
             except torch.OutOfMemoryError:
                 pass  # what was made is freed only now that its traceback is gone
             self.device.release_freed()
             try:
-                self.budget = fit_memory(self.plan, budget.bytes, self.device, budget.workers, budget.device_bytes // 2)
+                half, direct = budget.device_bytes // 2, budget.slack_bytes > 0
+                self.budget = fit_memory(self.plan, budget.bytes, self.device, budget.workers, half, budget.chunk_bytes, direct)
             except UsageError as error:
                 raise PmergeError(
                     f"{self.device.name} has too little free memory",
@@ -351,9 +262,9 @@ class _Job:
         started: deque[_Started] = deque()
         try:
             torch.set_num_threads(1)
-            num_elements = self.budget.chunk_elements if ring is None else min(_REDONE_ELEMENTS, self.budget.chunk_elements)
+            num_elements = self.budget.chunk_elements if ring is None else min(REDONE_ELEMENTS, self.budget.chunk_elements)
             chunk_bytes = num_elements * (self.budget.chunk_bytes // self.budget.chunk_elements)
-            lane = Lane(len(self.plan.inputs), len(self.plan.outputs), num_elements, chunk_bytes)
+            lane = Lane(len(self.plan.inputs), len(self.plan.outputs), num_elements, chunk_bytes, self.budget.slack_bytes)
             coded = CodedReducers(self.device, self.inputs, self.plan.spec.accumulate)
             while not self._stopped.is_set():
                 with self._lock:
@@ -399,37 +310,44 @@ class _Job:
                 self._complete(open_file, k)
             return
         began = time.perf_counter()
-        bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
-        bytes_read = 0
-        for i in open_file.used if run.kind == "average" else sorted(set(bases.values())):
+        bytes_read, reading = 0, 0.0
+
+        def load(i: int) -> None:
+            nonlocal bytes_read, reading
             if self._stopped.is_set():
-                return
+                raise _Stopped
+            before = time.perf_counter()
             bytes_read += self._read(run, i, start, count, lane.inputs[i])
-        read = time.perf_counter()
+            reading += time.perf_counter() - before
+
         if run.kind == "average":
-            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
+            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate, load):
                 self._handle_nonfinite(lane, open_file, run, start, count)
-            results = {k: lane.outputs[k].memory for k in open_file.writers}
+            results = {k: lane.outputs[k] for k in open_file.writers}
         else:
-            results = {k: lane.inputs[i].memory for k, i in bases.items()}
+            bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
+            for i in sorted(set(bases.values())):
+                load(i)
+            results = {k: lane.inputs[i] for k, i in bases.items()}
         computed = time.perf_counter()
         self._write(open_file, run, start, count, results)
-        self._count(read - began, computed - read, time.perf_counter() - computed, bytes_read, run, count, open_file)
+        writing = time.perf_counter() - computed
+        self._count(reading, computed - began - reading, writing, bytes_read, run, count, open_file)
 
     def _read(self, run: Run, i: int, start: int, count: int, buffer: HostBuffer) -> int:
-        """Read elements of one input to the beginning of `buffer`; how many bytes."""
+        """Read elements of one input into `buffer`; how many bytes."""
         source = run.sources[i]
         bits = DTYPES[source.dtype].bits
         size = count * bits // 8
-        self.inputs.read_into(source.file, source.offset + start * bits // 8, buffer.memory[:size])
+        buffer.fill(self.inputs, source.file, source.offset + start * bits // 8, size, max(1, bits // 8))
         return size
 
-    def _write(self, open_file: _OpenFile, run: Run, start: int, count: int, results: Mapping[int, memoryview]) -> None:
-        """Write elements of a run from the beginnings of `results`, one an output."""
+    def _write(self, open_file: _OpenFile, run: Run, start: int, count: int, results: Mapping[int, HostBuffer]) -> None:
+        """Write elements of a run from `results`, one buffer an output."""
         bits = DTYPES[run.dtype].bits
         offset, size = run.offset + start * bits // 8, count * bits // 8
         for k, writer in open_file.writers.items():
-            if writer.write(offset, results[k][:size]):
+            if writer.write(offset, results[k].data(size)):
                 self._complete(open_file, k)
 
     def _count(
@@ -459,13 +377,13 @@ class _Job:
 
         if run.kind == "average":
             ring.start(slot, run, count, open_file.operations, self.plan.spec.accumulate, read)
-            started.results = {k: slot.outputs[k].memory for k in open_file.writers}
+            started.results = {k: slot.outputs[k] for k in open_file.writers}
         else:
             bases = {k: 0 if run.is_copy else self.plan.outputs[k].base for k in open_file.writers}
             first = {i: slot.outputs[k] for k, i in reversed(bases.items())}
             for i, buffer in first.items():
                 read(i, buffer)
-            started.results = {k: first[i].memory for k, i in bases.items()}
+            started.results = {k: first[i] for k, i in bases.items()}
         started.seconds_computing = time.perf_counter() - began - started.seconds_reading
         return started
 
@@ -492,15 +410,17 @@ class _Job:
         if chunk.slot.ran_out_of_memory:
             self._note_done_on_cpu()
         width = DTYPES[run.dtype].bits // 8
-        for start in range(chunk.start, chunk.start + chunk.count, _REDONE_ELEMENTS):
-            count = min(_REDONE_ELEMENTS, chunk.start + chunk.count - start)
-            for i in open_file.used:
+        for start in range(chunk.start, chunk.start + chunk.count, REDONE_ELEMENTS):
+            count = min(REDONE_ELEMENTS, chunk.start + chunk.count - start)
+
+            def load(i: int, start: int = start, count: int = count) -> None:
                 self._read(run, i, start, count, lane.inputs[i])
-            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate):
+
+            if not lane.reduce(run, count, open_file.operations, self.plan.spec.accumulate, load):
                 self._handle_nonfinite(lane, open_file, run, start, count)
             begin, end = (start - chunk.start) * width, (start - chunk.start + count) * width
             for k in open_file.operations:
-                chunk.results[k][begin:end] = lane.outputs[k].memory[: count * width]
+                chunk.results[k].memory[begin:end] = lane.outputs[k].memory[: count * width]
 
     def _note_done_on_cpu(self) -> None:
         note = f"{self.device.name} was out of memory: the CPU did some of the work, with the same result"
