@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         bench_report.versions(options.peers),
     )
     load_before = os.getloadavg()[0]
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # not between making the folder and knowing of it
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="pmerge-bench-") as work:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         rows, measured = (series if options.grow else compare)(options, Path(work))
     if options.json:
         about = {"command": command, "machine": facts, "versions": versions, "load_before": load_before}
