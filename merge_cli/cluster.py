@@ -21,7 +21,8 @@ from merge_cli.plan import OutputFile
 
 PIECE_ALIGNMENT = 4 << 20
 MIN_PIECE_BYTES = 64 << 20
-_CUT_ABOVE = 0.25  # of a mean share: no rank has more than 1.25 times the mean
+_BALANCED = 1.1  # the largest share over the mean with which files stay whole
+_CUT_ABOVE = 0.25  # of a mean share: then no rank has more than 1.25 times the mean
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,17 @@ class Piece(NamedTuple):
 
 
 def cut(files: Sequence[OutputFile], world_size: int, min_bytes: int | None = None) -> list[Piece]:
-    """The pieces of `files` for `world_size` ranks, in the order of the plan: files that are small against a share stay whole.
+    """The pieces of `files` for `world_size` ranks, in the order of the plan.
 
-    No piece is smaller than `min_bytes` (64 MiB), which is what taking turns is worth.
+    Files stay whole where that is balanced, since a file that is cut is read once more for its sha256; else those are cut that are
+    large against a share. No piece is smaller than `min_bytes` (64 MiB), which is what taking turns is worth.
     """
     min_bytes = min_bytes or MIN_PIECE_BYTES
-    most = _CUT_ABOVE * sum(file.file_bytes for file in files) / world_size
+    mean = sum(file.file_bytes for file in files) / world_size
+    whole = [Piece(file, 0, file.file_bytes) for file in files]
+    if max((sum(piece.end for piece in share) for share in shares(whole, world_size)), default=0) <= _BALANCED * mean:
+        return whole
+    most = _CUT_ABOVE * mean
     pieces = []
     for file in files:
         count = 1

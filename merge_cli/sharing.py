@@ -73,6 +73,10 @@ def run_share(
             piece = _piece(each)
             return staging.claim(piece, piece in own)
 
+        def after(each: Todo) -> None:
+            if not each.is_whole:
+                staging.assemble_file(each.file)
+
         def finished(_: int, each: Todo, sha256: str, nonfinite: Mapping[str, int]) -> None:
             staging.record_piece(_piece(each), sha256, nonfinite)
 
@@ -80,7 +84,7 @@ def run_share(
         todo = [Todo(piece.file, (0,), piece.begin, piece.end) for piece in work if piece.file.name not in done]
         if todo:
             folders = [staging.checkpoint]
-            statistics = stream(merge, todo, folders, plan.budget, plan.device, report, finished, claim=claim)
+            statistics = stream(merge, todo, folders, plan.budget, plan.device, report, finished, claim=claim, after=after)
         staging.assemble_files()
         nonfinite: dict[str, int] = {}
         if missing := len(staging.missing()):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_cli.cli import console
-from merge_cli.errors import UsageError, first_ten
+from merge_cli.errors import PmergeError, UsageError, first_ten
 
 if TYPE_CHECKING:
     from merge_cli.averaging import AveragePlan, AverageResult
+    from merge_cli.cli.workers import Workers
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*$", re.IGNORECASE)
 
@@ -99,7 +100,7 @@ def average_command(
     Example:  pmerge average ckpt_*/ --method ema
     """
     from merge_cli.averaging import plan_average
-    from merge_cli.cli.workers import end_with_parent, parse_workers
+    from merge_cli.cli.workers import Workers, end_with_parent, parse_workers
     from merge_cli.cluster import ARRAY, WORKER, Rank, find_rank
 
     me = find_rank(os.environ, rank, world_size)
@@ -122,79 +123,81 @@ def average_command(
     bandwidth = parse_size(storage_bandwidth, "--storage-bandwidth")
     if bandwidth is not None and not dry_run:
         raise UsageError("--storage-bandwidth is for the estimate of --dry-run", hint="add --dry-run")
-    plan = plan_average(
-        paths,
-        output,
-        method=method or ("weights" if typed is not None else "sma"),
-        alpha=alpha,
-        half_life=half_life,
-        shape=shape,
-        floor=floor,
-        sigma_rel=sigma_rel,
-        weights=typed,
-        normalize=normalize or None,
-        order=order,
-        last=last,
-        every=every,
-        from_step=from_step,
-        to_step=to_step,
-        before=before,
-        tokens_per_step=parse_count(tokens_per_step),
-        base=base,
-        dtype=dtype,
-        accumulate=accumulate,
-        include=include or (),
-        exclude=exclude or (),
-        int_policy=int_policy,
-        allow_nonfinite=allow_nonfinite,
-        shard_size=parse_size(shard_size, "--shard-size"),
-        requantize=requantize,
-        device=device,
-        memory=parse_size(memory, "--memory"),
-        device_memory=parse_size(device_memory, "--device-memory"),
-        threads=threads,
-        chunk_size=parse_size(chunk_size, "--chunk-size"),
-        direct=direct,
-        overwrite=overwrite,
-        restart=restart,
-        verify_resume=verify_resume,
-        rank=me,
-    )
-    if not quiet:
-        _show_plan(plan)
-    if dry_run:
-        if me.rank == 0:
-            _finish_dry_run(plan, as_json, quiet, bandwidth)
-        return
-    result = _run(plan, quiet)
-    if not quiet:
-        _show_result(plan, result)
-    elif plan.rank.rank and not muted and getattr(result, "has_published", False):
-        console.say(f"came last and has published {plan.output}")
-    if not _is_to_tell(plan, result):
-        return
-    if as_json:
-        console.out_json({**_as_json(plan), **_result_as_json(result)})
-    else:
-        console.out(result.output)
+    is_first = me.source == WORKER and not me.rank and not dry_run
+    with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
+        try:
+            plan = plan_average(
+                paths,
+                output,
+                method=method or ("weights" if typed is not None else "sma"),
+                alpha=alpha,
+                half_life=half_life,
+                shape=shape,
+                floor=floor,
+                sigma_rel=sigma_rel,
+                weights=typed,
+                normalize=normalize or None,
+                order=order,
+                last=last,
+                every=every,
+                from_step=from_step,
+                to_step=to_step,
+                before=before,
+                tokens_per_step=parse_count(tokens_per_step),
+                base=base,
+                dtype=dtype,
+                accumulate=accumulate,
+                include=include or (),
+                exclude=exclude or (),
+                int_policy=int_policy,
+                allow_nonfinite=allow_nonfinite,
+                shard_size=parse_size(shard_size, "--shard-size"),
+                requantize=requantize,
+                device=device,
+                memory=parse_size(memory, "--memory"),
+                device_memory=parse_size(device_memory, "--device-memory"),
+                threads=threads,
+                chunk_size=parse_size(chunk_size, "--chunk-size"),
+                direct=direct,
+                overwrite=overwrite,
+                restart=restart,
+                verify_resume=verify_resume,
+                rank=me,
+            )
+        except PmergeError as error:
+            if me.source == WORKER and me.rank:
+                raise typer.Exit(error.exit_code) from error  # the first worker meets the same error, and says it
+            raise
+        if not quiet:
+            _show_plan(plan)
+        if dry_run:
+            if me.rank == 0:
+                _finish_dry_run(plan, as_json, quiet, bandwidth)
+            return
+        result = _run(plan, quiet, others)
+        if not quiet:
+            _show_result(plan, result)
+        elif plan.rank.rank and not muted and getattr(result, "has_published", False):
+            console.say(f"came last and has published {plan.output}")
+        if not _is_to_tell(plan, result):
+            return
+        if as_json:
+            console.out_json({**_as_json(plan), **_result_as_json(result)})
+        else:
+            console.out(result.output)
 
 
-def _run(plan: AveragePlan, quiet: bool) -> AverageResult:
-    """Do the work: alone, as one rank of several, or as the first of several workers."""
+def _run(plan: AveragePlan, quiet: bool, others: Workers) -> AverageResult:
+    """Do the work: alone, or as one rank of several; the first of several workers waits for the others."""
     from merge_cli.averaging import run_average
-    from merge_cli.cli.workers import Workers
-    from merge_cli.cluster import WORKER
     from merge_cli.sharing import run_share
 
     with console.ProgressLine(quiet) as progress:
         if plan.rank.is_alone:
             return run_average(plan, on_progress=progress.update, command=sys.argv)
-        if plan.rank.source != WORKER or plan.rank.rank:
-            return run_share(plan, on_progress=progress.update, command=sys.argv)
-        with Workers(plan.rank.world_size) as others:
-            result = run_share(plan, on_progress=progress.update, command=sys.argv)
-            others.wait()
-            return result
+        result = run_share(plan, on_progress=progress.update, command=sys.argv)
+        others.wait()
+        return result
 
 
 def _is_to_tell(plan: AveragePlan, result: AverageResult) -> bool:

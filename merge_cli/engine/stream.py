@@ -96,6 +96,7 @@ def stream(
     on_file: Callable[[int, Todo, str, Mapping[str, int]], None],
     writer: Callable[[Todo, Path], Writer] = shard_writer,
     claim: Callable[[Todo], bool] = lambda todo: True,
+    after: Callable[[Todo], object] = lambda todo: None,
 ) -> Statistics:
     """Write what is `todo` of the plan: the files of output k into `folders[k]`. Only inputs that these outputs use are read.
 
@@ -103,12 +104,13 @@ def stream(
     under the file's partial name, and `sha256` is empty); `nonfinite` counts the elements that are NaN or Inf, by tensor (only with
     allow_nonfinite). An error stops all workers; of several, the one that comes first in the plan is raised. Partial files stay.
     `writer(todo, folder)` makes what takes the bytes; `claim(todo)` is asked when its turn comes, and False leaves it to others.
+    `after(todo)` is called after `on_file`, and may take its time: it does not keep the other workers.
     """
     if any(isinstance(run, CodedRun) for each in todo for run in each.file.runs):
         keep_freed_memory()
     with InputFiles(keep_cached=not is_larger_than_cache(plan), direct=budget.slack_bytes > 0) as inputs:
         check_equal_integers(plan, todo, inputs)
-        job = _Job(plan, todo, folders, budget, device, inputs, on_progress, on_file, writer, claim)
+        job = _Job(plan, todo, folders, budget, device, inputs, on_progress, on_file, writer, claim, after)
         return job.run()
 
 
@@ -158,6 +160,7 @@ class _Job:
         on_file: Callable[[int, Todo, str, Mapping[str, int]], None],
         writer: Callable[[Todo, Path], Writer],
         claim: Callable[[Todo], bool],
+        after: Callable[[Todo], object],
     ) -> None:
         self.plan = plan
         self.budget = budget
@@ -169,6 +172,7 @@ class _Job:
         self._on_file = on_file
         self._writer = writer
         self._claim = claim
+        self._after = after
         self._operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
         self._work = enumerate(self._chunks(todo))
         self._open: set[_OpenFile] = set()
@@ -471,6 +475,7 @@ class _Job:
             if all(writer.is_finished for writer in open_file.writers.values()):
                 self._open.discard(open_file)
             self._on_file(k, open_file.todo, sha256, dict(open_file.nonfinite))
+        self._after(open_file.todo)
 
     def _handle_nonfinite(self, lane: Lane, open_file: _OpenFile, run: Run, start: int, count: int) -> None:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""

@@ -243,12 +243,16 @@ class JointStaging(Staging):
         there = self._records()
         cut = _pieces_by_file(there).keys() - there
         for file in (file for record, file in self._whole.items() if record in cut):
-            whole, records = Piece(file, 0, file.file_bytes), self._piece_records(file)
-            if _covers(records, whole) and self._take(whole, own=True):
-                counts = Counter[str]()
-                for record in records:
-                    counts.update(record["nonfinite"])
-                self.record_piece(whole, assemble(file, self.checkpoint), counts)
+            self.assemble_file(file)
+
+    def assemble_file(self, file: OutputFile) -> None:
+        """Complete a file if all its pieces are recorded and no other rank is at it."""
+        whole, records = Piece(file, 0, file.file_bytes), self._piece_records(file)
+        if _covers(records, whole) and self._take(whole, own=True):
+            counts = Counter[str]()
+            for record in records:
+                counts.update(record["nonfinite"])
+            self.record_piece(whole, assemble(file, self.checkpoint), counts)
 
     def _is_recorded(self, piece: Piece) -> bool:
         """Whether the piece, or all of its file, is recorded, and there as the record says."""
