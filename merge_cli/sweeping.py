@@ -237,6 +237,7 @@ def run_sweep(
     """Carry out a plan, group after group. The first of its findings, if any, is raised before anything is read or written."""
     from merge_cli.engine.durable import write_file
     from merge_cli.engine.stream import Statistics
+    from merge_cli.output.staging import remove_litter
 
     if plan.findings:
         raise plan.findings[0]
@@ -255,6 +256,9 @@ def run_sweep(
         for name in ("seconds_reading", "seconds_computing", "seconds_writing", "bytes_read", "bytes_written"):
             setattr(total, name, getattr(total, name) + getattr(statistics, name))
         total.notes += [note for note in statistics.notes if note not in total.notes]
+    for each in plan.outputs:
+        if each.is_done:
+            remove_litter(each.path)
     content = {"pmerge": __version__, "command": list(command or sys.argv), **as_dict(plan)}
     write_file(plan.output / REPORT, json.dumps(content, indent=2, default=str).encode() + b"\n")
     seconds = time.perf_counter() - began

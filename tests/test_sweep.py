@@ -314,6 +314,17 @@ def test_killed_while_it_publishes(big: Path, tmp_path: Path) -> None:
     assert_finishes(big, out)
 
 
+@pytest.mark.parametrize("left", ["", "lock", "control", "checkpoint"])
+def test_what_a_run_left_that_was_killed_while_it_cleaned_up_goes(left: str, big: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pmerge("sweep", "run", "-o", out, *GRID, cwd=big)
+    folder = out / "sma-last2.pmerge-partial"
+    (folder / "checkpoint" if left == "checkpoint" else folder).mkdir(parents=True)
+    if left not in ("", "checkpoint"):
+        (folder / left).write_text("")
+    assert_finishes(big, out)
+
+
 def test_what_another_grid_or_average_began_is_continued(big: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [PMERGE, "sweep", "run", "-o", str(out), "--method", "wma,sma", "--last", "3", "--threads", "1", "--memory", "16MiB"]

@@ -332,6 +332,14 @@ class Staging:
         return self._done / f"{name.replace('/', '%2F')}.json"
 
 
+def remove_litter(destination: Path) -> None:
+    """Remove what is left of the staging folder of a result that stands: its run was killed while it cleaned up."""
+    staging = Staging(destination)
+    if staging.folder.is_dir() and not any((staging.folder / name).exists() for name in ("state.json", "publish.json")):
+        with suppress(OutputError), staging:
+            staging.clean()
+
+
 def differences(was: Any, now: Any, where: str = "") -> list[str]:
     """Where two JSON values differ, one line each: what, was, is."""
     if isinstance(was, dict) and isinstance(now, dict):
