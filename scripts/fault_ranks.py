@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from faults import Ground, Row
 
 
-def rank(number: int, world_size: int = 2, *more: str) -> tuple[str, ...]:
-    """The command of one rank of the usual run."""
+def rank(number: int, world_size: int = 3, *more: str) -> tuple[str, ...]:
+    """The command of one rank of the usual run: two files on three ranks, which are cut."""
     from faults import COMMAND
 
     return (*COMMAND, "--rank", str(number), "--world-size", str(world_size), *more)
@@ -39,7 +39,7 @@ def killed(ground: Ground, fault: str, codes: tuple[int, ...], filesystem: str =
     from faults import FILESYSTEMS, Row, digests
 
     call, action, value = fault.split(":")
-    row = Row(f"rank 1 of 2: {fault}" + ("" if filesystem == "Linux" else f", {filesystem}"), "rank 0 finishes: the same bytes")
+    row = Row(f"rank 1 of 3: {fault}" + ("" if filesystem == "Linux" else f", {filesystem}"), "rank 0 finishes: the same bytes")
     refuse = FILESYSTEMS[filesystem]
     for k in range(1, 100_000, every):
         ground.reset()
@@ -51,7 +51,7 @@ def killed(ground: Ground, fault: str, codes: tuple[int, ...], filesystem: str =
         wrong = ground.invariant()
         if ended.code not in codes or "Traceback" in ended.stderr:
             wrong = wrong or f"exit {ended.code}: {ended.stderr.strip()}"
-        for number in (0, 1, 0) if "flock" in filesystem else (0,):
+        for number in (0, 1, 2, 0) if "flock" in filesystem else (0,):
             stood = digests(ground.merged) == ground.expected
             again = ground.runs.run(rank(number), ground.folder, refuse=refuse)
             told = again.stdout if stood and not number else told + again.stdout  # rank 0 tells of a result that stood
@@ -66,7 +66,7 @@ def stopped(ground: Ground, every: int) -> Row:
     """Rank 1 stands still at its first, second ... call while rank 0 does all that it can; then rank 1 goes on."""
     from faults import Row, digests
 
-    row = Row("rank 1 of 2 stopped while rank 0 runs to its end", "both finish, or one says who is at work; the same bytes")
+    row = Row("rank 1 of 3 stopped while rank 0 runs to its end", "both finish, or one says who is at work; the same bytes")
     waited = 0
     with FaultRuns() as others:
         for k in range(1, 100_000, every):
