@@ -204,7 +204,7 @@ def plan_average(
     from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.storage import choose_direct
-    from merge_cli.output.manifest import stands
+    from merge_cli.output.manifest import stands_for
     from merge_cli.output.staging import check_destinations
 
     if requantize and dtype != "keep":
@@ -212,16 +212,17 @@ def plan_average(
     rank = rank or Rank()
     if verify_resume and not rank.is_alone:
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
-    memory = (memory or DEFAULT_MEMORY_BYTES) // (rank.world_size if rank.source == WORKER else 1)
+    memory_bytes = memory or DEFAULT_MEMORY_BYTES
+    processes = rank.world_size if rank.source == WORKER else 1
     threads = threads or rank.threads(len(os.sched_getaffinity(0)))
     direct_reads = choose_direct(merge, direct)
 
     def fit(where: Device) -> Budget:
-        return fit_memory(merge, memory, where, threads, device_memory, chunk_size, direct_reads.use)
+        return fit_memory(merge, memory_bytes, where, threads, device_memory, chunk_size, direct_reads.use, processes)
 
     where, budget, reasons = settle(device, merge, fit, rank.local_rank)
     notes = (*notes, *filter(None, [direct_reads.note]), *reasons)
-    late = not rank.is_alone and stands(destination, merge)
+    late = not rank.is_alone and stands_for(destination, merge, overwrite)
     findings = [] if late else check_destinations({destination: merge}, overwrite)
     return AveragePlan(
         merge, destination, candidates, notes, warnings, where, budget, overwrite, restart, verify_resume, tuple(findings), rank

@@ -85,8 +85,14 @@ def find_rank(environment: Mapping[str, str], rank: int | None = None, world_siz
     no harm, because a rank whose fellows never come goes on with their shares. Raises UsageError where only one of a pair is given
     or they make no sense.
     """
+    worker = _LAUNCHERS[0]
+    if environment.get(worker.rank):  # it has the options of the one that started it, and is none of what they say
+        number, count = _number(environment, worker.rank), _number(environment, worker.world_size)
+        return _checked(Rank(number, count, number, count, WORKER))
     if rank is None and world_size == 1:
         return Rank()
+    if bool(environment.get("PMERGE_RANK")) != bool(environment.get("PMERGE_WORLD_SIZE")) and rank is None:
+        raise UsageError("PMERGE_RANK and PMERGE_WORLD_SIZE belong together", hint="set both, or unset both")
     if (rank is None) != (world_size is None):
         raise UsageError("--rank and --world-size belong together", hint="--rank 0 --world-size 8")
     if rank is not None and world_size is not None:
@@ -126,7 +132,7 @@ def _checked(rank: Rank) -> Rank:
         raise UsageError(
             f"there is no rank {rank.rank} of {rank.world_size} (from {rank.source})",
             details=["expected  0 <= rank < world size"],
-            hint="--rank 0 --world-size 8",
+            hint="count ranks from 0" if rank.source == "--rank" else "to be alone, whatever the environment says:  --world-size 1",
         )
     return Rank() if rank.is_alone else rank
 

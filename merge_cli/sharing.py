@@ -58,20 +58,25 @@ def run_share(
         raise plan.findings[0]
     began = time.perf_counter()
     merge, rank = plan.merge, plan.rank
-    pieces = cut(merge.files, rank.world_size)
-    own = set(shares(pieces, rank.world_size)[rank.rank])
-
     with JointStaging(plan.output, merge, rank, plan.overwrite) as staging:
         done = staging.prepare(request_state(merge), restart=plan.restart)
         if staging.is_published:
             return ShareResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), stood=True)
         reused = len(done)
-        statistics = Statistics()
-        report = _reporter(plan, staging, on_progress)
+        pieces = cut(merge.files, rank.world_size if staging.has_flock else 1)
+        own = set(shares(pieces, rank.world_size)[rank.rank])
+        total, claimed = Statistics(), 0
+        tell = _reporter(plan, staging, on_progress)
+
+        def report(statistics: Statistics) -> None:
+            tell(statistics.bytes_written + total.bytes_written)
 
         def claim(each: Todo) -> bool:
+            nonlocal claimed
             piece = _piece(each)
-            return staging.claim(piece, piece in own)
+            is_ours = staging.claim(piece, piece in own)
+            claimed += is_ours
+            return is_ours
 
         def after(each: Todo) -> None:
             if not each.is_whole:
@@ -81,43 +86,45 @@ def run_share(
             staging.record_piece(_piece(each), sha256, nonfinite)
 
         work = order_of_work(pieces, rank.rank, rank.world_size)
-        todo = [Todo(piece.file, (0,), piece.begin, piece.end) for piece in work if piece.file.name not in done]
-        if todo:
+        while missing := set(staging.missing()):  # again, as long as there is something: a rank that had a claim may have died
+            before = claimed
+            todo = [Todo(piece.file, (0,), piece.begin, piece.end) for piece in work if piece.file.name in missing]
             folders = [staging.checkpoint]
-            statistics = stream(merge, todo, folders, plan.budget, plan.device, report, finished, claim=claim, after=after)
-        staging.assemble_files()
+            part = stream(merge, todo, folders, plan.budget, plan.device, report, finished, claim=claim, after=after)
+            total = total.plus(part)
+            staging.assemble_files()
+            if claimed == before:
+                break
         nonfinite: dict[str, int] = {}
-        if missing := len(staging.missing()):
-            return ShareResult(plan.output, time.perf_counter() - began, statistics, reused, missing=missing)
+        if left := len(staging.missing()):
+            return ShareResult(plan.output, time.perf_counter() - began, total, reused, missing=left)
         done = staging.take_turn()
         if done:
             complete(merge, staging.checkpoint, done, command)
             check_inputs_unchanged(merge)
             staging.publish()
             nonfinite = count_nonfinite(done)
-    return ShareResult(plan.output, time.perf_counter() - began, statistics, reused, nonfinite, has_published=bool(done))
+    return ShareResult(plan.output, time.perf_counter() - began, total, reused, nonfinite, has_published=bool(done))
 
 
 def _piece(todo: Todo) -> Piece:
     return Piece(todo.file, todo.begin, todo.file.file_bytes if todo.end is None else todo.end)
 
 
-def _reporter(
-    plan: AveragePlan, staging: JointStaging, on_progress: Callable[[Progress], None] | None
-) -> Callable[[Statistics], None]:
+def _reporter(plan: AveragePlan, staging: JointStaging, on_progress: Callable[[Progress], None] | None) -> Callable[[int], None]:
     """Tells the others of this rank's progress, and the caller of that of all."""
     read, write = plan.merge.bytes_to_read, plan.merge.bytes_to_write
     began = time.perf_counter()
     asked, share = -1.0, 0.0
 
-    def report(statistics: Statistics) -> None:
+    def report(bytes_written: int) -> None:
         nonlocal asked, share
-        staging.tell(statistics.bytes_written)
+        staging.tell(bytes_written)
         if on_progress is None:
             return
         if plan.rank.rank == 0 and time.perf_counter() - asked > 2.0:
             asked, share = time.perf_counter(), min(1.0, staging.bytes_of_all() / max(write, 1))
-        done = share if plan.rank.rank == 0 else statistics.bytes_written / max(write, 1)
+        done = share if plan.rank.rank == 0 else bytes_written / max(write, 1)
         on_progress(Progress(int(done * read), read, int(done * write), write, time.perf_counter() - began))
 
     return report

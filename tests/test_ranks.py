@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from test_quantized_average import quantized_run
 
 from merge_cli import Rank, average, finalize, plan_average, run_average, run_share
+from merge_cli.cluster import Piece
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
+from merge_cli.output.joint import JointStaging
 from merge_cli.output.lock import Lock
 from merge_cli.sharing import ShareResult
 
@@ -258,6 +262,85 @@ def test_folders_of_ranks_that_trained(tmp_path: Path) -> None:
     as_single(expected, tmp_path / "out")
 
 
+def damage(path: Path) -> None:
+    """Flip the last byte, and leave size and modification time as they were."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_restart_throws_away_what_the_same_request_left(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="sharded")
+    expected = average(paths, tmp_path / "one").output
+    stop_at_publishing(paths, tmp_path / "out", 0, 2)
+    damage(tmp_path / "out.pmerge-partial" / "checkpoint" / "model-00002-of-00003.safetensors")
+    assert share(paths, tmp_path / "out", 1, 2, restart=True).reused == 0
+    as_single(expected, tmp_path / "out")
+
+
+def test_overwrite_makes_a_result_again_that_stood_before(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="sharded")
+    expected = average(paths, tmp_path / "one").output
+    average(paths, tmp_path / "out")
+    damage(tmp_path / "out" / "model-00002-of-00003.safetensors")
+    os.utime(tmp_path / "out" / "pmerge.json", (1, 1))  # from before this process began
+    assert share(paths, tmp_path / "out", 1, 2, overwrite=True).has_published
+    as_single(expected, tmp_path / "out")
+    assert share(paths, tmp_path / "out", 0, 2, overwrite=True).stood  # made by a fellow just now
+
+
+def test_records_of_another_request_vouch_for_nothing(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="sharded")
+    expected = average(paths, tmp_path / "one").output
+    stop_at_publishing(paths, tmp_path / "out", 0, 2)
+    for record in (tmp_path / "out.pmerge-partial" / "done").iterdir():
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"request": "another"}))
+    assert share(paths, tmp_path / "out", 0, 2).reused == 0
+    as_single(expected, tmp_path / "out")
+
+
+def test_without_flock_work_of_another_request_is_never_thrown_away(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_cli.output.lock.fcntl.flock", refuse_flock)
+        share(paths, tmp_path / "out", 0, 2)
+        for options in ({"method": "wma"}, {"method": "wma", "restart": True}, {"restart": True}):
+            with pytest.raises(OutputError, match="without flock nobody knows whose") as refused:
+                share(paths, tmp_path / "out", 1, 2, **options)
+            assert "rm -r " in refused.value.hint
+        share(paths, tmp_path / "out", 1, 2)
+    as_single(average(paths, tmp_path / "one").output, tmp_path / "out")
+
+
+def refuse_flock(*_: object) -> None:
+    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+
+def test_a_rank_comes_back_to_what_another_had_claimed_and_left(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="sharded")
+    expected = average(paths, tmp_path / "one").output
+    held: list[int] = []
+    claim = JointStaging.claim
+
+    def claim_after_others(self: JointStaging, piece: Piece, own: bool) -> bool:
+        if not held:  # another rank has the first piece that this one asks for, and dies when this one has gone on
+            path = tmp_path / "out.pmerge-partial" / "claims" / piece.name
+            held.append(os.open(path, os.O_RDWR | os.O_CREAT))
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+            return claim(self, piece, own)
+        if len(held) == 1:
+            os.close(held[0])
+            held.append(-1)
+        return claim(self, piece, own)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JointStaging, "claim", claim_after_others)
+        assert share(paths, tmp_path / "out", 0, 2).has_published
+    as_single(expected, tmp_path / "out")
+
+
 # --- the command
 
 
@@ -280,7 +363,9 @@ def test_only_one_rank_tells_the_path_and_only_rank_0_talks(run_folder: Path, tm
     runs = [pmerge(run_folder, "average", "run", "-o", tmp_path / "out", RANK=str(rank), WORLD_SIZE="3") for rank in (1, 2, 0)]
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], [], [str(tmp_path / "out")]]  # rank 0: it stood
-    assert "rank 1 of 3: came last and has published" in runs[0].stderr and not runs[1].stderr
+    assert (
+        "rank 1 of 3: came last and has published" in runs[0].stderr and "rank 2 of 3: the result stands already" in runs[1].stderr
+    )
     assert "rank 0 of 3 (from torchrun)" in runs[2].stderr and "stands already" in runs[2].stderr
     assert digests(tmp_path / "out") == digests(run_folder / "one")
 
@@ -296,7 +381,8 @@ def test_dry_run_shows_the_shares_once(run_folder: Path, tmp_path: Path) -> None
         for rank in (0, 1)
     ]
     assert "the largest share is" in runs[0].stderr
-    assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], []] and not runs[1].stderr
+    assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], []]
+    assert "the plan is shown by rank 0" in runs[1].stderr
 
 
 def test_workers(run_folder: Path, tmp_path: Path) -> None:
@@ -307,6 +393,28 @@ def test_workers(run_folder: Path, tmp_path: Path) -> None:
         assert pmerge(run_folder, "average", "run", "--workers", wrong).returncode == 2
     refused = pmerge(run_folder, "average", "run", "--workers", "2", RANK="0", WORLD_SIZE="2")
     assert refused.returncode == 2 and "a run without a launcher" in refused.stderr
+
+
+@pytest.mark.parametrize("alone", [("--world-size", 1), ("--rank", 0, "--world-size", 1)])
+def test_workers_are_workers_whatever_else_is_said(alone: tuple[object, ...], run_folder: Path, tmp_path: Path) -> None:
+    run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--workers", 2, *alone, RANK="3", WORLD_SIZE="8")
+    assert run.returncode == 0 and run.stdout.split() == [str(tmp_path / "out")]
+    as_single(run_folder / "one", tmp_path / "out")
+
+
+def test_the_work_of_a_worker_that_was_killed_is_done_by_the_first(run_folder: Path, tmp_path: Path) -> None:
+    code = """if True:
+        import sys, merge_cli.cli.workers as workers
+        popen = workers.subprocess.Popen
+        workers.subprocess.Popen = lambda *a, **k: popen(["sh", "-c", "kill -9 $$"])
+        from merge_cli.__main__ import main
+        main()
+    """
+    arguments = ["average", "run", "-o", str(tmp_path / "out"), "--workers", "2"]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=run_folder, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout.split() == [str(tmp_path / "out")], run.stderr
+    assert "worker 1 ended with exit code -9; its work was done by this one" in run.stderr
+    as_single(run_folder / "one", tmp_path / "out")
 
 
 def test_a_worker_that_fails_fails_the_run(run_folder: Path, tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import math
 import os
 import re
 import sys
-import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -171,7 +170,9 @@ def average_command(
         if not quiet:
             _show_plan(plan)
         if dry_run:
-            if me.rank == 0:
+            if me.rank:
+                console.say(f"the plan is shown by rank 0 (this is from {me.source}); to be alone:  --world-size 1")
+            else:
                 _finish_dry_run(plan, as_json, quiet, bandwidth)
             return
         result = _run(plan, quiet, others)
@@ -179,6 +180,9 @@ def average_command(
             _show_result(plan, result)
         elif plan.rank.rank and not muted and getattr(result, "has_published", False):
             console.say(f"came last and has published {plan.output}")
+            _warn_of_nonfinite(result)
+        elif plan.rank.rank and plan.rank.source != WORKER and not muted and getattr(result, "stood", False):
+            console.say("the result stands already; its path is on the stdout of rank 0. To be alone:  --world-size 1")
         if not _is_to_tell(plan, result):
             return
         if as_json:
@@ -196,27 +200,27 @@ def _run(plan: AveragePlan, quiet: bool, others: Workers) -> AverageResult:
         if plan.rank.is_alone:
             return run_average(plan, on_progress=progress.update, command=sys.argv)
         result = run_share(plan, on_progress=progress.update, command=sys.argv)
-        others.wait()
+        if failed := others.wait():  # what they had begun is free again
+            result = run_share(replace(plan, restart=False), on_progress=progress.update, command=sys.argv)
+            result = replace(result, has_published=result.has_published or result.stood)  # the dead one may not have told the path
+            for line in failed:
+                console.say(f"warning: {line}; its work was done by this one")
         return result
 
 
 def _is_to_tell(plan: AveragePlan, result: AverageResult) -> bool:
     """Whether the path belongs on this process's stdout: on that of one rank only, so that a script reads one line.
 
-    It is the rank that published; where the result stood before they were started, it is rank 0.
+    It is the rank that published; where the result stood before they were started, it is rank 0, or each task of an array.
     """
+    from merge_cli.cluster import ARRAY
+    from merge_cli.output.lock import process_start
     from merge_cli.sharing import ShareResult
 
     if not isinstance(result, ShareResult) or result.has_published:
         return True
     published = (plan.output / "pmerge.json").stat().st_mtime if result.stood else math.inf
-    return plan.rank.rank == 0 and published < _process_start()
-
-
-def _process_start() -> float:
-    """When this process was started, in seconds since the epoch."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return (plan.rank.rank == 0 or plan.rank.source == ARRAY) and published < process_start()
 
 
 def _weighted_paths(arguments: list[str]) -> tuple[list[str], list[float] | None]:
@@ -364,6 +368,10 @@ def _show_result(plan: AveragePlan, result: AverageResult) -> None:
         console.say(f"note: {note}")
     if result.reused:
         console.say(f"{result.reused} files had been finished by an earlier run and were kept")
+    _warn_of_nonfinite(result)
+
+
+def _warn_of_nonfinite(result: AverageResult) -> None:
     for line in first_ten([f"`{key}` has {count} NaN or Inf elements" for key, count in result.nonfinite.items()], "such tensors"):
         console.say(f"warning: {line}")
 
@@ -387,6 +395,7 @@ def _as_json(plan: AveragePlan) -> dict[str, Any]:
         "files": len(merge.files),
         "memory_bytes": plan.budget.bytes,
         "device": plan.device.name,
+        "rank": None if plan.rank.is_alone else str(plan.rank),
         "device_memory_bytes": plan.budget.device_bytes,
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from merge_cli.cluster import WORKER, Rank
-from merge_cli.errors import PmergeError, UsageError
+from merge_cli.errors import UsageError
 
 THREADS_OF_ONE = 8
 _VARIABLES = ("PMERGE_WORKER", "PMERGE_WORKERS", "PMERGE_WORKER_OF")
@@ -58,15 +58,10 @@ class Workers:
                 process.kill()
                 process.wait()
 
-    def wait(self) -> None:
-        """Wait until all have ended. Raises PmergeError where one has failed."""
+    def wait(self) -> list[str]:
+        """Wait until all have ended; a line for each that failed."""
         failed = [(number, code) for number, process in enumerate(self._processes, 1) if (code := process.wait())]
-        if failed:
-            raise PmergeError(
-                f"{len(failed)} of {self._count} workers failed",
-                details=[f"worker {number}  exit code {code}" for number, code in failed],
-                hint="run the same command again: what is finished is kept",
-            )
+        return [f"worker {number} ended with exit code {code}" for number, code in failed]
 
 
 def end_with_parent() -> None:

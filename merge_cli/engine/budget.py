@@ -47,10 +47,12 @@ def fit_memory(
     device_memory: int | None = None,
     chunk_bytes: int | None = None,
     direct: bool = False,
+    processes: int = 1,
 ) -> Budget:
     """The largest chunk (up to `chunk_bytes`, or a good size for reading) with which the plan keeps to `memory_bytes`.
 
-    An accelerator keeps to `device_memory` bytes (default: 2 GiB, and at most three quarters of what is free).
+    So many `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes (default: 2 GiB, and at most three
+    quarters of what is free).
     Raises UsageError, with need and have, when not even a small chunk fits.
     """
     plain = [run for file in plan.files for run in file.runs if isinstance(run, Run)]
@@ -80,7 +82,7 @@ def fit_memory(
         return workers * (ring_device_bytes(len(plan.outputs), chunk_elements, chunk_elements * item_bytes) + rows)
 
     def fits(*size: int) -> bool:
-        return need(*size) <= memory_bytes and (device_memory is None or need_of_device(*size) <= device_memory)
+        return need(*size) * processes <= memory_bytes and (device_memory is None or need_of_device(*size) <= device_memory)
 
     for workers in range(threads or max(2, min(8, len(os.sched_getaffinity(0)))), 0, -1):
         chunk, values = target, ACCELERATOR_VALUES if device.is_accelerator else TARGET_VALUES
@@ -91,7 +93,7 @@ def fit_memory(
             on_device = need_of_device(workers, chunk, values) if device.is_accelerator else 0
             return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk, values), values, on_device, slack_bytes)
     least = (1, MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS)
-    too_small, found, expected, hint = "--memory", memory_bytes, need(*least), ""
+    too_small, found, expected, hint = "--memory", memory_bytes, need(*least) * processes, ""
     if device_memory is not None and expected <= memory_bytes:
         too_small, found, expected, hint = "--device-memory", device_memory, need_of_device(*least), ", or --device cpu"
     hint = f"{too_small} {-(-expected >> 20) + 1}MiB{hint}"

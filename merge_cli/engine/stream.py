@@ -80,6 +80,19 @@ class Statistics:
     requantization_error: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
 
+    def plus(self, other: Statistics) -> Statistics:
+        """Both together; of errors the larger ones."""
+        errors = [each for each in (self.requantization_error, other.requantization_error) if each is not None]
+        return Statistics(
+            self.seconds_reading + other.seconds_reading,
+            self.seconds_computing + other.seconds_computing,
+            self.seconds_writing + other.seconds_writing,
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+            max(errors, default=None),
+            [*self.notes, *other.notes],
+        )
+
 
 def shard_writer(todo: Todo, folder: Path) -> Writer:
     """What writes a file, or a piece of one, into `folder`."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ from merge_cli.engine.durable import fsync_folder, output_error, write_file
 from merge_cli.engine.writer import assemble, partial_path
 from merge_cli.errors import OutputError, first_ten
 from merge_cli.output.lock import Lock, flock
-from merge_cli.output.manifest import stands
+from merge_cli.output.manifest import stands_for
 from merge_cli.output.staging import Done, Staging, already_there, differences, read_json
 from merge_cli.plan import MergePlan, OutputFile
 
@@ -87,7 +88,7 @@ class JointStaging(Staging):
         Raises OutputError where the destination holds something else, or the folder holds the work of another request that is to be
         kept or is still going on.
         """
-        self._state = json.loads(json.dumps(state))
+        self._set_state(state)
         try:
             if self._stands():
                 return {}
@@ -113,17 +114,27 @@ class JointStaging(Staging):
         """
         with suppress(OSError):
             os.close(os.open(self.destination.parent, os.O_RDONLY | os.O_DIRECTORY))
-        self.is_published = self._recover() or stands(self.destination, self._merge)
+        self.is_published = self._recover() or stands_for(self.destination, self._merge, self.overwrite)
         if self.is_published:
             self.clean()
         return self.is_published
 
     def _settle(self, restart: bool) -> None:
-        """Keep what belongs to this request; throw away, with `restart` or where nothing is finished, that of another."""
+        """Keep what belongs to this request; throw away, with `restart` or where nothing is finished, that of another.
+
+        The first of several ranks with `restart` throws away what was there before them. Without flock nobody knows who is still at
+        work, so nothing is ever thrown away.
+        """
         was = read_json(self._state_file).get("state")
-        if was == self._state:
+        if not self._lock.has_flock and self._state_file.exists() and (restart or was != self._state):
+            raise OutputError(
+                f"{self.folder} holds unfinished work, and without flock nobody knows whose",
+                details=first_ten(differences(was or {}, self._state), "more differences"),
+                hint=f"when no rank is at work any more:  rm -r {shlex.quote(str(self.folder))}",
+            )
+        if was == self._state and not (restart and self._lock.is_alone()):
             return
-        if self._state_file.exists() and self._lock.has_flock and not self._lock.is_alone():
+        if self._state_file.exists() and was != self._state and not self._lock.is_alone():
             raise OutputError(
                 f"other ranks are writing {self.destination}, and not by the same request",
                 details=first_ten(differences(was or {}, self._state), "more differences"),
@@ -139,11 +150,11 @@ class JointStaging(Staging):
             return
         path, size = self.folder / "ranks" / "world_size", self._rank.world_size
         other = read_json(path).get("world_size", size)
-        if other != size and self._lock.has_flock and not self._lock.is_alone():
+        if other != size and not self._lock.is_alone():
             raise OutputError(
                 f"other ranks are writing {self.destination}",
                 details=[f"found     rank {self._rank.rank} of {size}", f"expected  one of {other} ranks"],
-                hint="wait for them, or stop them; what they have finished is kept",
+                hint=f"wait for them, or stop them; what they have finished is kept. Without flock:  --world-size {other}",
             )
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"world_size": size}))
@@ -156,7 +167,7 @@ class JointStaging(Staging):
         stale = {record for record, file in self._whole.items() if record in there and file.name not in done}
         for record, names in _pieces_by_file(there).items():
             inode = self._inode(self._whole[record]) if record in self._whole else None
-            stale |= {name for name in names if read_json(self._done / name).get("inode") != inode}
+            stale |= {name for name in names if not self._speaks_of(read_json(self._done / name), inode)}
         for name in stale:
             (self._done / name).unlink(missing_ok=True)
         if stale:
@@ -192,6 +203,11 @@ class JointStaging(Staging):
             self.folder.rmdir()
 
     # --- pieces
+
+    @property
+    def has_flock(self) -> bool:
+        """Whether claims are kept by the kernel, so that ranks can take over from each other, and share a file."""
+        return self._lock.has_flock
 
     def claim(self, piece: Piece, own: bool) -> bool:
         """Whether this rank is to write `piece` now: it is not done, and no other rank is at it."""
@@ -230,6 +246,7 @@ class JointStaging(Staging):
             else:
                 inode = partial_path(self.checkpoint / piece.file.name).stat().st_ino
                 entry = {"begin": piece.begin, "end": piece.end, "inode": inode, "nonfinite": dict(nonfinite)}
+                entry["request"] = self._request
                 write_file(self._record_file(piece.name), json.dumps(entry).encode())
         except OutputError:
             if self._lock.is_current:
@@ -263,7 +280,10 @@ class JointStaging(Staging):
     def _piece_records(self, file: OutputFile) -> list[dict[str, Any]]:
         """The records of pieces of a file, as far as they speak of the file that is there."""
         names, inode = _pieces_by_file(self._records()).get(self._record_file(file.name).name, []), self._inode(file)
-        return [record for name in names if (record := read_json(self._done / name)).get("inode") == inode]
+        return [record for name in names if self._speaks_of(record := read_json(self._done / name), inode)]
+
+    def _speaks_of(self, record: Mapping[str, Any], inode: int | None) -> bool:
+        return inode is not None and (record.get("inode"), record.get("request")) == (inode, self._request)
 
     def _inode(self, file: OutputFile) -> int | None:
         """Of the file that its pieces are written into; it has its final name if a rank died before it could record that."""

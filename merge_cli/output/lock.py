@@ -82,8 +82,11 @@ class Lock:
             return flock(self._fd, shared=False)
         except BlockingIOError:
             return False
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        finally:  # a refused upgrade has given the shared lock up, and a single run may have come in between
+            try:
+                flock(self._fd, shared=True)
+            except BlockingIOError as error:
+                raise self._held(_read(self.path), "wait for it, stop it, or write somewhere else:  -o PATH") from error
 
     def release(self) -> None:
         """Give the lock back; what its files said about the holder goes first."""
@@ -224,6 +227,12 @@ def is_dead(holder: dict[str, Any]) -> bool:
     if holder.get("namespace") != _link("/proc/self/ns/pid"):
         return False
     return holder.get("started") != _start_time(holder.get("pid"))
+
+
+def process_start() -> float:
+    """When this process was started, in seconds since the epoch."""
+    ticks = int(_start_time(os.getpid()) or 0)
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _start_time(pid: object) -> str:

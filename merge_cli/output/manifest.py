@@ -15,6 +15,7 @@ from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.files import check_stays_inside, read_regular_file
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
+from merge_cli.output.lock import process_start
 from merge_cli.output.staging import SUFFIX, Done
 from merge_cli.plan import ALGORITHM, MergePlan, Output
 from merge_cli.version import __version__
@@ -131,6 +132,13 @@ def stands(path: Path, merge: MergePlan) -> bool:
         return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def stands_for(path: Path, merge: MergePlan, overwrite: bool) -> bool:
+    """`stands`, for one of several ranks: with `overwrite` only what another of them has made since this process began counts."""
+    if not stands(path, merge):
+        return False
+    return not overwrite or (path / MANIFEST).stat().st_mtime >= process_start()
 
 
 def index_of(plan: MergePlan) -> tuple[str, bytes] | None:

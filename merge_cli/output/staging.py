@@ -83,6 +83,7 @@ class Staging:
         self._more_folders = (self.folder / "claims", self.folder / "ranks")  # see `joint.py`
         self._is_cleaned = False
         self._state: Mapping[str, Any] = {}
+        self._request = ""  # what records are made for: one of another request vouches for nothing
         self._lock = Lock(self.folder / "lock", destination)
 
     def __enter__(self) -> Staging:
@@ -99,7 +100,7 @@ class Staging:
         `restart` throws away what an earlier run left, `verify` reads finished files again and drops those whose sha256 is
         another. Raises OutputError where the destination exists, or what is there belongs to another request.
         """
-        self._state = json.loads(json.dumps(state))
+        self._set_state(state)
         try:
             if self._recover() and not restart:
                 self.is_published = True
@@ -119,16 +120,25 @@ class Staging:
             raise output_error(error, f"cannot work in {self.folder}", self._state_file) from error
         return done
 
+    def _set_state(self, state: Mapping[str, Any]) -> None:
+        self._state = json.loads(json.dumps(state))
+        self._request = hashlib.sha256(json.dumps(self._state, sort_keys=True).encode()).hexdigest()
+
     def _write_state(self) -> None:
         if not self._state_file.exists():
             about = "an unfinished pmerge run: run the same command again to continue it, with --restart to begin afresh"
-            made_by = {"about": about, "command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+            made_by = {
+                "about": about,
+                "command": shlex.join(["pmerge", *sys.argv[1:]]),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            }
             write_file(self._state_file, json.dumps({**made_by, "state": self._state}, indent=2).encode())
 
     def record(self, file: OutputFile, sha256: str, nonfinite: Mapping[str, int]) -> None:
         """Note that `file` stands complete and durable in the staging folder."""
         mtime_ns = (self.checkpoint / file.name).stat().st_mtime_ns
         entry = {"name": file.name, "file_bytes": file.file_bytes, "mtime_ns": mtime_ns, "sha256": sha256}
+        entry["request"] = self._request
         write_file(self._record_file(file.name), json.dumps({**entry, "nonfinite": dict(nonfinite)}).encode())
 
     def publish(self) -> None:
@@ -308,7 +318,8 @@ class Staging:
             try:
                 path, done = self.checkpoint / entry["name"], Done(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]))
                 status = path.stat()
-                if (status.st_size, status.st_mtime_ns) != (done.file_bytes, entry["mtime_ns"]):
+                found_now = (status.st_size, status.st_mtime_ns, self._request)
+                if found_now != (done.file_bytes, entry["mtime_ns"], entry["request"]):
                     continue
             except (OSError, KeyError, TypeError, ValueError):
                 continue  # a torn record, or its file is gone: that file is written again
