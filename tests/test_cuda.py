@@ -18,7 +18,7 @@ from merge_cli import average, plan_average
 from merge_cli.engine import choice, cuda
 from merge_cli.engine.coded import CodedReducer
 from merge_cli.engine.cuda import CudaQueues, CudaStream
-from merge_cli.engine.device import Device, HostBuffer
+from merge_cli.engine.device import Device, HostRows
 from merge_cli.errors import NonFiniteError, PmergeError
 from merge_cli.sweeping import plan_sweep, run_sweep
 
@@ -177,7 +177,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Stream]]:
     monkeypatch.setattr(torch.cuda, "stream", active)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123 << 20, 456 << 20))
-    monkeypatch.setattr(cuda, "HostBuffer", lambda num_bytes, pinned: HostBuffer(num_bytes, not pinned))
+    monkeypatch.setattr(cuda, "pinned_buffer", lambda num_bytes: HostRows(1, num_bytes).buffers[0])
     yield current
     assert current == []
 

@@ -72,7 +72,7 @@ def fit_memory(
         bytes_of_rows = host_bytes_for if device.is_accelerator else bytes_for
         rows = bytes_of_rows(largest_chunk(coded, coded_values), len(plan.outputs))
         lane_elements = min(REDONE_ELEMENTS, chunk_elements) if device.is_accelerator else chunk_elements
-        lane = buffers * lane_elements * item_bytes + device.scratch_bytes(lane_elements, len(plan.outputs))
+        lane = buffers * lane_elements * item_bytes + device.scratch_bytes(lane_elements, len(plan.inputs), len(plan.outputs))
         lane += len(plan.inputs) * slack_bytes
         ring = ring_host_bytes(len(plan.outputs), chunk_elements * item_bytes, slack_bytes) if device.is_accelerator else 0
         return workers * (lane + ring + rows)

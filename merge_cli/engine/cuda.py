@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_cli.engine.device import HostBuffer
+from merge_cli.engine.device import HostBuffer, pinned_buffer
 from merge_cli.engine.pipeline import COMPUTE, QUEUES
 from merge_cli.errors import PmergeError
 
@@ -46,7 +46,7 @@ class CudaQueues:
 
     def host_buffer(self, num_bytes: int) -> HostBuffer:
         with failures_of(self._device), torch.cuda.stream(self._streams[COMPUTE]):  # pinning starts CUDA on the current device
-            return HostBuffer(num_bytes, pinned=True)
+            return pinned_buffer(num_bytes)
 
     def memory(self, num_bytes: int) -> Tensor:
         with failures_of(self._device), torch.cuda.stream(self._streams[COMPUTE]):
@@ -98,7 +98,7 @@ class CudaStream:
         self._uploaded[place].synchronize()  # at once where nothing was recorded
         buffer = self._buffers[place]
         if buffer is None or len(buffer.memory) < num_bytes:
-            self._buffers[place] = buffer = HostBuffer(num_bytes, pinned=True)
+            self._buffers[place] = buffer = pinned_buffer(num_bytes)
         read(buffer.memory[:num_bytes])
         data = buffer.tensor[:num_bytes].to(self._device, non_blocking=True)
         self._uploaded[place].record(self._stream)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from merge_cli.engine.filtered import FilteredSums, filter_bytes
 from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reduce import (
     Scratch,
@@ -56,9 +57,10 @@ class Device:
         """How many elements a `Lane` reduces at once."""
         return min(CPU_BLOCK_ELEMENTS, chunk_elements)
 
-    def scratch_bytes(self, chunk_elements: int, num_outputs: int) -> int:
-        """What a lane needs beside its buffers: accumulators in float64, an input in float32 and float64, rounding."""
-        return self.block_elements(chunk_elements) * (44 + 8 * num_outputs)
+    def scratch_bytes(self, chunk_elements: int, num_inputs: int, num_outputs: int) -> int:
+        """What a lane needs beside its buffers: accumulators in float64, an input in float32 and float64, rounding; the filter."""
+        sums = self.block_elements(chunk_elements) * (44 + 8 * num_outputs)
+        return sums + filter_bytes(chunk_elements, num_inputs, num_outputs)
 
     def queues(self) -> Queues:
         """New queues of an accelerator, for one worker. May raise torch.OutOfMemoryError."""
@@ -111,18 +113,12 @@ class HostBuffer:
     The data begins at byte `begin`, which is 0 but for what was read in whole blocks of the storage.
     """
 
-    def __init__(self, num_bytes: int, pinned: bool) -> None:
-        num_bytes = max(num_bytes, 1)
+    def __init__(self, tensor: torch.Tensor) -> None:
         self.begin = 0
-        if pinned:
-            self.tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-            array = (ctypes.c_char * num_bytes).from_address(self.tensor.data_ptr())
-            self.memory = memoryview(array).cast("B")
-        else:
-            self._map = mmap.mmap(-1, num_bytes)
-            self.memory = memoryview(self._map)
-            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.views = Views(self.tensor)
+        self.tensor = tensor
+        array = (ctypes.c_char * tensor.numel()).from_address(tensor.data_ptr())
+        self.memory = memoryview(array).cast("B")
+        self.views = Views(tensor)
 
     def fill(self, inputs: InputFiles, file: WeightFile, offset: int, size: int, item_bytes: int) -> None:
         """Read `size` bytes from byte `offset` of an input."""
@@ -133,6 +129,28 @@ class HostBuffer:
         return self.memory[self.begin : self.begin + size]
 
 
+def pinned_buffer(num_bytes: int) -> HostBuffer:
+    """A buffer that an accelerator copies from and to by itself."""
+    return HostBuffer(torch.empty(max(num_bytes, 1), dtype=torch.uint8, pin_memory=True))
+
+
+class HostRows:
+    """Buffers of `num_bytes` each, at equal distances in memory, so that several can be one tensor."""
+
+    def __init__(self, num_rows: int, num_bytes: int) -> None:
+        width = max(-(-num_bytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+        self._rows = torch.frombuffer(mmap.mmap(-1, num_rows * width), dtype=torch.uint8).view(num_rows, width)
+        self.buffers = [HostBuffer(row[: max(num_bytes, 1)]) for row in self._rows]
+
+    def together(self, which: Sequence[int], dtypes: Sequence[torch.dtype], count: int) -> torch.Tensor | list[torch.Tensor]:
+        """The first `count` elements of some buffers: a view [buffers, count] where they are alike, else one [count] for each."""
+        begins = {self.buffers[i].begin for i in which}
+        if which and len(begins) == len(set(dtypes)) == 1 and list(which) == list(range(which[0], which[-1] + 1)):
+            begin, dtype = begins.pop(), dtypes[0]
+            return self._rows[which[0] : which[-1] + 1, begin : begin + count * dtype.itemsize].view(dtype)
+        return [elements(self.buffers[i], dtype, 0, count) for i, dtype in zip(which, dtypes, strict=True)]
+
+
 class Lane:
     """One worker's buffers on the CPU: `num_inputs` chunks in, `num_outputs` chunks out, `chunk_bytes` each.
 
@@ -140,21 +158,32 @@ class Lane:
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, chunk_elements: int, chunk_bytes: int, slack_bytes: int = 0) -> None:
-        self.inputs = [HostBuffer(chunk_bytes + slack_bytes, pinned=False) for _ in range(num_inputs)]
-        self.outputs = [HostBuffer(chunk_bytes, pinned=False) for _ in range(num_outputs)]
+        self._rows_in = HostRows(num_inputs, chunk_bytes + slack_bytes)
+        self._rows_out = HostRows(num_outputs, chunk_bytes)
+        self.inputs, self.outputs = self._rows_in.buffers, self._rows_out.buffers
         self._block = CPU.block_elements(chunk_elements)
         self._scratch = Scratch(self._block, num_outputs, CPU.torch)
+        self._filtered = FilteredSums(chunk_elements, num_inputs, num_outputs)
 
     def reduce(
         self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str, load: Callable[[int], None]
     ) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
-        `load(i)` fills input buffer i. It is called just before that input is added, while what it reads is in the nearest cache.
+        `load(i)` fills input buffer i. It is called just before that input is added, while what it reads is in the nearest cache;
+        many sums in float64 are made by `filtered.py`, from all inputs together.
         False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for float32 where the
         average is not (masks are full of the smallest bfloat16): such elements, and only they, are summed again in float64.
         """
-        if self._reduce(run, count, operations, setting, load):
+        product = self._filtered.choose(run, operations, setting)
+        if product is not None:
+            for i in sorted({i for operation in operations.values() for i in operation.inputs}):
+                load(i)
+            sources = self._rows_in.together(product.inputs, [torch_dtype(run.sources[i].dtype) for i in product.inputs], count)
+            outputs = self._rows_out.together(product.keys, [torch_dtype(run.dtype)] * len(product.keys), count)
+            done = self._filtered.reduce(product, sources, outputs)
+            operations = {k: operation for k, operation in operations.items() if k not in done}
+        if self._reduce(run, count, operations, setting, load if product is None else None):
             return True
         return setting == "auto" and self._reduce(run, count, operations, "fp64", mend=True)
 

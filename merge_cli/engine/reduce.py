@@ -156,12 +156,12 @@ def store(accumulator: torch.Tensor, output: torch.Tensor) -> None:
     if accumulator.dtype != torch.float64 or output.dtype not in (torch.bfloat16, torch.float16):
         output.copy_(accumulator)
     elif output.dtype == torch.float16:
-        output.copy_(_round_to_odd(accumulator))
+        output.copy_(round_to_odd(accumulator))
     else:
         nearest = accumulator.to(torch.float32)
         ties = _ties(nearest)
         if ties.numel():
-            nearest[ties] = _round_to_odd(accumulator[ties])
+            nearest[ties] = round_to_odd(accumulator[ties])
         output.copy_(nearest)
 
 
@@ -179,7 +179,7 @@ def _ties(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows[inside[:, 0], 0] * _ROW + inside[:, 1], rest])
 
 
-def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
+def round_to_odd(values: torch.Tensor) -> torch.Tensor:
     """float64 to float32, inexact results rounded to the neighbour with an odd last bit.
 
     Rounding that to 16 bits gives what rounding the float64 directly would: torch itself goes by way of float32 and rounds twice.

@@ -1,0 +1,240 @@
+"""The filter: sums by a matrix product have the reference's bits, whatever the product's rounding is within its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from builders import random_bits
+from checks import same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merge_cli.engine.device import Lane, elements
+from merge_cli.engine.filtered import FILTER_ELEMENTS, FilteredSums, Product, is_precise
+from merge_cli.engine.reduce import WeightedSum
+from merge_cli.plan import Run, Source
+
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+EMA = (0.512, 0.128, 0.16, 0.2)
+OPERATIONS = {
+    0: WeightedSum((0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0), 4.0, True),
+    1: WeightedSum((0, 1, 2, 3), EMA, None, False),
+    2: WeightedSum((0, 1, 2, 3), (0.11, 0.23, 0.29, 0.37), None, False),
+    3: WeightedSum((2, 3), (-0.31, 1.31), None, False),
+    5: WeightedSum((0, 1, 2, 3), (3.0, 5.0, 7.0, 11.0), 26.0, True),
+    6: WeightedSum((1, 3), (0.93, 0.07), None, False),
+}
+OUTPUTS = 7
+PRODUCT = torch.mm
+
+
+class Sums:
+    """A lane with its inputs filled; how often the filter was asked, and which outputs it made."""
+
+    def __init__(self, sources: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = sources[0].numel()
+        width = max(source.element_size() for source in sources)
+        self.lane = Lane(len(sources), OUTPUTS, max(self.count, 4096), max(self.count, 4096) * width)
+        for buffer, source in zip(self.lane.inputs, sources, strict=True):
+            elements(buffer, source.dtype, 0, self.count).copy_(source)
+        self.run = Run("average", "BF16", 0, self.count, tuple(Source(None, 0, NAMES[s.dtype]) for s in sources), ("a",), (0,))  # type: ignore[arg-type]
+        self.loaded: list[int] = []
+        self.done: list[set[int]] = []
+        self._monkeypatch = monkeypatch
+
+    def reduce(self, operations: dict[int, WeightedSum] = OPERATIONS, *, by_reference: bool = False) -> dict[int, Tensor]:
+        """The outputs, whether or not they are finite."""
+        reduce = FilteredSums.reduce
+
+        def watched(*arguments: object) -> set[int]:
+            done = reduce(*arguments)  # type: ignore[arg-type]
+            self.done.append(done)
+            return done
+
+        with self._monkeypatch.context() as patch:
+            patch.setattr(FilteredSums, "reduce", watched)
+            if by_reference:
+                patch.setattr(FilteredSums, "choose", lambda *arguments: None)
+            self.lane.reduce(self.run, self.count, operations, "auto", self.loaded.append)
+        return {k: elements(self.lane.outputs[k], torch.bfloat16, 0, self.count).clone() for k in operations}
+
+
+def of_a_run(count: int, dtype: torch.dtype = torch.bfloat16, noise: float = 0.05) -> list[Tensor]:
+    """Four tensors as a run has them."""
+    generator = torch.Generator().manual_seed(count)
+    base = torch.randn(count, generator=generator)
+    return [(0.02 * (base + noise * torch.randn(count, generator=generator))).to(dtype) for _ in range(4)]
+
+
+def assert_same(found: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
+    for k in expected:
+        assert same_bits(found[k], expected[k]), k
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 31, 4097, FILTER_ELEMENTS, 2 * FILTER_ELEMENTS + 5])
+def test_same_bits_as_the_reference(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = Sums(of_a_run(count, dtype), monkeypatch)
+    found = sums.reduce()
+    if count > 4096:
+        assert sums.done == [{1, 2, 3, 6} if dtype != torch.float32 else set(OPERATIONS)]
+    assert_same(found, sums.reduce(by_reference=True))
+
+
+def test_all_that_any_output_uses_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = Sums(of_a_run(5000), monkeypatch)
+    late = WeightedSum((2, 3), (0.71, 0.29), None, False)
+    sums.reduce({0: OPERATIONS[0], 1: late, 2: late, 3: late})
+    assert sorted(sums.loaded) == [0, 1, 2, 3] and sums.done == [{1, 2, 3}]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+def test_inputs_of_several_dtypes(dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [source.to(dtypes[i % 2]) for i, source in enumerate(of_a_run(9001))]
+    sums = Sums(sources, monkeypatch)
+    assert_same(sums.reduce(), sums.reduce(by_reference=True))
+    assert len(sums.done[0]) >= 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every magnitude from subnormal to the largest, at random; NaN and Inf too in the last."""
+    sources = [random_bits(torch.bfloat16, 30_000, 10 * seed + i) for i in range(4)]
+    if seed < 3:
+        sources = [torch.where(source.isfinite(), source, 1.0) for source in sources]
+    if seed < 2:
+        sources = [torch.where(source.abs() < 1e30, source, 1.0) for source in sources]
+    sums = Sums(sources, monkeypatch)
+    found, expected = sums.reduce(), sums.reduce(by_reference=True)
+    assert (sums.done[0] == set()) == (seed > 1)
+    for k in OPERATIONS:
+        finite = expected[k].isfinite()
+        assert same_bits(found[k][finite], expected[k][finite])
+        assert torch.equal(found[k].isfinite(), finite)
+
+
+def test_zeros_of_both_signs_and_opposite_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sums vanish, or nearly so, and where they are subnormal: a few such elements among ordinary ones."""
+    sources = of_a_run(20_000)
+    tiny, zero = 2.0**-133, 0.0
+    special = [
+        (zero, zero, zero, zero),
+        (-zero, -zero, -zero, -zero),
+        (zero, -zero, zero, -zero),
+        (1.0, -4.0, 1.0, -1.6),
+        (tiny, tiny, -tiny, 3 * tiny),
+        (-tiny, zero, -zero, tiny),
+        (1.0, 2.0**-9, -1.0, 2.0**-130),
+        (2.0**90, -(2.0**90), 2.0**-100, 1.0),
+    ]
+    for place, values in enumerate(special):
+        for source, value in zip(sources, values, strict=True):
+            source[place * 97 : place * 97 + 3] = value
+    sums = Sums(sources, monkeypatch)
+    assert_same(sums.reduce(), sums.reduce(by_reference=True))
+    assert sums.done[0] == {1, 2, 3, 6}
+
+
+def near_the_bound(sign: Callable[[Tensor], Tensor], share: float) -> Callable[..., Tensor]:
+    """A product that is wrong by `share` of what its rounding may be."""
+
+    def mm(coefficients: Tensor, terms: Tensor, out: Tensor) -> Tensor:
+        n = coefficients.shape[1] - 1
+        size = coefficients[:, :n].abs() @ terms[:n].abs()
+        roundings = (coefficients != 0).sum(1, keepdim=True)  # a product with 0 is exact, and so is adding it
+        exact = coefficients.double() @ terms.double()
+        return out.copy_(exact + sign(PRODUCT(coefficients, terms)) * share * roundings * 2.0**-24 * size)
+
+    return mm
+
+
+@pytest.mark.parametrize("direction", ["up", "down", "out", "random"])
+def test_a_product_that_rounds_as_badly_as_it_may(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    sign = {
+        "up": lambda values: torch.ones_like(values),
+        "down": lambda values: -torch.ones_like(values),
+        "out": torch.sign,
+        "random": lambda values: torch.rand(values.shape, generator=generator) * 2 - 1,
+    }[direction]
+    sums = Sums(of_a_run(400_000, noise=0.5), monkeypatch)
+    monkeypatch.setattr(torch, "mm", near_the_bound(sign, 1.0))
+    found = sums.reduce()
+    assert sums.done == [{1, 2, 3, 6}]
+    expected = sums.reduce(by_reference=True)
+    assert_same(found, expected)
+    monkeypatch.setattr(torch, "mm", near_the_bound(sign, 20.0))  # so that this test can fail
+    assert not all(same_bits(each, expected[k]) for k, each in sums.reduce().items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_coefficients_and_windows(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 12))
+    weight = st.one_of(st.floats(-2, 2, width=32), st.sampled_from([0.0, 0.5, 0.25, 1.0, 1e-30, 1e-300, 1 / 3]))
+    operations = {}
+    for k in range(data.draw(st.integers(3, OUTPUTS))):
+        inputs = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
+        factors = tuple(data.draw(st.lists(weight, min_size=len(inputs), max_size=len(inputs))))
+        operations[k] = WeightedSum(tuple(inputs), factors, data.draw(st.sampled_from([None, 3.0])), False)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    base = torch.randn(3000, generator=generator)
+    noise = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
+    sources = [(base + noise * torch.randn(3000, generator=generator)).bfloat16() for _ in range(n)]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sums = Sums(sources, monkeypatch)
+        assert_same(sums.reduce(operations), sums.reduce(operations, by_reference=True))
+
+
+def test_sums_that_are_often_on_a_tie_are_left_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    quarters = WeightedSum((0, 1, 2), (0.25, 0.25, 0.5), None, False)
+    operations = {**OPERATIONS, 4: quarters}
+    sums = Sums(of_a_run(20_000), monkeypatch)
+    expected = sums.reduce(operations, by_reference=True)
+    for _ in range(20):
+        assert_same(sums.reduce(operations), expected)
+    assert all(done == {1, 2, 3, 6} for done in sums.done)
+    tried = [4 in product.keys for key, product in sums.lane._filtered._products.items() if product]
+    assert sorted(tried) == [False, True]
+
+
+def test_a_block_of_zeros_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = of_a_run(2 * FILTER_ELEMENTS)
+    for source in sources:
+        source[:FILTER_ELEMENTS] = -0.0
+    sums = Sums(sources, monkeypatch)
+    assert_same(sums.reduce(), sums.reduce(by_reference=True))
+    assert sums.done == [set()]
+
+
+def test_a_product_with_operands_rounded_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = Tensor.__matmul__
+    assert is_precise(8, 11)
+    is_precise.cache_clear()
+
+    def rounded(a: Tensor, b: Tensor) -> Tensor:
+        return product(a.bfloat16().to(a.dtype), b.bfloat16().to(b.dtype)) if a.dtype == torch.float32 else product(a, b)
+
+    monkeypatch.setattr(Tensor, "__matmul__", rounded)
+    assert not is_precise(8, 11)
+    assert not Product(OPERATIONS).is_usable
+    sums = Sums(of_a_run(5000), monkeypatch)
+    sums.reduce()
+    assert sums.done == []
+    is_precise.cache_clear()
+
+
+def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = Sums(of_a_run(5000), monkeypatch)
+    chosen = sums.lane._filtered.choose
+    two = {k: OPERATIONS[k] for k in (0, 1, 2)}
+    heavy = {k: WeightedSum((0, 1), (2.0**30, -(2.0**30)), None, False) for k in range(3)}
+    light = {k: WeightedSum((0, 1), (2.0**-12, 1e-300), None, False) for k in range(3)}
+    assert chosen(sums.run, OPERATIONS, "auto") is not None
+    assert chosen(sums.run, OPERATIONS, "fp64") is None
+    assert chosen(sums.run, two, "auto") is None
+    assert chosen(sums.run, heavy, "auto") is None
+    assert chosen(sums.run, light, "auto") is None
