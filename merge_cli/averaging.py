@@ -222,7 +222,7 @@ def plan_average(
 
     where, budget, reasons = settle(device, merge, fit, rank.local_rank)
     notes = (*notes, *filter(None, [direct_reads.note]), *reasons)
-    late = not rank.is_alone and stands_for(destination, merge, overwrite)
+    late = not rank.is_alone and stands_for(destination, merge, overwrite or rank.source == WORKER)
     findings = [] if late else check_destinations({destination: merge}, overwrite)
     return AveragePlan(
         merge, destination, candidates, notes, warnings, where, budget, overwrite, restart, verify_resume, tuple(findings), rank

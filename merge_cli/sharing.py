@@ -59,10 +59,10 @@ def run_share(
     began = time.perf_counter()
     merge, rank = plan.merge, plan.rank
     with JointStaging(plan.output, merge, rank, plan.overwrite) as staging:
-        done = staging.prepare(request_state(merge), restart=plan.restart)
+        staging.join(request_state(merge), restart=plan.restart)
         if staging.is_published:
             return ShareResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), stood=True)
-        reused = len(done)
+        reused = len(merge.files) - len(staging.missing())
         pieces = cut(merge.files, rank.world_size if staging.has_flock else 1)
         own = set(shares(pieces, rank.world_size)[rank.rank])
         total, claimed = Statistics(), 0
@@ -154,7 +154,7 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     if changed := differences(state, json.loads(json.dumps(now))):
         raise InputError(f"the inputs of {path} have changed since its ranks began", details=first_ten(changed, "more differences"))
     with JointStaging(path, merge, None, overwrite) as staging:
-        staging.prepare(now)
+        staging.join(now)
         if staging.is_published:
             return path
         staging.assemble_files()

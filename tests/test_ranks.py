@@ -26,6 +26,8 @@ from merge_cli.cluster import Piece
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
 from merge_cli.output.joint import JointStaging
 from merge_cli.output.lock import Lock
+from merge_cli.output.manifest import request_state
+from merge_cli.output.staging import read_json
 from merge_cli.sharing import ShareResult
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -173,6 +175,33 @@ def test_what_is_done_is_kept_by_ranks_of_another_world_size(tmp_path: Path) -> 
     result = share(paths, out, 1, 2)
     assert result.has_published
     as_single(expected, out)
+
+
+def test_only_a_rank_that_is_alone_looks_into_the_records(tmp_path: Path) -> None:
+    """Hundreds of ranks join one after the other: that must not take longer the more files are finished."""
+    paths = nasty_run(tmp_path / "run", layout="sharded")
+    out = tmp_path / "out"
+    stop_at_publishing(paths, out, 0, 3)
+    (tmp_path / "out.pmerge-partial" / "checkpoint" / "model-00001-of-00003.safetensors").unlink()
+    plans = [plan_average(paths, out, rank=Rank(rank, 3, source="--rank")) for rank in range(2)]
+    read: list[Path] = []
+
+    def watched(path: Path) -> dict[str, Any]:
+        if path.parent.name == "done":
+            read.append(path)
+        return read_json(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("joint", "staging"):
+            patch.setattr(f"merge_cli.output.{module}.read_json", watched)
+        with JointStaging(out, plans[0].merge, plans[0].rank) as first:
+            first.join(request_state(plans[0].merge))
+            assert {path.name for path in read} >= {f"model-0000{number}-of-00003.safetensors.json" for number in (1, 2, 3)}
+            read.clear()
+            with JointStaging(out, plans[1].merge, plans[1].rank) as second:
+                second.join(request_state(plans[1].merge))
+                assert not read
+                assert first.missing() == second.missing() == ["model-00001-of-00003.safetensors"]
 
 
 def test_a_single_run_continues_what_ranks_have_left(tmp_path: Path) -> None:
@@ -393,6 +422,13 @@ def test_workers(run_folder: Path, tmp_path: Path) -> None:
         assert pmerge(run_folder, "average", "run", "--workers", wrong).returncode == 2
     refused = pmerge(run_folder, "average", "run", "--workers", "2", RANK="0", WORLD_SIZE="2")
     assert refused.returncode == 2 and "a run without a launcher" in refused.stderr
+
+
+def test_workers_do_not_replace_a_result_either(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "one", tmp_path / "out")
+    for workers in (1, 2):
+        run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--workers", workers, "--quiet")
+        assert run.returncode == 1 and not run.stdout and run.stderr.count("exists already") == 1
 
 
 @pytest.mark.parametrize("alone", [("--world-size", 1), ("--rank", 0, "--world-size", 1)])

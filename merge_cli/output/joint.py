@@ -82,8 +82,11 @@ class JointStaging(Staging):
 
     # --- the folder
 
-    def prepare(self, state: Mapping[str, Any], *, restart: bool = False, verify: bool = False) -> dict[str, Done]:
-        """Get ready as one of several; the files that are finished, by name. `restart` throws away the work of another request.
+    def join(self, state: Mapping[str, Any], *, restart: bool = False) -> None:
+        """Get ready as one of several. `restart` throws away the work of another request. `missing` tells what is left to do.
+
+        Records are looked into only by a rank that is alone: what live ranks have recorded is durable. So the time that hundreds of
+        ranks need, one after the other, does not grow with the number of files.
 
         Raises OutputError where the destination holds something else, or the folder holds the work of another request that is to be
         kept or is still going on.
@@ -91,7 +94,7 @@ class JointStaging(Staging):
         self._set_state(state)
         try:
             if self._stands():
-                return {}
+                return
             if os.path.lexists(self.destination) and not self.overwrite:
                 raise already_there(self.destination)
             self._settle(restart)
@@ -99,12 +102,12 @@ class JointStaging(Staging):
             for folder in (self._done, self.checkpoint, *self._more_folders):
                 folder.mkdir(exist_ok=True)
             self._agree_on_world_size()
-            self._drop_stale_records()
+            if not self._lock.has_flock or self._lock.is_alone():
+                self._drop_stale_records()
         except OSError as error:
             raise output_error(error, f"cannot work in {self.folder}", self._state_file) from error
         finally:
             self._control.release()
-        return self._finished_files(verify=False)
 
     def _stands(self) -> bool:
         """Whether the result of this plan is published; what the publishing rank could not clean away goes.
@@ -211,7 +214,7 @@ class JointStaging(Staging):
 
     def claim(self, piece: Piece, own: bool) -> bool:
         """Whether this rank is to write `piece` now: it is not done, and no other rank is at it."""
-        if not own and self._record_file(piece.name).name in self._records():
+        if not own and self._record_file(piece.name).exists():
             return False
         if not self._take(piece, own):
             return False
