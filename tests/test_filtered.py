@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_cli.engine.device import Lane, elements
-from merge_cli.engine.filtered import FILTER_ELEMENTS, FilteredSums, Product, is_precise
+from merge_cli.engine.filtered import FILTER_ELEMENTS, FilteredSums, Product
 from merge_cli.engine.reduce import WeightedSum
 from merge_cli.plan import Run, Source
 
@@ -34,10 +35,10 @@ PRODUCT = torch.mm
 class Sums:
     """A lane with its inputs filled; how often the filter was asked, and which outputs it made."""
 
-    def __init__(self, sources: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, sources: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch, capacity: int = 4096) -> None:
         self.count = sources[0].numel()
         width = max(source.element_size() for source in sources)
-        self.lane = Lane(len(sources), OUTPUTS, max(self.count, 4096), max(self.count, 4096) * width)
+        self.lane = Lane(len(sources), OUTPUTS, max(self.count, capacity), max(self.count, capacity) * width)
         for buffer, source in zip(self.lane.inputs, sources, strict=True):
             elements(buffer, source.dtype, 0, self.count).copy_(source)
         self.run = Run("average", "BF16", 0, self.count, tuple(Source(None, 0, NAMES[s.dtype]) for s in sources), ("a",), (0,))  # type: ignore[arg-type]
@@ -58,6 +59,8 @@ class Sums:
             patch.setattr(FilteredSums, "reduce", watched)
             if by_reference:
                 patch.setattr(FilteredSums, "choose", lambda *arguments: None)
+            for buffer in self.lane.outputs:
+                buffer.tensor.fill_(0xFF)  # what is not written is NaN
             self.lane.reduce(self.run, self.count, operations, "auto", self.loaded.append)
         return {k: elements(self.lane.outputs[k], torch.bfloat16, 0, self.count).clone() for k in operations}
 
@@ -161,6 +164,7 @@ def test_a_product_that_rounds_as_badly_as_it_may(direction: str, monkeypatch: p
         "random": lambda values: torch.rand(values.shape, generator=generator) * 2 - 1,
     }[direction]
     sums = Sums(of_a_run(400_000, noise=0.5), monkeypatch)
+    monkeypatch.setattr(FilteredSums, "is_precise", lambda *arguments: True)  # which would notice
     monkeypatch.setattr(torch, "mm", near_the_bound(sign, 1.0))
     found = sums.reduce()
     assert sums.done == [{1, 2, 3, 6}]
@@ -192,13 +196,14 @@ def test_any_coefficients_and_windows(data: st.DataObject) -> None:
 def test_sums_that_are_often_on_a_tie_are_left_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     quarters = WeightedSum((0, 1, 2), (0.25, 0.25, 0.5), None, False)
     operations = {**OPERATIONS, 4: quarters}
-    sums = Sums(of_a_run(20_000), monkeypatch)
-    expected = sums.reduce(operations, by_reference=True)
-    for _ in range(20):
-        assert_same(sums.reduce(operations), expected)
-    assert all(done == {1, 2, 3, 6} for done in sums.done)
-    tried = [4 in product.keys for key, product in sums.lane._filtered._products.items() if product]
-    assert sorted(tried) == [False, True]
+    for capacity in (4096, FILTER_ELEMENTS):
+        sums = Sums(of_a_run(20_000), monkeypatch, capacity)
+        expected = sums.reduce(operations, by_reference=True)
+        for _ in range(20):
+            assert_same(sums.reduce(operations), expected)
+        assert all(done == {1, 2, 3, 6} for done in sums.done)
+        tried = [4 in product.keys for product in sums.lane._filtered._products.values() if product]
+        assert sorted(tried) == ([False, True] if capacity == 4096 else [True])  # a small tensor says little about others
 
 
 def test_a_block_of_zeros_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,31 +215,78 @@ def test_a_block_of_zeros_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sums.done == [set()]
 
 
-def test_a_product_with_operands_rounded_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = Tensor.__matmul__
-    assert is_precise(8, 11)
-    is_precise.cache_clear()
+@pytest.mark.parametrize("rounded", ["operands", "operands to 10 bits", "sums"])
+@pytest.mark.parametrize("num_inputs", [4, 300])
+def test_a_product_that_is_less_than_float32_is_noticed(num_inputs: int, rounded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where somebody asks for `torch.set_float32_matmul_precision("medium")`, on a CPU that heeds it."""
+    low = {"operands": torch.bfloat16, "operands to 10 bits": torch.float16, "sums": torch.bfloat16}[rounded]
 
-    def rounded(a: Tensor, b: Tensor) -> Tensor:
-        return product(a.bfloat16().to(a.dtype), b.bfloat16().to(b.dtype)) if a.dtype == torch.float32 else product(a, b)
+    def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        if rounded == "sums":
+            return out.copy_(PRODUCT(a, b).to(low))
+        return PRODUCT(a.to(low).float(), b.to(low).float(), out=out)
 
-    monkeypatch.setattr(Tensor, "__matmul__", rounded)
-    assert not is_precise(8, 11)
-    assert not Product(OPERATIONS).is_usable
+    operations = {k: WeightedSum((0, num_inputs - 1), (0.1 + k, 0.3), None, False) for k in range(3)}
+    product = Product({**operations, 3: WeightedSum(tuple(range(num_inputs)), (1 / num_inputs,) * num_inputs, None, False)})
+    sums = FilteredSums(8192, num_inputs, 4)
+    assert product.is_usable and sums.is_precise(product)
+    monkeypatch.setattr(torch, "mm", mm)
+    assert not sums.is_precise(product)
+
+
+def test_no_product_where_it_is_not_precise(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = Sums(of_a_run(5000), monkeypatch)
+    monkeypatch.setattr(FilteredSums, "is_precise", lambda *arguments: False)
     sums.reduce()
     assert sums.done == []
-    is_precise.cache_clear()
+
+
+def test_the_default_dtype_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        sums = Sums(of_a_run(20_000), monkeypatch)
+        assert_same(sums.reduce(), sums.reduce(by_reference=True))
+        assert sums.done == [{1, 2, 3, 6}]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("place", [0, FILTER_ELEMENTS + 7])
+def test_a_nan_in_any_block_leaves_all_to_the_reference(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = of_a_run(2 * FILTER_ELEMENTS)
+    sources[3][place] = torch.nan
+    sums = Sums(sources, monkeypatch)
+    found, expected = sums.reduce(), sums.reduce(by_reference=True)
+    assert sums.done == [set()]
+    for k in OPERATIONS:
+        finite = expected[k].isfinite()
+        assert not finite[place] and same_bits(found[k][finite], expected[k][finite])
+
+
+@pytest.mark.parametrize("largest, is_done", [(2.0**99, True), (2.0**101, False)])
+def test_the_largest_magnitude(largest: float, is_done: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = of_a_run(20_000)
+    for source in sources:
+        source[17] = largest
+    sums = Sums(sources, monkeypatch)
+    assert_same(sums.reduce(), sums.reduce(by_reference=True))
+    assert bool(sums.done[0]) == is_done
 
 
 def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = Sums(of_a_run(5000), monkeypatch)
-    chosen = sums.lane._filtered.choose
-    two = {k: OPERATIONS[k] for k in (0, 1, 2)}
-    heavy = {k: WeightedSum((0, 1), (2.0**30, -(2.0**30)), None, False) for k in range(3)}
-    light = {k: WeightedSum((0, 1), (2.0**-12, 1e-300), None, False) for k in range(3)}
-    assert chosen(sums.run, OPERATIONS, "auto") is not None
-    assert chosen(sums.run, OPERATIONS, "fp64") is None
-    assert chosen(sums.run, two, "auto") is None
-    assert chosen(sums.run, heavy, "auto") is None
-    assert chosen(sums.run, light, "auto") is None
+    choose = sums.lane._filtered.choose
+
+    def three(*factors: float) -> dict[int, WeightedSum]:
+        return {k: WeightedSum((0, 1), factors, None, False) for k in range(3)}
+
+    assert choose(sums.run, three(0.3, 0.7), "auto") is not None
+    for other in (three(2.0**30, -(2.0**30)), three(2.0**-12, 1e-300), {k: OPERATIONS[k] for k in (0, 1, 2)}):
+        assert choose(sums.run, other, "auto") is None
+    for accumulate, is_for_it in (("fp64", True), ("fp32", False)):
+        assert (choose(sums.run, OPERATIONS, accumulate) is not None) == is_for_it
+    for dtype, sources in (("F16", "BF16"), ("F32", "BF16"), ("BF16", "F64"), ("BF16", "F8_E4M3")):
+        run = replace(sums.run, dtype=dtype, sources=tuple(source._replace(dtype=sources) for source in sums.run.sources))
+        assert choose(run, OPERATIONS, "auto") is None
+    many = {k: WeightedSum(tuple(range(600)), (1 / 600 + k / 6000,) * 600, None, False) for k in range(3)}
+    assert not Product(many).is_usable

@@ -47,3 +47,17 @@ def least(tmp_path_factory: pytest.TempPathFactory) -> int:
 )
 def test_peak_memory_is_bounded(shape: tuple[str, ...], least: int, tmp_path: Path) -> None:
     assert peak(tmp_path, *shape) - least < MEMORY + OTHER
+
+
+def test_peak_memory_of_many_sums_is_bounded(tmp_path: Path) -> None:
+    """Six outputs by the filter, which needs memory of its own."""
+    peaks = []
+    for size in ("1MB", "60MB"):
+        run, out = tmp_path / f"run-{size}", tmp_path / f"out-{size}"
+        make = [sys.executable, SCRIPTS / "make_checkpoints.py", f"--size={size}", "--count=8", "--out", run]
+        subprocess.run(make, check=True, capture_output=True)
+        methods = "ema:0.1,ema:0.15,ema:0.2,decay:1-sqrt,decay:cosine,power:0.2"
+        sweep = [PMERGE, "sweep", run, "-o", out, "--method", methods, "--memory", str(2 * MEMORY), "--quiet"]
+        done = subprocess.run([sys.executable, "-c", CODE, *sweep], cwd=SCRIPTS, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 2 * MEMORY + OTHER

@@ -147,8 +147,25 @@ def run(tmp_path: Path) -> Path:
 def test_direct_does_not_change_the_bytes(chunk_size: int | None, run: Path, tmp_path: Path) -> None:
     expected = weights_of(average([run], tmp_path / "off", method="ema", direct="off").output)
     assert weights_of(average([run], tmp_path / "on", method="ema", direct="on", chunk_size=chunk_size).output) == expected
-    made = sweep([run], tmp_path / "sweep", methods=["sma", "ema"], direct="on", chunk_size=chunk_size, memory=8 << 20)
+    methods = ["sma", "ema", "ema:0.3", "decay:1-sqrt"]
+    made = sweep([run], tmp_path / "sweep", methods=methods, direct="on", chunk_size=chunk_size, memory=8 << 20)
     assert weights_of(made.outputs[1]) == expected
+    plain = sweep([run], tmp_path / "plain", methods=methods, direct="off")
+    assert [weights_of(output) for output in made.outputs] == [weights_of(output) for output in plain.outputs]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_direct_reads_at_equal_and_at_different_places_of_their_blocks(alike: bool, tmp_path: Path) -> None:
+    """Inputs whose data begins at the same place of a block are one tensor to the engine, others are not."""
+    paths = []
+    for step in (1, 2, 3):
+        torch.manual_seed(step)
+        weights = {"w": torch.randn(70_001).bfloat16(), "x": torch.randn(300, 301).bfloat16()}
+        metadata = {"format": "pt", "more": "." * (40 if alike else 40 * step)}
+        paths.append(write_checkpoint(tmp_path / "run" / f"step_{step}", weights, metadata=metadata))
+    methods = ["ema:0.1", "ema:0.3", "decay:1-sqrt"]
+    direct, plain = (sweep(paths, tmp_path / mode, methods=methods, direct=mode) for mode in ("on", "off"))
+    assert [weights_of(output) for output in direct.outputs] == [weights_of(output) for output in plain.outputs]
 
 
 def weights_of(checkpoint: Path) -> list[bytes]:

@@ -452,3 +452,26 @@ def test_a_wrong_command_is_one_clear_error_and_exit_2(arguments: list[str], tex
     (tmp_path / "list.json").write_text("{")
     done = pmerge("sweep", *arguments, "-o", "out", cwd=tmp_path, expect=2)
     assert text in done.stderr and done.stdout == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, unset",
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "env -u RANK -u WORLD_SIZE pmerge sweep 'a run' "),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "env -u SLURM_PROCID -u SLURM_STEP_NUM_TASKS pmerge sweep 'a run' "),
+    ],
+)
+def test_one_of_several_ranks_is_told_how_to_be_alone(
+    variables: dict[str, str], unset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a run" / "ckpt_1000", 1000)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = pmerge("sweep", "a run", "--method", "sma", "-o", "out", cwd=tmp_path, expect=2)
+    assert unset in done.stderr and not (tmp_path / "out").exists()
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN"):
+        monkeypatch.setenv(name, "3")
+    for name in variables:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    pmerge("sweep", "a run", "--method", "sma", "-o", "out", cwd=tmp_path)  # a task of an array may make one of its own

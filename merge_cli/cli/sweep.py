@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,9 +58,10 @@ def sweep_command(
 
     me = find_rank(os.environ)
     if not me.is_alone and me.source != ARRAY:  # the tasks of an array may each make a sweep of their own
+        unset = ["env", *(part for name in me.variables() for part in ("-u", name))]
         raise UsageError(
             f"a sweep is made by one process, and this is {me} (from {me.source})",
-            hint="start one, or none of its variables:  srun -n 1 ...; env -u RANK -u WORLD_SIZE pmerge sweep ...",
+            hint=f"start one; where no launcher did:  {shlex.join([*unset, 'pmerge', *sys.argv[1:]])}",
         )
     if list_file is None and method is None:
         raise UsageError("a sweep needs --method or --list", hint="--method sma,wma,ema:0.1,ema:0.2 --last 6,10")

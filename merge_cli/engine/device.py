@@ -145,7 +145,7 @@ class HostRows:
     def together(self, which: Sequence[int], dtypes: Sequence[torch.dtype], count: int) -> torch.Tensor | list[torch.Tensor]:
         """The first `count` elements of some buffers: a view [buffers, count] where they are alike, else one [count] for each."""
         begins = {self.buffers[i].begin for i in which}
-        if which and len(begins) == len(set(dtypes)) == 1 and list(which) == list(range(which[0], which[-1] + 1)):
+        if len(begins) == len(set(dtypes)) == 1 and list(which) == list(range(which[0], which[-1] + 1)):
             begin, dtype = begins.pop(), dtypes[0]
             return self._rows[which[0] : which[-1] + 1, begin : begin + count * dtype.itemsize].view(dtype)
         return [elements(self.buffers[i], dtype, 0, count) for i, dtype in zip(which, dtypes, strict=True)]

@@ -13,10 +13,11 @@ Algorithms, section 3.1, holds for any order, with and without fusing):
     rounding the coefficients to float32    u B M
     the product, of N + 1 terms             (N + 1) u B M
     adding 2 e to s - e                     u B M
-    the reference, in float64               N 2^-53 B M
+    the reference, in float64               (N + 2) 2^-53 B M
 
-which is less than (N + 4) u B M with what is of second order. 2^-60 is added to M: since B is at least 2^-10, e is then far above
-all that subnormal numbers, flushed to zero or not, can amount to. Zeros therefore never pass, and their signs are the reference's.
+which is less than (N + 4) u B M with what is of second order. N counts the operation's own inputs: the product also adds those of
+the others, times 0, which is exact. 2^-60 is added to M: with B at least 2^-10, e is then far above what flushing subnormal
+inputs, products and coefficients to zero can amount to. Zeros therefore never pass, and their signs are the reference's.
 
 This is not for the sums that the reference makes in float32: they are as fast, and often on a tie (every tenth mean of ten
 bfloat16 values of one size).
@@ -24,7 +25,6 @@ bfloat16 values of one size).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -40,22 +40,25 @@ Rows = Tensor | Sequence[Tensor]
 FILTER_ELEMENTS = 1 << 16
 """At once: fewer, and starting torch's operations takes longer than they do; more, and the caches are too small."""
 _EXACT_IN_FLOAT32 = ("BF16", "F16", "F32")
-_MOST_INPUTS = 1 << 12
+_MOST_INPUTS = 512  # with more, too many elements fail
 _LEAST_WEIGHT, _MOST_WEIGHT = 2.0**-10, 2.0**20
 _LEAST_MAGNITUDE, _MOST_MAGNITUDE = 2.0**-60, 2.0**100
 _SECOND_ORDER = 1.01
 _REDONE_SHARE = 32  # where more than one element in so many fails, the reference is faster ...
 _PAUSE = 15  # ... and is taken for so many chunks
+_REDONE_AT_ONCE = 1 << 14
+_MOST_PRODUCTS = 64
+_PROBED_COLUMNS = 512
 _FEWEST_OUTPUTS = 3  # one or two sums are faster by the reference
 
 
 def filter_bytes(chunk_elements: int, num_inputs: int, num_outputs: int) -> int:
-    """The memory of `FilteredSums`, with what is made on the way; 0 where there are too few outputs for it."""
-    if num_outputs < _FEWEST_OUTPUTS:
-        return 0  # what torch.empty reserves is not there before it is written
+    """The memory of `FilteredSums`, with what is made on the way; 0 where there are too few outputs for it, or too many inputs."""
+    if num_outputs < _FEWEST_OUTPUTS or num_inputs > _MOST_INPUTS:
+        return 0  # its buffers are never written, so the system never gives them memory
     block = min(FILTER_ELEMENTS, chunk_elements)
-    redone = chunk_elements // _REDONE_SHARE * num_outputs * 100
-    return block * (4 * (num_inputs + 2) + 8 * num_outputs) + redone
+    failed = chunk_elements // _REDONE_SHARE * num_outputs * 4 * 32  # four elements of one quad, as positions, twice
+    return block * (4 * (num_inputs + 2) + 8 * num_outputs + 16) + failed + min(_REDONE_AT_ONCE, failed // 32) * 80
 
 
 class Product:
@@ -82,8 +85,8 @@ class Product:
         weights = values.abs().sum(1)
         self.bounds = ((has_term.sum(0) + 4) * weights * _SECOND_ORDER * 2.0**-24).to(torch.float32)
         self.coefficients = torch.cat([values.to(torch.float32), -self.bounds[:, None]], 1)
-        in_range = len(self.inputs) <= _MOST_INPUTS and bool(((weights >= _LEAST_WEIGHT) & (weights <= _MOST_WEIGHT)).all())
-        self.is_usable = in_range and is_precise(*self.coefficients.shape)
+        in_range = bool(((weights >= _LEAST_WEIGHT) & (weights <= _MOST_WEIGHT)).all())
+        self.is_usable = in_range and len(self.inputs) <= _MOST_INPUTS
 
 
 class FilteredSums:
@@ -91,9 +94,9 @@ class FilteredSums:
 
     def __init__(self, chunk_elements: int, num_inputs: int, num_outputs: int) -> None:
         self._block = min(FILTER_ELEMENTS, chunk_elements)
-        self._terms = torch.empty((num_inputs + 1) * self._block)
-        self._least = torch.empty(self._block)
-        self._sums = torch.empty(num_outputs * self._block)
+        self._terms = torch.empty((num_inputs + 1) * self._block, dtype=torch.float32)
+        self._least = torch.empty(self._block, dtype=torch.float32)
+        self._sums = torch.empty(num_outputs * self._block, dtype=torch.float32)
         self._upper = torch.empty(num_outputs * (self._block + 3), dtype=torch.bfloat16)
         self._products: dict[object, Product | None] = {}
         self._pauses: dict[int, int] = {}
@@ -101,11 +104,34 @@ class FilteredSums:
     def choose(self, run: Run, operations: Mapping[int, WeightedSum], accumulate: str) -> Product | None:
         """The product for those of `operations` that this is likely to be faster for, if any."""
         self._pauses = {k: pause - 1 for k, pause in self._pauses.items() if pause}
-        tried = tuple(k for k in operations if k not in self._pauses)
-        key = (tried, run.dtype, tuple(source.dtype for source in run.sources), accumulate)
+        tried = {k: operation for k, operation in operations.items() if k not in self._pauses}
+        key = (tuple(tried.items()), run.dtype, tuple(source.dtype for source in run.sources), accumulate)
         if key not in self._products:
-            self._products[key] = _product(run, {k: operations[k] for k in tried}, accumulate)
+            if len(self._products) >= _MOST_PRODUCTS:
+                self._products.clear()
+            product = _product(run, tried, accumulate)
+            self._products[key] = product if product is not None and self.is_precise(product) else None
         return self._products[key]
+
+    def is_precise(self, product: Product) -> bool:
+        """Whether this product keeps to its bound here: a BLAS can be told to round operands to bfloat16, or sums.
+
+        Operands are tried with one term a column, which must come out as multiplied alone, sums with terms of one size in all.
+        """
+        num_outputs, num_terms = product.coefficients.shape
+        terms = self._terms[: num_terms * self._block].view(num_terms, self._block)
+        sums = self._sums[: num_outputs * self._block].view(num_outputs, self._block)
+        values = self._least.uniform_(1, 2, generator=torch.Generator().manual_seed(0))
+        rows = torch.arange(self._block) % num_terms
+        terms.zero_().scatter_(0, rows[None], values[None])
+        torch.mm(product.coefficients, terms, out=sums)
+        if not all(torch.equal(found, each[rows] * values) for found, each in zip(sums, product.coefficients, strict=True)):
+            return False
+        terms.copy_(values).mul_(terms.new_tensor([1.0, -0.7])[torch.arange(num_terms) % 2, None])
+        torch.mm(product.coefficients, terms, out=sums)
+        few, factors = terms[:, :_PROBED_COLUMNS].double(), product.coefficients.double()
+        error = (sums[:, :_PROBED_COLUMNS] - factors @ few).abs()
+        return bool((error <= num_terms * 2.0**-24 * (factors.abs() @ few.abs())).all())
 
     def reduce(self, product: Product, sources: Rows, outputs: Rows) -> set[int]:
         """Sum `sources` (a row [count] for each of the product's inputs) into `outputs` (bfloat16, a row [count] for each key).
@@ -119,11 +145,17 @@ class FilteredSums:
         for start in range(0, len(sources[0]), self._block):
             part = slice(start, min(start + self._block, len(sources[0])))
             rows, positions, many = self._reduce(product, _columns(sources, part), _columns(outputs, part))
-            failed.append((rows, positions.add_(start)))
             left |= many
-        rows, positions = (torch.cat(parts) for parts in zip(*failed, strict=True))
-        left |= _redo(product, sources, outputs, rows, positions)
-        self._pauses.update({product.keys[row]: _PAUSE for row in left})
+            if len(left) == len(outputs):
+                break
+            failed.append((rows, positions.add_(start)))
+        else:
+            rows, positions = (torch.cat(parts) for parts in zip(*failed, strict=True))
+            for begin in range(0, len(rows), _REDONE_AT_ONCE):
+                some = slice(begin, begin + _REDONE_AT_ONCE)
+                _redo(product, sources, outputs, rows[some], positions[some])
+        if len(sources[0]) >= self._block:  # a small tensor says little about others
+            self._pauses.update({product.keys[row]: _PAUSE for row in left})
         return {k for row, k in enumerate(product.keys) if row not in left}
 
     def _reduce(self, product: Product, sources: Rows, outputs: Rows) -> tuple[Tensor, Tensor, set[int]]:
@@ -152,7 +184,7 @@ class FilteredSums:
 
 
 def _product(run: Run, operations: Mapping[int, WeightedSum], accumulate: str) -> Product | None:
-    if run.dtype != "BF16" or accumulate != "auto":
+    if run.dtype != "BF16":
         return None
     chosen: dict[int, WeightedSum] = {}
     for k, operation in operations.items():
@@ -177,8 +209,8 @@ def _copy(sources: Rows, targets: Rows) -> None:
 
 
 def _nonzero(values: Tensor, most: int) -> tuple[Tensor, Tensor, set[int]]:
-    """Where `values` (int16 [rows, a multiple of 4]) are not zero, as rows and columns, but for those rows where that is more often
-    than `most`, the third result.
+    """Where `values` (int16 [rows, a multiple of 4]) are not zero, as rows and columns; the third result are rows that are left out
+    because more than `most` of their quads are not zero.
 
     Four at a time are looked at, since most are zero.
     """
@@ -195,8 +227,8 @@ def _nonzero(values: Tensor, most: int) -> tuple[Tensor, Tensor, set[int]]:
     return rows, found.sub_(rows, alpha=width), many
 
 
-def _redo(product: Product, sources: Rows, outputs: Rows, rows: Tensor, positions: Tensor) -> set[int]:
-    """Sum the element at `positions[j]` of row `rows[j]` as the reference does, for all j; the rows not finite there."""
+def _redo(product: Product, sources: Rows, outputs: Rows, rows: Tensor, positions: Tensor) -> None:
+    """Sum the element at `positions[j]` of row `rows[j]` as the reference does, for all j; all are finite."""
     total = torch.full(rows.shape, -0.0, dtype=torch.float64)  # what changes nothing when it is added to
     for i, source in enumerate(sources):
         term = source.index_select(0, positions).to(torch.float64).mul_(product.factors[i].index_select(0, rows))
@@ -209,15 +241,3 @@ def _redo(product: Product, sources: Rows, outputs: Rows, rows: Tensor, position
     else:
         for row, output in enumerate(outputs):
             output[positions[rows == row]] = rounded[rows == row]
-    return set(rows[~rounded.isfinite()].tolist())
-
-
-@functools.cache
-def is_precise(num_outputs: int, num_terms: int) -> bool:
-    """Whether products of this size keep to the bound here: a BLAS could have been told to round its operands to bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.rand(num_outputs, num_terms, generator=generator)
-    terms = torch.randn(num_terms, FILTER_ELEMENTS, generator=generator)
-    exact = factors.double() @ terms.double()
-    bound = num_terms * 2.0**-24 * (factors.double() @ terms.abs().double())
-    return bool(((factors @ terms - exact).abs() <= bound).all())

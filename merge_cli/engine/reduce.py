@@ -1,6 +1,6 @@
 """The arithmetic: weighted sums of blocks of elements, and one rounding at the end.
 
-Every element is computed by the same IEEE 754 operations in the same order, whatever the block size, thread or device: widen,
+Every element has the bits that these IEEE 754 operations in this order give, whatever the block size, thread or device: widen,
 multiply, add (never a fused multiply-add, which rounds differently in a vector's body and in its tail), inputs from oldest to
 newest. Rational methods sum integer multiples and divide once by a tensor (CUDA turns a division by a Python number into a
 multiplication by its reciprocal), so a bf16 mean is the exact mean rounded once as long as the integer sum fits the 24 bits of a
