@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.averaging import Progress, StrPath, check_choices, check_tokens_per_step, choose, complete, find_candidates, weigh
-from merge_cli.errors import MismatchError, OutputError, PmergeError, UsageError, first_ten
+from merge_cli.errors import MismatchError, NonFiniteError, OutputError, PmergeError, UsageError, first_ten
 from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.grid import Combination, entry, grid, unique
@@ -170,7 +170,7 @@ def plan_sweep(
     from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
     from merge_cli.engine.storage import choose_direct
-    from merge_cli.output.manifest import stands
+    from merge_cli.output.manifest import damaged, stands
     from merge_cli.output.staging import check_destinations
 
     folder = Path(output)
@@ -191,7 +191,11 @@ def plan_sweep(
         for k, each in enumerate(members):
             own = replace(spec, method=each.combination.method, parameters=each.combination.parameters)
             path, alone = folder / each.combination.name, merge.alone(k, own)
-            here.append(SweepOutput(each.combination, path, each.candidates, alone, stands(path, alone)))
+            is_done = stands(path, alone)
+            if is_done and verify_resume and (changed := damaged(path)):
+                is_done = False
+                warnings.append(f"{path / changed[0]} is not what was written any more; --overwrite makes it again")
+            here.append(SweepOutput(each.combination, path, each.candidates, alone, is_done))
         outputs += here
         todo = [k for k, each in enumerate(here) if not each.is_done]
         if todo:
@@ -320,7 +324,11 @@ def _run_group(
         todo = [Todo(file, tuple(k for k in unpublished if file.name not in done[k])) for file in merge.files]
         todo = [each for each in todo if each.outputs]
         folders = [staging.checkpoint for staging in stagings]
-        statistics = stream(merge, todo, folders, group.budget, plan.device, report, finished) if todo else Statistics()
+        try:
+            statistics = stream(merge, todo, folders, group.budget, plan.device, report, finished) if todo else Statistics()
+        except NonFiniteError as error:
+            hint = "leave that checkpoint out of the sweep; pmerge average --allow-nonfinite makes and counts what needs it"
+            raise NonFiniteError(error.message, details=error.details, hint=hint) from error
         for k in unpublished:
             complete(group.outputs[k].merge, folders[k], done[k], command)
         check_inputs_unchanged(merge)

@@ -359,3 +359,14 @@ def test_a_base_without_config_and_adapters_that_differ_are_told(run: Path) -> N
     plan = json.loads(pmerge("average", run, "--last", 2, "--dry-run", "--json", cwd=run).stdout)
     assert any("lora_alpha: 8 against 16" in warning for warning in plan["warnings"])
     assert any("has no config.json" in warning for warning in plan["warnings"])
+
+
+@pytest.mark.parametrize("config, says_so", [({"torch_dtype": "bfloat16"}, True), ({"model_type": "tiny"}, False)])
+def test_the_plan_says_what_config_json_will_say(config: dict[str, str], says_so: bool, tmp_path: Path) -> None:
+    for step in (1000, 2000):
+        write(tmp_path / "run" / f"ckpt_{step}", step)
+        (tmp_path / "run" / f"ckpt_{step}" / "config.json").write_text(json.dumps(config))
+    done = pmerge("average", "run", "--dtype", "fp32", "-o", "out", cwd=tmp_path)
+    assert ("floats are written as fp32; config.json says so" in done.stderr) == says_so
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("float32" in written.values()) == says_so

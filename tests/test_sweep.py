@@ -454,6 +454,22 @@ def test_a_wrong_command_is_one_clear_error_and_exit_2(arguments: list[str], tex
     assert text in done.stderr and done.stdout == "" and not (tmp_path / "out").exists()
 
 
+def test_verify_resume_reads_results_that_stand_too(tmp_path: Path) -> None:
+    for step in (1000, 2000, 3000):
+        write(tmp_path / "run" / f"ckpt_{step}", step)
+    command = ("sweep", "run", "-o", "out", "--method", "sma,ema", "--last", "3")
+    pmerge(*command, cwd=tmp_path)
+    shard = next((tmp_path / "out" / "sma-last3").glob("*.safetensors"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    pmerge(*command, cwd=tmp_path)
+    found = pmerge(*command, "--verify-resume", cwd=tmp_path, expect=1)
+    assert f"{shard.relative_to(tmp_path)} is not what was written any more" in found.stderr and "exists already" in found.stderr
+    pmerge(*command, "--verify-resume", "--overwrite", cwd=tmp_path)
+    assert shard.read_bytes() == good
+    assert pmerge(*command, "--verify-resume", cwd=tmp_path).stderr.count("done already") == 2
+
+
 @pytest.mark.parametrize(
     "variables, unset",
     [

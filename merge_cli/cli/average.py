@@ -295,7 +295,11 @@ def _show_plan(plan: AveragePlan) -> None:
     if copied:
         console.say(f"  copied, not averaged: {len(copied)} tensors ({console.names(copied, 3)})")
     if merge.spec.dtype != "keep":
-        console.say(f"  floats are written as {merge.spec.dtype}; config.json says so")
+        from merge_cli.output.manifest import with_dtype
+
+        config = merge.inputs[merge.base].config
+        says_so = "; config.json says so" if with_dtype(config, "bf16") != with_dtype(config, "fp32") else ""
+        console.say(f"  floats are written as {merge.spec.dtype}{says_so}")
     for note in plan.notes:
         console.say(f"note: {note}")
     for warning in plan.warnings:

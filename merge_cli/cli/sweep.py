@@ -45,7 +45,9 @@ def sweep_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results that are others.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what unfinished runs left.")] = False,
-    verify_resume: Annotated[bool, typer.Option("--verify-resume", help="Read finished files again before trusting them.")] = False,
+    verify_resume: Annotated[
+        bool, typer.Option("--verify-resume", help="Read finished files and results again before trusting them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:

@@ -16,7 +16,7 @@ from merge_cli.formats.files import check_stays_inside, read_regular_file
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
 from merge_cli.output.lock import process_start
-from merge_cli.output.staging import SUFFIX, Done
+from merge_cli.output.staging import SUFFIX, Done, sha256_of
 from merge_cli.plan import ALGORITHM, MergePlan, Output
 from merge_cli.version import __version__
 
@@ -132,6 +132,13 @@ def stands(path: Path, merge: MergePlan) -> bool:
         return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def damaged(path: Path) -> list[str]:
+    """The files of a result that stands whose sha256 is not what pmerge.json says. Reads all of them. Raises OSError."""
+    content = json.loads((path / MANIFEST).read_bytes())
+    files = {**content["files"], **content["side_files"]}
+    return [name for name, file in files.items() if sha256_of(path / name) != file["sha256"]]
 
 
 def stands_for(path: Path, merge: MergePlan, overwrite: bool) -> bool:

@@ -149,7 +149,7 @@ class Staging:
             with suppress(OSError):  # who knows which names were lost: nothing here is finished any more
                 _remove(self._done)
             raise output_error(error, f"cannot make {self.checkpoint} durable", self.checkpoint) from error
-        marker = {"inode": self.checkpoint.stat().st_ino, "manifest": _sha256(self.checkpoint / _MANIFEST), "state": self._state}
+        marker = {"inode": self.checkpoint.stat().st_ino, "manifest": sha256_of(self.checkpoint / _MANIFEST), "state": self._state}
         write_file(self._publish_file, json.dumps(marker).encode())
         try:
             if self.overwrite and _is_merged(self.destination):
@@ -250,7 +250,7 @@ class Staging:
         half_moved = bool(marker.get("by_file")) and self.checkpoint.exists()
         ours = self.destination.is_dir() and self.destination.stat().st_ino == marker.get("inode")
         if ours and not half_moved:
-            ours = _sha256(self.destination / _MANIFEST) == marker.get("manifest")
+            ours = sha256_of(self.destination / _MANIFEST) == marker.get("manifest")
         if self._replaced.exists() and not ours:
             self._put_back_replaced()
         if ours and half_moved:
@@ -323,7 +323,7 @@ class Staging:
                     continue
             except (OSError, KeyError, TypeError, ValueError):
                 continue  # a torn record, or its file is gone: that file is written again
-            if not verify or _sha256(path) == done.sha256:
+            if not verify or sha256_of(path) == done.sha256:
                 found[str(entry["name"])] = done
         return found
 
@@ -392,7 +392,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """The sha256 of a file, "" where it cannot be read."""
     digest = hashlib.sha256()
     try:
