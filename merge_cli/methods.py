@@ -26,6 +26,7 @@ from typing import Any
 from merge_cli.errors import UsageError, first_ten
 
 SUM_TOLERANCE = 1e-6  # how far the sum of explicit weights may be from 1: six typed digits
+AGE_HELPS, AGE_HURTS = 0.15, 0.25  # of `age_share`: below the one every merge of the pilots helped, above the other each hurt
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,19 @@ class Coefficients:
             return 0.0
         if steps is None:
             return math.fsum(value * (n - 1 - i) for i, value in enumerate(self.values))
-        interval = (steps[-1] - steps[0]) / (n - 1)
-        ages = math.fsum(value * (steps[-1] - step) for value, step in zip(self.values, steps, strict=True))
-        return ages / interval
+        return self.lag(steps) / ((steps[-1] - steps[0]) / (n - 1))
+
+    def lag(self, steps: Sequence[float]) -> float:
+        """`sum c_i (T_{N-1} - T_i)`: the mean age in the unit of `steps`."""
+        return math.fsum(value * (steps[-1] - step) for value, step in zip(self.values, steps, strict=True))
+
+    def age_share(self, steps: Sequence[float]) -> float | None:
+        """The mean age over the steps so far, T_{N-1}; None unless those are above 0.
+
+        At a constant learning rate this alone separates merges that help from merges that hurt: the loss falls as a power of
+        the steps, so a merge that lags by this share of the run has lost a fixed share of the progress.
+        """
+        return self.lag(steps) / steps[-1] if steps[-1] > 0 else None
 
 
 IDENTITY = Coefficients((1.0,), (1,), 1)  # of a single checkpoint, whatever the method
@@ -350,10 +361,13 @@ def warnings_for(coeffs: Coefficients, steps: Sequence[float] | None = None) -> 
         lines.append(f"only {coeffs.effective_sample_size:.2f} effective checkpoints: little noise is averaged away")
     if n == 1 or steps is None:
         return lines
-    span, newest = steps[-1] - steps[0], steps[-1]
-    if span > 0.2 * newest:
-        share = f"{100 * span / newest:.0f} %" if newest > 0 else "more than all"
-        lines.append(f"the window of {span:.10g} steps is {share} of the training so far: wide windows hurt early in a run")
+    share = coeffs.age_share(steps)
+    if share is not None and share > AGE_HURTS:
+        lines.append(
+            f"the average lags {coeffs.lag(steps):.10g} steps behind, {100 * share:.0f} % of the steps so far:"
+            f" above {100 * AGE_HURTS:.0f} % merges hurt, below {100 * AGE_HELPS:.0f} % they helped"
+        )
+    span = steps[-1] - steps[0]
     gaps = [newer - older for older, newer in pairwise(steps)]
     mean_gap = span / (n - 1)
     jitter = max(abs(gap - mean_gap) for gap in gaps)

@@ -308,8 +308,8 @@ def test_warnings() -> None:
     assert warnings_for(sma, late) == []
     assert warnings_for(sma) == []
     assert warnings_for(IDENTITY, [5]) == []
-    (window,) = warnings_for(sma, EVEN)
-    assert "9000 steps is 90 %" in window
+    (age,) = warnings_for(sma, EVEN)
+    assert "lags 4500 steps behind, 45 % of the steps so far" in age
     (jitter,) = warnings_for(coefficients("sma", range(3)), [10_000_000, 10_000_100, 10_000_225])
     assert "100 to 125 steps apart, mean 112.5" in jitter
     assert warnings_for(coefficients("sma", range(3)), [10_000_000, 10_000_090, 10_000_200]) == []
@@ -318,4 +318,13 @@ def test_warnings() -> None:
     assert warnings_for(coefficients("sma", range(3))) == []
     negative = coefficients("weights", range(4), weights=[0.5, 0.5, 0.5, -0.5])
     assert any("checkpoint 4 of 4: -0.5" in line for line in warnings_for(negative))
-    assert len(warnings_for(coefficients("sma", range(3)), [-2, -1, 0])) == 1
+    assert warnings_for(coefficients("sma", range(3)), [-2, -1, 0]) == []
+
+
+@pytest.mark.parametrize(("spacing", "share", "warned"), [(4, 0.088, 0), (8, 0.176, 0), (16, 0.353, 1), (32, 0.392, 1)])
+def test_the_age_warning_separates_the_ablation_of_pma_at_204_billion_tokens(spacing: int, share: float, warned: int) -> None:
+    """PMA, figure 5, N = 10 (6 at 32B): the spacings of 4B and 8B helped, those of 16B and 32B hurt."""
+    steps = [204 - spacing * i for i in reversed(range(6 if spacing == 32 else 10))]
+    sma = coefficients("sma", steps)
+    assert sma.age_share(steps) == pytest.approx(share, abs=1e-3)
+    assert len(warnings_for(sma, steps)) == warned
