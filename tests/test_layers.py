@@ -14,6 +14,7 @@ LAYERS = [
     {"planner"},
     {"engine"},
     {"output"},
+    {"trajectory"},
     {"averaging", "inspection"},
     {"verification", "sweeping", "sharing"},
     {"cli"},
