@@ -16,23 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import bench_contestants
-import bench_measure
-import bench_peers
-import bench_plot
-import bench_report
-import bench_rounds
-import make_checkpoints
-from bench_contestants import SCRIPTS, Contestant
-from checkpoint_shapes import SHAPES, split_into_shards
+from bench import contestants, measure, peers, plot, report, rounds
+from bench.contestants import LIB, Contestant
+from checkpoints import __main__ as make_checkpoints
+from checkpoints.shapes import SHAPES, split_into_shards
 from units import format_size, parse_size
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Make small checkpoints with make_checkpoints.py, from a small random block; returns their folders."""
+    """Make small checkpoints with scripts/make_checkpoints, from a small random block; returns their folders."""
     monkeypatch.setattr(make_checkpoints, "BLOCK_ELEMENTS", 10_007)
 
     def run(*options: str, count: int = 2) -> list[Path]:
@@ -40,6 +33,11 @@ def make(tmp_path, monkeypatch):
         return [tmp_path / f"ckpt_{1000 * (i + 1)}" for i in range(count)]
 
     return run
+
+
+def bench(*options: str) -> subprocess.CompletedProcess[str]:
+    """A process: the benchmark measures the largest of its children, which begin as large as their parent."""
+    return subprocess.run([sys.executable, "-m", "bench", *options], cwd=LIB, capture_output=True, text=True, check=True)
 
 
 def load(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -123,11 +121,11 @@ def test_existing_checkpoints_stay(make, tmp_path):
         make("--size=1MB")
 
 
-@pytest.mark.parametrize("average", [bench_peers.naive, bench_peers.shard_by_shard])
+@pytest.mark.parametrize("average", [peers.naive, peers.shard_by_shard])
 def test_loops_average(make, tmp_path, average):
     checkpoints = make("--size=1MB", count=3)
     average(tmp_path / "out", checkpoints)
-    found = bench_peers.check(tmp_path / "out", checkpoints)
+    found = peers.check(tmp_path / "out", checkpoints)
     assert found["num_missing"] == found["num_added"] == 0
     assert found["correctly_rounded"] > 0.999
     one = load(tmp_path / "out")["model.norm.weight"]
@@ -138,14 +136,14 @@ def test_loops_average(make, tmp_path, average):
 def test_check_sees_what_is_wrong(make, tmp_path):
     checkpoints = make("--size=1MB")
     shutil.copytree(checkpoints[0], tmp_path / "out")
-    assert bench_peers.check(tmp_path / "out", checkpoints)["correctly_rounded"] < 0.9
+    assert peers.check(tmp_path / "out", checkpoints)["correctly_rounded"] < 0.9
     next((tmp_path / "out").glob("model-00002*")).unlink()
-    assert bench_peers.check(tmp_path / "out", checkpoints)["num_missing"] > 10
+    assert peers.check(tmp_path / "out", checkpoints)["num_missing"] > 10
 
 
 def test_measure():
     code = "import time; x = bytearray(200_000_000); time.sleep(0.4); print('done')"
-    measured = bench_measure.measure([sys.executable, "-c", code], watch=True)
+    measured = measure.measure([sys.executable, "-c", code], watch=True)
     assert measured.stdout == "done\n"
     assert 0.4 <= measured.wall_s < 60
     for size in (measured.largest_process_bytes, measured.together_bytes, measured.private_bytes):
@@ -156,22 +154,22 @@ def test_measure_adds_up_processes():
     # From a small process: the peak of the parent, which has loaded torch, would count as the child's.
     code = """
 import sys
-from bench_measure import measure
+from bench.measure import measure
 child = "import time; x = bytearray(100_000_000); time.sleep(1)"
 start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
 parent = f"import subprocess, sys; [p.wait() for p in [{start}, {start}]]"
 measured = measure([sys.executable, "-c", parent], watch=True)
 print(measured.largest_process_bytes, measured.together_bytes, measured.private_bytes)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=LIB, capture_output=True, text=True, check=True)
     largest, together, private = map(int, done.stdout.split())
     assert 100_000_000 < largest < 150_000_000
     assert 200_000_000 < private < together < 300_000_000
 
 
 def test_measure_reports_failure():
-    with pytest.raises(bench_measure.CommandFailed, match=r"(?s)exit status 3.*no room"):
-        bench_measure.measure(["sh", "-c", "echo no room >&2; exit 3"])
+    with pytest.raises(measure.CommandFailed, match=r"(?s)exit status 3.*no room"):
+        measure.measure(["sh", "-c", "echo no room >&2; exit 3"])
 
 
 def test_interrupted_measure_ends_the_command_and_its_children(tmp_path):
@@ -182,19 +180,19 @@ def test_interrupted_measure_ends_the_command_and_its_children(tmp_path):
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     try:
         with pytest.raises(KeyboardInterrupt):
-            bench_measure.measure(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; wait"])
+            measure.measure(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; wait"])
     finally:
         signal.signal(signal.SIGALRM, before)
     child = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10
-    while bench_measure.memory(child) != (0, 0):  # a zombie has no memory
+    while measure.memory(child) != (0, 0):  # a zombie has no memory
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def test_terminated_bench_leaves_nothing(tmp_path):
-    command = [sys.executable, SCRIPTS / "bench.py", "--size=1MB", "--peers=none", f"--folder={tmp_path}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
+    command = [sys.executable, "-m", "bench", "--size=1MB", "--peers=none", f"--folder={tmp_path}"]
+    with subprocess.Popen(command, cwd=LIB, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
         while bench.poll() is None and not list(tmp_path.iterdir()):
             time.sleep(0.02)
         bench.terminate()
@@ -205,20 +203,20 @@ def test_terminated_bench_leaves_nothing(tmp_path):
 
 
 def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_rounds, "check", lambda *_: {"num_missing": 0, "correctly_rounded": 1.0})
+    monkeypatch.setattr(rounds, "check", lambda *_: {"num_missing": 0, "correctly_rounded": 1.0})
     log = tmp_path / "log"
     other = Contestant("other", "", lambda _, out: ["sh", "-c", f"mkdir {out}; echo other >> {log}"])
     broken = Contestant("broken", "", lambda *_: ["sh", "-c", f"echo broken >> {log}; exit 1"])
-    inputs = bench_rounds.describe(make("--size=1MB", "--tensors=30"))
+    inputs = rounds.describe(make("--size=1MB", "--tensors=30"))
     assert (inputs.num_tensors, inputs.num_shards) == (30, 3)
-    results = bench_rounds.contest([bench_contestants.floor(), broken, other], inputs, tmp_path, rounds=2)
+    results = rounds.contest([contestants.floor(), broken, other], inputs, tmp_path, rounds=2)
     assert log.read_text().split() == ["other" if i != 0 else "broken" for i in range(4)]
     assert [len(result.runs) for result in results] == [2, 0, 2]
     assert not (tmp_path / "out").exists()
 
-    facts = [bench_report.as_json(result) for result in results]
+    facts = [report.as_json(result) for result in results]
     capsys.readouterr()
-    bench_report.table("", [(f["name"], bench_report.figures(f, bench_report.floor_seconds(facts))) for f in facts])
+    report.table("", [(f["name"], report.figures(f, report.floor_seconds(facts))) for f in facts])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1
@@ -227,18 +225,18 @@ def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, c
 
 
 def test_fit_line():
-    fixed, slope, rest = bench_plot.fit_line([(1, 3.0), (10, 21.0), (100, 201.0)])
+    fixed, slope, rest = plot.fit_line([(1, 3.0), (10, 21.0), (100, 201.0)])
     assert (fixed, slope) == (pytest.approx(1), pytest.approx(2))
     assert rest == pytest.approx([0, 0, 0], abs=1e-9)
 
 
 @pytest.mark.parametrize("least, step", [(0.3, 0.5), (1, 1), (3, 5), (112.64, 200), (60, 100)])
 def test_nice_step(least, step):
-    assert bench_plot.nice_step(least) == pytest.approx(step)
+    assert plot.nice_step(least) == pytest.approx(step)
 
 
 def test_plot_is_well_formed():
-    drawing = ElementTree.fromstring(bench_plot.bars("a < b", "MB", "n", [("2", 250.0), ("32", 260.0)], limit=512))
+    drawing = ElementTree.fromstring(plot.bars("a < b", "MB", "n", [("2", 250.0), ("32", 260.0)], limit=512))
     heights = [float(bar.get("height")) for bar in drawing.iter("{http://www.w3.org/2000/svg}rect") if bar.get("x")]
     assert heights[1] / heights[0] == pytest.approx(260 / 250, rel=1e-2)
 
@@ -246,7 +244,7 @@ def test_plot_is_well_formed():
 @pytest.mark.slow
 def test_bench_of_a_series(tmp_path):
     options = ["--grow=size", "--values=1MB,2MB,3MB", "--rounds=1", f"--folder={tmp_path}", f"--plot={tmp_path}/m.svg"]
-    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True)
+    done = bench(*options)
     assert "loop: " in done.stdout and "3MB " in done.stdout.split("off that line:")[1]
     ElementTree.parse(tmp_path / "m.svg")
 
@@ -254,7 +252,7 @@ def test_bench_of_a_series(tmp_path):
 @pytest.mark.slow
 def test_bench_from_the_command_line(tmp_path):
     options = ["--size=1MB", "--rounds=1", "--peers=safe_open", f"--folder={tmp_path}", "--json"]
-    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True)
+    done = bench(*options)
     results = {result["name"]: result for result in json.loads(done.stdout)["results"]}
     assert results.keys() >= {"floor", "safe_open"}
     assert results["safe_open"]["check"]["correctly_rounded"] > 0.999
@@ -264,7 +262,7 @@ def test_bench_from_the_command_line(tmp_path):
 @pytest.mark.slow
 def test_bench_of_a_sweep(tmp_path):
     options = ["--sweep", "--size=1MB", "--count=3", "--rounds=1", f"--folder={tmp_path}", "--json"]
-    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", *options], capture_output=True, text=True, check=True)
+    done = bench(*options)
     floor, pmerge = json.loads(done.stdout)["results"]
     assert (floor["name"], floor["failure"], pmerge["failure"]) == ("floor", "", "")
     assert pmerge["check"]["correctly_rounded"] > 0.999

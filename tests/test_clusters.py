@@ -12,7 +12,7 @@ from torch import randn
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = sorted((REPOSITORY / "scripts" / "slurm").glob("*.sbatch"))
-SCRIPTS = [REPOSITORY / "scripts" / name for name in ("clusters", "clusters_nfs", "slurm-here")]
+SCRIPTS = [REPOSITORY / "scripts" / name for name in ("clusters", "lib/clusters/nfs", "lib/clusters/slurm-here")]
 
 
 def test_there_are_recipes() -> None:

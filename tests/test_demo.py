@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from reference import load
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+DEMO = Path(__file__).parent.parent / "scripts" / "lib" / "demo"
 
 
 @pytest.mark.slow
@@ -19,7 +19,7 @@ def test_demo_trains_merges_and_evaluates(flags: list[str], tmp_path: Path) -> N
         assert done.returncode == expect, done.stderr
         return done
 
-    train = (sys.executable, SCRIPTS / "demo_train.py", ".", "--steps", 24, "--save-every", 2, "--checkpoints", 4)
+    train = (sys.executable, DEMO / "train.py", ".", "--steps", 24, "--save-every", 2, "--checkpoints", 4)
     run(*train, *flags)
     folders = sorted(path.name for path in tmp_path.glob("ckpt_*"))
     assert folders == ["ckpt_18", "ckpt_20", "ckpt_22", "ckpt_24"]
@@ -28,5 +28,5 @@ def test_demo_trains_merges_and_evaluates(flags: list[str], tmp_path: Path) -> N
     out = run(sys.executable, "-m", "merge_cli", "average", *folders, "--method", "ema", "--quiet").stdout.strip()
     assert load(tmp_path / out).keys() == load(tmp_path / "ckpt_24").keys()
     if not flags:  # later training is better training
-        shown = run(sys.executable, SCRIPTS / "demo_eval.py", "ckpt_18", "ckpt_24").stdout
+        shown = run(sys.executable, DEMO / "evaluate.py", "ckpt_18", "ckpt_24").stdout
         assert "ckpt_24" in shown and "The merges are better" in shown

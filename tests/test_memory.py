@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+LIB = Path(__file__).parent.parent / "scripts" / "lib"
 PMERGE = Path(sys.executable).with_name("pmerge")
 MEMORY = 32 << 20
 OTHER = 24 << 20  # interpreter and allocator: plans, thread stacks, arenas
@@ -15,18 +15,18 @@ OTHER = 24 << 20  # interpreter and allocator: plans, thread stacks, arenas
 # From a small process: the peak of the parent, which has loaded torch, would count as the child's.
 CODE = """
 import sys
-from bench_measure import measure
+from bench.measure import measure
 print(measure(sys.argv[1:]).largest_process_bytes)
 """
 
 
 def peak(folder: Path, *shape: str) -> int:
     """The peak resident bytes of an average of checkpoints of zeros (holes take no room)."""
-    make = [sys.executable, SCRIPTS / "make_checkpoints.py", *shape, "--sparse", "--out", folder / "run"]
-    subprocess.run(make, check=True, capture_output=True)
+    make = [sys.executable, "-m", "checkpoints", *shape, "--sparse", "--out", folder / "run"]
+    subprocess.run(make, cwd=LIB, check=True, capture_output=True)
     average = [PMERGE, "average", folder / "run", "-o", folder / "out", "--memory", str(MEMORY), "--quiet", "--json"]
     command = [sys.executable, "-c", CODE, *average]
-    done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=LIB, capture_output=True, text=True, check=True)
     assert json.loads((folder / "out" / "pmerge.json").read_bytes())["files"]
     return int(done.stdout)
 
@@ -54,10 +54,10 @@ def test_peak_memory_of_many_sums_is_bounded(tmp_path: Path) -> None:
     peaks = []
     for size in ("1MB", "60MB"):
         run, out = tmp_path / f"run-{size}", tmp_path / f"out-{size}"
-        make = [sys.executable, SCRIPTS / "make_checkpoints.py", f"--size={size}", "--count=8", "--out", run]
-        subprocess.run(make, check=True, capture_output=True)
+        make = [sys.executable, "-m", "checkpoints", f"--size={size}", "--count=8", "--out", run]
+        subprocess.run(make, cwd=LIB, check=True, capture_output=True)
         methods = "ema:0.1,ema:0.15,ema:0.2,decay:1-sqrt,decay:cosine,power:0.2"
         sweep = [PMERGE, "sweep", run, "-o", out, "--method", methods, "--memory", str(2 * MEMORY), "--quiet"]
-        done = subprocess.run([sys.executable, "-c", CODE, *sweep], cwd=SCRIPTS, capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", CODE, *sweep], cwd=LIB, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] - peaks[0] < 2 * MEMORY + OTHER

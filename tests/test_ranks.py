@@ -21,6 +21,9 @@ from builders import digests, nasty_run, nasty_tensors, training_run, write_chec
 from safetensors.torch import load_file, save_file
 from test_quantized_average import quantized_run
 
+from faults import ranks
+from faults.ground import Ground
+from faults.runs import FaultRuns
 from merge_cli import Rank, average, finalize, plan_average, run_average, run_share
 from merge_cli.cluster import Piece
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
@@ -29,11 +32,6 @@ from merge_cli.output.lock import Lock
 from merge_cli.output.manifest import request_state
 from merge_cli.output.staging import read_json
 from merge_cli.sharing import ShareResult
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import fault_ranks
-import faults
-from fault_runs import FaultRuns
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID", "PMERGE_RANK")
 
@@ -467,30 +465,30 @@ def test_a_worker_that_fails_fails_the_run(run_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def ground() -> Iterator[faults.Ground]:
+def ground() -> Iterator[Ground]:
     if not shutil.which("gcc"):
         pytest.skip("faults are injected by a library that gcc compiles")
     with tempfile.TemporaryDirectory(prefix="pmerge-test-") as folder, FaultRuns() as runs:
-        yield faults.Ground(Path(folder) / "ground", runs)
+        yield Ground(Path(folder) / "ground", runs)
 
 
 @pytest.mark.parametrize("filesystem", ["Linux", "no flock", "no renameat2 (NFS, Lustre)", "no folder rename"])
-def test_a_rank_killed_anywhere_loses_nothing(ground: faults.Ground, filesystem: str) -> None:
-    row = fault_ranks.killed(ground, "any:kill:0", (-9,), filesystem, every=37)
+def test_a_rank_killed_anywhere_loses_nothing(ground: Ground, filesystem: str) -> None:
+    row = ranks.killed(ground, "any:kill:0", (-9,), filesystem, every=37)
     assert row.ok, row.wrong
 
 
 @pytest.mark.parametrize("fault", ["pwrite:error:28", "fsync:error:5", "rename:error:5"])
-def test_a_rank_that_cannot_write_fails_and_the_others_finish(ground: faults.Ground, fault: str) -> None:
-    row = fault_ranks.killed(ground, fault, (1,), every=11)
+def test_a_rank_that_cannot_write_fails_and_the_others_finish(ground: Ground, fault: str) -> None:
+    row = ranks.killed(ground, fault, (1,), every=11)
     assert row.ok, row.wrong
 
 
-def test_a_rank_stopped_anywhere_while_another_runs(ground: faults.Ground) -> None:
-    row = fault_ranks.stopped(ground, every=41)
+def test_a_rank_stopped_anywhere_while_another_runs(ground: Ground) -> None:
+    row = ranks.stopped(ground, every=41)
     assert row.ok, row.wrong
 
 
-def test_ranks_at_once_killed_at_random(ground: faults.Ground) -> None:
-    row = fault_ranks.together(ground, rounds=2, seed=1)
+def test_ranks_at_once_killed_at_random(ground: Ground) -> None:
+    row = ranks.together(ground, rounds=2, seed=1)
     assert row.ok, row.wrong

@@ -1,6 +1,6 @@
 """The promises of docs/reliability.md, one by one: real processes, real files, one fault at a time.
 
-The faults come from scripts/faults.py, which tries every point; here each sweep takes some of them.
+The faults come from scripts/lib/faults, which tries every point; here each sweep takes some of them.
 """
 
 from __future__ import annotations
@@ -23,35 +23,34 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from faults import circumstances, storage, sweeps
+from faults.ground import COMMAND, FILESYSTEMS, PMERGE, CannotTry, Ground, Row, digests, write_checkpoint
+from faults.runs import FaultRuns
 from merge_cli import average, plan_average
 from merge_cli.errors import OutputError
 from merge_cli.output.lock import Lock, identity, is_dead
 from merge_cli.output.staging import Staging, differences
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import faults
-from fault_runs import FaultRuns
-
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="faults are injected by a library that gcc compiles")
 
 
 @pytest.fixture(scope="module")
-def ground() -> Iterator[faults.Ground]:
+def ground() -> Iterator[Ground]:
     with tempfile.TemporaryDirectory(prefix="pmerge-test-") as folder, FaultRuns() as runs:
         Path(folder).chmod(0o755)  # one fault needs another user
-        yield faults.Ground(Path(folder) / "ground", runs)
+        yield Ground(Path(folder) / "ground", runs)
 
 
-def survives(attempt: Callable[[], faults.Row]) -> None:
+def survives(attempt: Callable[[], Row]) -> None:
     try:
         row = attempt()
-    except faults.CannotTry as reason:
+    except CannotTry as reason:
         pytest.skip(str(reason))
     assert not row.wrong, "\n".join(row.wrong)
     assert row.points > 0
 
 
-def test_promise_1_inputs_are_opened_read_only_and_never_mapped(ground: faults.Ground) -> None:
+def test_promise_1_inputs_are_opened_read_only_and_never_mapped(ground: Ground) -> None:
     ground.reset()
     code = """if True:
         import os, sys
@@ -72,91 +71,91 @@ def test_promise_1_inputs_are_opened_read_only_and_never_mapped(ground: faults.G
     done = subprocess.run([sys.executable, "-c", code], cwd=ground.folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 4
-    assert faults.digests(ground.folder / "in") == ground.inputs
+    assert digests(ground.folder / "in") == ground.inputs
 
 
-@pytest.mark.parametrize("filesystem", list(faults.FILESYSTEMS))
-def test_promise_2_and_3_killed_anywhere_it_is_absent_or_complete_and_goes_on(ground: faults.Ground, filesystem: str) -> None:
-    survives(lambda: faults.sweep(ground, "any:kill:0", filesystem=filesystem, codes=(-9,), every=19, first=5))
+@pytest.mark.parametrize("filesystem", list(FILESYSTEMS))
+def test_promise_2_and_3_killed_anywhere_it_is_absent_or_complete_and_goes_on(ground: Ground, filesystem: str) -> None:
+    survives(lambda: sweeps.sweep(ground, "any:kill:0", filesystem=filesystem, codes=(-9,), every=19, first=5))
 
 
 @pytest.mark.parametrize("filesystem", ["Linux", "no renameat2 (NFS, Lustre)"])
-def test_promise_2_overwrite_loses_neither_the_old_nor_the_new(ground: faults.Ground, filesystem: str) -> None:
-    survives(lambda: faults.sweep(ground, "any:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True, every=23, first=9))
+def test_promise_2_overwrite_loses_neither_the_old_nor_the_new(ground: Ground, filesystem: str) -> None:
+    survives(lambda: sweeps.sweep(ground, "any:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True, every=23, first=9))
     for call in ("renamedir", "unlink"):
         survives(
-            lambda call=call: faults.sweep(
+            lambda call=call: sweeps.sweep(
                 ground, f"{call}:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True, every=1 if call == "renamedir" else 7
             )
         )
 
 
-def test_promise_2_a_folder_that_pmerge_did_not_make_is_left_alone(ground: faults.Ground) -> None:
+def test_promise_2_a_folder_that_pmerge_did_not_make_is_left_alone(ground: Ground) -> None:
     ground.reset(overwrite=True)
     ours_not = [ground.out / "merged.pmerge-old" / "thesis.txt", ground.staging / "thesis.txt"]
     for path in ours_not:
         path.parent.mkdir()
         path.write_text("dear")
-    arguments = (*faults.COMMAND, "--overwrite")
+    arguments = (*COMMAND, "--overwrite")
     refused = ground.runs.run(arguments, ground.folder)
     assert refused.code == 1 and "no state.json" in refused.stderr and "thesis.txt" in refused.stderr
     assert ground.runs.run((*arguments, "--restart"), ground.folder).code == 0
-    assert faults.digests(ground.merged) == ground.expected
+    assert digests(ground.merged) == ground.expected
     assert all(path.read_text() == "dear" for path in ours_not)
 
 
-def test_promise_2_a_destination_that_appears_during_the_run_is_not_replaced(ground: faults.Ground) -> None:
+def test_promise_2_a_destination_that_appears_during_the_run_is_not_replaced(ground: Ground) -> None:
     for refuse in ({}, {"renameat2": errno.ENOSYS}):
         ground.reset()
         fault = "pwrite:5:signal:19:/out"
-        ended = ground.runs.run(faults.COMMAND, ground.folder, fault=fault, refuse=refuse, when_stopped=ground.merged.mkdir)
+        ended = ground.runs.run(COMMAND, ground.folder, fault=fault, refuse=refuse, when_stopped=ground.merged.mkdir)
         assert ended.code == 1 and "exists already" in ended.stderr
         assert not any(ground.merged.iterdir())
         ground.merged.rmdir()
         assert ground.continued(refuse) == ""
 
 
-def test_promise_3_power_loss_leaves_it_absent_or_complete(ground: faults.Ground) -> None:
-    survives(lambda: faults.power_loss(ground, 29))
+def test_promise_3_power_loss_leaves_it_absent_or_complete(ground: Ground) -> None:
+    survives(lambda: storage.power_loss(ground, 29))
 
 
-def test_promise_4_a_run_that_died_after_its_rename_is_finished_by_the_same_command(ground: faults.Ground) -> None:
+def test_promise_4_a_run_that_died_after_its_rename_is_finished_by_the_same_command(ground: Ground) -> None:
     ground.reset()
-    assert ground.runs.run(faults.COMMAND, ground.folder, fault="rmdir:1:kill:0:pmerge-partial").code == -9
-    assert faults.digests(ground.merged) == ground.expected and ground.staging.exists()
+    assert ground.runs.run(COMMAND, ground.folder, fault="rmdir:1:kill:0:pmerge-partial").code == -9
+    assert digests(ground.merged) == ground.expected and ground.staging.exists()
     shutil.copytree(ground.out, ground.folder / "copy")
-    other = ground.runs.run((*faults.COMMAND, "--method", "wma"), ground.folder)
+    other = ground.runs.run((*COMMAND, "--method", "wma"), ground.folder)
     assert other.code == 1 and "exists already" in other.stderr
     shutil.rmtree(ground.folder / "copy")
 
 
-def test_promise_4_another_request_is_refused_with_the_differences(ground: faults.Ground) -> None:
-    survives(lambda: faults.another_request(ground))
+def test_promise_4_another_request_is_refused_with_the_differences(ground: Ground) -> None:
+    survives(lambda: circumstances.another_request(ground))
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": [3]}, "d": {}}) == [
         "a, c  was 2, is [3]",
         "d  was absent, is present",
     ]
 
 
-def test_promise_4_another_request_begins_where_nothing_was_finished(ground: faults.Ground) -> None:
+def test_promise_4_another_request_begins_where_nothing_was_finished(ground: Ground) -> None:
     ground.reset()
-    arguments = (*faults.COMMAND, "--method", "wma")
+    arguments = (*COMMAND, "--method", "wma")
     assert ground.runs.run(arguments, ground.folder, fault="pwrite:4:kill:0:/out").code == -9
     assert (ground.staging / "state.json").exists()
     assert ground.continued({}) == ""
 
 
-def test_promise_4_damaged_finished_files_are_written_again(ground: faults.Ground) -> None:
-    survives(lambda: faults.damaged_finished_file(ground))
+def test_promise_4_damaged_finished_files_are_written_again(ground: Ground) -> None:
+    survives(lambda: circumstances.damaged_finished_file(ground))
 
 
-def test_promise_5_random_kills_do_not_change_the_bytes(ground: faults.Ground) -> None:
-    survives(lambda: faults.soak(ground, 4))
+def test_promise_5_random_kills_do_not_change_the_bytes(ground: Ground) -> None:
+    survives(lambda: sweeps.soak(ground, 4))
 
 
 @pytest.mark.parametrize(("field", "text"), [("f_bavail", "not enough space"), ("f_favail", "not enough inodes")])
 def test_promise_6_space_and_inodes_are_found_missing_before_anything_is_written(
-    ground: faults.Ground, monkeypatch: pytest.MonkeyPatch, field: str, text: str
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, field: str, text: str
 ) -> None:
     ground.reset()
     real = os.statvfs
@@ -174,22 +173,22 @@ def test_promise_6_space_and_inodes_are_found_missing_before_anything_is_written
     assert not any(ground.out.iterdir())
 
 
-def test_promise_6_places_that_cannot_be_written_are_said_before(ground: faults.Ground) -> None:
-    survives(lambda: faults.no_permission(ground))
-    survives(lambda: faults.read_only(ground))
-    survives(lambda: faults.inodes(ground))
+def test_promise_6_places_that_cannot_be_written_are_said_before(ground: Ground) -> None:
+    survives(lambda: storage.no_permission(ground))
+    survives(lambda: storage.read_only(ground))
+    survives(lambda: storage.inodes(ground))
 
 
-def test_promise_7_inputs_that_change_during_the_run_stop_it(ground: faults.Ground) -> None:
-    survives(lambda: faults.changed_inputs(ground))
+def test_promise_7_inputs_that_change_during_the_run_stop_it(ground: Ground) -> None:
+    survives(lambda: circumstances.changed_inputs(ground))
 
 
-def test_promise_7_read_errors_name_file_byte_and_tensor(ground: faults.Ground) -> None:
-    survives(lambda: faults.sweep(ground, "pread:error:5", match="/in/", codes=(1, 2), text="Input/output error"))
+def test_promise_7_read_errors_name_file_byte_and_tensor(ground: Ground) -> None:
+    survives(lambda: sweeps.sweep(ground, "pread:error:5", match="/in/", codes=(1, 2), text="Input/output error"))
     said = set()
     for k in range(1, 25):  # headers first, then weights
         ground.reset()
-        said.add(ground.runs.run(faults.COMMAND, ground.folder, fault=f"pread:{k}:error:5:/in/").stderr)
+        said.add(ground.runs.run(COMMAND, ground.folder, fault=f"pread:{k}:error:5:/in/").stderr)
     for shard in (1, 2):
         where = f"in/checkpoint-200/model-0000{shard}-of-00002.safetensors at byte 256: Input/output error"
         assert any(where in text and f"tensor  `layers.{shard}.0`" in text for text in said), said
@@ -200,7 +199,7 @@ def test_promise_8_nan_stops_the_run_and_is_named(tmp_path: Path) -> None:
         (tmp_path / f"step_{step}").mkdir()
         values = torch.tensor([1.0, float("nan") if step == 2 else 0.0])
         save_file({"w": values}, tmp_path / f"step_{step}" / "model.safetensors")
-    command = [*faults.PMERGE, "average", "step_1", "step_2", "-o", "out"]
+    command = [*PMERGE, "average", "step_1", "step_2", "-o", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "`w`" in done.stderr and "step_2" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -219,35 +218,35 @@ def test_promise_8_nan_stops_the_run_and_is_named(tmp_path: Path) -> None:
         ("renamedir:error:5", "Input/output error"),
     ],
 )
-def test_promise_9_output_errors_are_said_and_lose_nothing(ground: faults.Ground, fault: str, text: str) -> None:
-    survives(lambda: faults.sweep(ground, fault, text=text, every=4))
+def test_promise_9_output_errors_are_said_and_lose_nothing(ground: Ground, fault: str, text: str) -> None:
+    survives(lambda: sweeps.sweep(ground, fault, text=text, every=4))
 
 
-def test_promise_9_short_writes_and_reads_are_continued(ground: faults.Ground) -> None:
-    survives(lambda: faults.sweep(ground, "pwrite:short:0", codes=(0,), every=3))
-    survives(lambda: faults.sweep(ground, "pread:short:0", match="/in/", codes=(0,), every=3))
+def test_promise_9_short_writes_and_reads_are_continued(ground: Ground) -> None:
+    survives(lambda: sweeps.sweep(ground, "pwrite:short:0", codes=(0,), every=3))
+    survives(lambda: sweeps.sweep(ground, "pread:short:0", match="/in/", codes=(0,), every=3))
 
 
-def test_promise_9_real_limits(ground: faults.Ground) -> None:
-    survives(lambda: faults.file_size_limit(ground))
-    survives(lambda: faults.few_descriptors(ground))
-    survives(lambda: faults.space(ground))
-    survives(lambda: faults.fsync_fails(ground))
+def test_promise_9_real_limits(ground: Ground) -> None:
+    survives(lambda: circumstances.file_size_limit(ground))
+    survives(lambda: circumstances.few_descriptors(ground))
+    survives(lambda: storage.space(ground))
+    survives(lambda: storage.fsync_fails(ground))
 
 
-def test_promise_10_the_manifest_holds_what_is_needed_to_check_and_repeat(ground: faults.Ground) -> None:
+def test_promise_10_the_manifest_holds_what_is_needed_to_check_and_repeat(ground: Ground) -> None:
     ground.reset()
-    assert ground.runs.run(faults.COMMAND, ground.folder).code == 0
+    assert ground.runs.run(COMMAND, ground.folder).code == 0
     manifest = json.loads((ground.merged / "pmerge.json").read_text())
     for name, entry in manifest["files"].items():
-        assert faults.digests(ground.merged)[name] == entry["sha256"]
+        assert digests(ground.merged)[name] == entry["sha256"]
         assert (ground.merged / name).stat().st_size == entry["bytes"]
     assert {"mtime_ns", "inode", "header_sha256", "file_bytes"} <= manifest["inputs"][0]["files"][0].keys()
     assert {"coefficient", "path", "step"} <= manifest["inputs"][0].keys()
 
 
-def test_promise_11_two_runs_never_share_a_destination(ground: faults.Ground) -> None:
-    survives(lambda: faults.locks(ground))
+def test_promise_11_two_runs_never_share_a_destination(ground: Ground) -> None:
+    survives(lambda: circumstances.locks(ground))
 
 
 def test_promise_11_a_lock_on_a_folder_that_was_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,38 +299,38 @@ def test_promise_11_without_flock_a_living_holder_is_never_replaced(tmp_path: Pa
         assert json.loads(owner.read_text())["started"] == identity()["started"]
 
 
-def test_promise_12_an_output_in_an_input_is_refused_whatever_its_name(ground: faults.Ground) -> None:
+def test_promise_12_an_output_in_an_input_is_refused_whatever_its_name(ground: Ground) -> None:
     (ground.folder / "alias").symlink_to(ground.folder / "in")
     for output in ("alias/checkpoint-100/merged", "alias/checkpoint-100", "alias"):
         ended = ground.runs.run(("average", "in", "-o", output, "--overwrite"), ground.folder)
         assert ended.code == 2 and "inputs are never written to" in ended.stderr
-    assert faults.digests(ground.folder / "in") == ground.inputs
+    assert digests(ground.folder / "in") == ground.inputs
 
 
-def test_promise_13_modes_follow_the_umask(ground: faults.Ground) -> None:
+def test_promise_13_modes_follow_the_umask(ground: Ground) -> None:
     ground.reset()
     script = 'umask 027; exec "$0" "$@"'
-    subprocess.run(["bash", "-c", script, *faults.PMERGE, *faults.COMMAND], cwd=ground.folder, check=True, timeout=60)
+    subprocess.run(["bash", "-c", script, *PMERGE, *COMMAND], cwd=ground.folder, check=True, timeout=60)
     assert {path.stat().st_mode & 0o777 for path in ground.merged.rglob("*") if path.is_file()} == {0o640}
     assert ground.merged.stat().st_mode & 0o777 == 0o750
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_stop_at_any_point_and_say_how_to_go_on(ground: faults.Ground, number: int) -> None:
-    survives(lambda: faults.sweep(ground, f"any:signal:{int(number)}", codes=(128 + number,), every=31, first=3))
+def test_signals_stop_at_any_point_and_say_how_to_go_on(ground: Ground, number: int) -> None:
+    survives(lambda: sweeps.sweep(ground, f"any:signal:{int(number)}", codes=(128 + number,), every=31, first=3))
     ground.reset()
-    ended = ground.runs.run(faults.COMMAND, ground.folder, fault=f"pwrite:4:signal:{int(number)}:/out")
+    ended = ground.runs.run(COMMAND, ground.folder, fault=f"pwrite:4:signal:{int(number)}:/out")
     assert "run the same command again:  pmerge average in -o out/merged --threads 1 --quiet" in ended.stderr
 
 
-def test_signals_stop_within_two_seconds_whatever_the_storage_does(ground: faults.Ground) -> None:
-    survives(lambda: faults.slow_storage(ground))
+def test_signals_stop_within_two_seconds_whatever_the_storage_does(ground: Ground) -> None:
+    survives(lambda: storage.slow_storage(ground))
 
 
-def test_signals_that_the_process_was_started_to_ignore_stay_ignored(ground: faults.Ground) -> None:
+def test_signals_that_the_process_was_started_to_ignore_stay_ignored(ground: Ground) -> None:
     ground.reset()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; a child inherits it
-    command = [*faults.PMERGE, *faults.COMMAND]
+    command = [*PMERGE, *COMMAND]
     process = subprocess.Popen(command, cwd=ground.folder, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGHUP, before)
     deadline = time.monotonic() + 60
@@ -345,7 +344,7 @@ def test_signals_that_the_process_was_started_to_ignore_stay_ignored(ground: fau
 
 def test_soak_a_hundred_merges_in_one_process_keep_memory_and_descriptors(tmp_path: Path) -> None:
     for step in (1, 2):
-        faults.write_checkpoint(tmp_path / f"step_{step}", step, 500)
+        write_checkpoint(tmp_path / f"step_{step}", step, 500)
 
     def rounds(count: int) -> tuple[int, int]:
         for _ in range(count):

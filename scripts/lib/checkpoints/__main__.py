@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint_shapes import PUBLISHED, SHAPES, Tensor, split_into_shards
+from checkpoints.shapes import PUBLISHED, SHAPES, Tensor, split_into_shards
 from units import format_size, parse_size
 
 BLOCK_ELEMENTS = 8_000_009  # small enough for a cache; prime, so that repeats do not line up with rows
@@ -39,7 +39,7 @@ def random_blocks(step: int) -> dict[str, memoryview]:
         "BF16": (0.02 * values).bfloat16(),
         "F8_E4M3": (110 * values).clamp(-448, 448).to(torch.float8_e4m3fn),
     }
-    return {dtype: memoryview(block.view(torch.uint8).numpy()) for dtype, block in blocks.items()}
+    return {dtype: block.view(torch.uint8).numpy().data for dtype, block in blocks.items()}
 
 
 def pieces(block: memoryview, tensor: Tensor) -> Iterator[memoryview]:
@@ -78,7 +78,9 @@ def write_shard(path: Path, header: bytes, tensors: list[Tensor], blocks: dict[s
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "scripts/make_checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="dense")
     parser.add_argument("--size", type=parse_size, default=parse_size("1.7GB"), help="of one checkpoint")
     parser.add_argument("--shards", type=int, default=0, help="default: 3, or as published")

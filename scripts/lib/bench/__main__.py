@@ -24,19 +24,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-import bench_contestants
-import bench_report
-from bench_contestants import PEERS, SCRIPTS, Contestant, Unavailable
-from bench_grow import VALUES, grow
-from bench_rounds import Inputs, contest, describe, free_bytes, make_inputs
-from checkpoint_shapes import PUBLISHED, SHAPES
+from bench import report
+from bench.contestants import LIB, PEERS, Contestant, Unavailable, floor, pmerge, pmerge_sweep
+from bench.grow import VALUES, grow
+from bench.rounds import Inputs, contest, describe, free_bytes, make_inputs
+from checkpoints.shapes import PUBLISHED, SHAPES
 from units import format_size, parse_size
 
 Rows = list[tuple[str, dict[str, str]]]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shm = Path("/dev/shm")
     parser.add_argument("--folder", type=Path, default=shm if shm.is_dir() else Path(tempfile.gettempdir()))
     parser.add_argument("--shape", choices=[name for name in SHAPES if name not in PUBLISHED], default="dense")
@@ -50,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", default="256MiB")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", help=f"of {','.join(PEERS)}, or none; default naive,safe_open, none in series")
-    parser.add_argument("--mergekit-env", type=Path, default=SCRIPTS.parent / ".venv-mergekit", metavar="FOLDER")
+    parser.add_argument("--mergekit-env", type=Path, default=LIB.parents[1] / ".venv-mergekit", metavar="FOLDER")
     parser.add_argument("--sweep", action="store_true", help="eight outputs by `pmerge sweep`; no peers")
     parser.add_argument("--grow", choices=VALUES)
     parser.add_argument("--sparse", action="store_true", help="inputs of a series are holes, read as zeros: for measuring memory")
@@ -74,11 +73,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: bool = False) -> list[Contestant]:
     """The floor, pmerge and the peers that can run; a line to stderr for each that cannot."""
     if options.sweep:
-        sweep = bench_contestants.pmerge_sweep(memory, options.device, options.pmerge_options)
-        return [bench_contestants.floor(sweep.outputs), sweep]
-    found = [bench_contestants.floor()]
+        sweep = pmerge_sweep(memory, options.device, options.pmerge_options)
+        return [floor(sweep.outputs), sweep]
+    found = [floor()]
     try:
-        found.append(bench_contestants.pmerge(memory, options.device, options.pmerge_options))
+        found.append(pmerge(memory, options.device, options.pmerge_options))
     except Unavailable as reason:
         print(f"pmerge: skipped: {reason}", file=sys.stderr)
     for name in options.peers:
@@ -109,7 +108,7 @@ def prepare(options: argparse.Namespace, work: Path) -> Inputs:
     )
 
 
-def series(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, object]]:
+def series(options: argparse.Namespace, work: Path) -> tuple[Rows, report.Facts]:
     """`--grow`: the rows of its table, and what goes into the JSON."""
 
     def contestants(value: str) -> list[Contestant]:
@@ -118,26 +117,26 @@ def series(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, obj
     values = options.values.split(",") if options.values else VALUES[options.grow]
     rows, points = [], []
     for value, results in grow(options.grow, values, contestants, work, options.rounds, options.sparse):
-        facts = [bench_report.as_json(result) for result in results]
-        floor_s = bench_report.floor_seconds(facts)
-        rows += [(f"{value} {f['name']}", bench_report.figures(f, floor_s)) for f in facts]
+        facts = [report.as_json(result) for result in results]
+        floor_s = report.floor_seconds(facts)
+        rows += [(f"{value} {f['name']}", report.figures(f, floor_s)) for f in facts]
         inputs = results[0].inputs
         moved, tensors = inputs.moved_bytes(1), inputs.num_tensors
         points.append({"value": value, "inputs": str(inputs), "moved_bytes": moved, "tensors": tensors, "results": facts})
     if options.plot and points:
-        options.plot.write_text(bench_report.memory_plot(options.grow, options.memory, points))
+        options.plot.write_text(report.memory_plot(options.grow, options.memory, points))
     return rows, {"grow": options.grow, "points": points}
 
 
-def compare(options: argparse.Namespace, work: Path) -> tuple[Rows, dict[str, object]]:
+def compare(options: argparse.Namespace, work: Path) -> tuple[Rows, report.Facts]:
     """One table for the inputs asked for, with the fixed cost: the same for 2 checkpoints of 1 MB."""
     inputs = prepare(options, work)
     contestants = line_up(options, work, options.memory, inputs.quantized)
     results = contest(contestants, inputs, work, options.rounds)
     tiny = contest(contestants, make_inputs(work / "tiny", size="1MB", count=2), work, rounds=3)
-    facts = [bench_report.as_json(r, t) for r, t in zip(results, tiny, strict=True)]
-    floor_s = bench_report.floor_seconds(facts)
-    rows = [(f["name"], bench_report.figures(f, floor_s)) for f in facts]
+    facts = [report.as_json(r, t) for r, t in zip(results, tiny, strict=True)]
+    floor_s = report.floor_seconds(facts)
+    rows = [(f["name"], report.figures(f, floor_s)) for f in facts]
     return rows, {"inputs": str(inputs), "results": facts}
 
 
@@ -147,8 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # leaves no gigabytes behind
     command = shlex.join(["scripts/bench", *(sys.argv[1:] if argv is None else argv)])
     facts, versions = (
-        bench_report.machine(options.folder, options.device),
-        bench_report.versions(options.peers),
+        report.machine(options.folder, options.device),
+        report.versions(options.peers),
     )
     load_before = os.getloadavg()[0]
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # not between making the folder and knowing of it
@@ -164,10 +163,10 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in versions.items()))
     print(f"load before: {load_before:.2f}; {options.rounds} rounds after one of warm-up\n")
     print(f"{measured.get('inputs') or 'time and memory against ' + options.grow}\n")
-    bench_report.table(options.grow or "", rows)
+    report.table(options.grow or "", rows)
     if options.grow:
-        bench_report.straightness(options.grow, measured["points"])
-    print(f"\n{bench_report.NOTES}")
+        report.straightness(options.grow, measured["points"])
+    print(f"\n{report.NOTES}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Outputs are deleted between runs, outside the time that is measured.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_contestants import SCRIPTS, Contestant
-from bench_measure import CommandFailed, Measured, measure
+from bench.contestants import LIB, Contestant
+from bench.measure import CommandFailed, Measured, measure
 from units import format_size
 
 
@@ -43,7 +44,7 @@ class Inputs:
 
 @dataclass
 class Result:
-    """All runs of one contestant. `check` is what bench_peers.py found in its first output."""
+    """All runs of one contestant. `check` is what peers.py found in its first output."""
 
     contestant: Contestant
     inputs: Inputs
@@ -68,11 +69,12 @@ def describe(checkpoints: Sequence[Path]) -> Inputs:
 
 
 def make_inputs(out: Path, **options: object) -> Inputs:
-    """Checkpoints from make_checkpoints.py; `options` are its options, those that are 0 are left out."""
+    """Checkpoints from `scripts/make_checkpoints`; `options` are its options, those that are 0 are left out."""
     names = {key: f"--{key.replace('_', '-')}" for key in options}
     flags = [names[key] if value is True else f"{names[key]}={value}" for key, value in options.items() if value]
-    command = [sys.executable, str(SCRIPTS / "make_checkpoints.py"), *flags, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "checkpoints", *flags, "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(LIB)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr.strip())
     return describe([Path(line) for line in done.stdout.splitlines()])
@@ -122,8 +124,9 @@ def contest(contestants: Sequence[Contestant], inputs: Inputs, work: Path, round
 
 
 def check(out: Path, inputs: Inputs) -> dict[str, object]:
-    command = [str(SCRIPTS / "bench_peers.py"), "check", str(out), *map(str, inputs.checkpoints)]
+    command = [str(LIB / "bench" / "peers.py"), "check", str(out), *map(str, inputs.checkpoints)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout)
+    found: dict[str, object] = json.loads(done.stdout)
+    return found

@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import random
 
-from units import parse_size
-
 from merge_cli.cluster import cut, shares
 from merge_cli.plan import OutputFile
+from units import parse_size
 
 SHARDS = (163, 430, 1000, 1500)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -50,7 +49,9 @@ def simulate(files: list[OutputFile], ranks: int, inputs: int, storage: float, n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "scripts/simulate_shares", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--storage", default="40GB", help="bytes a second of all ranks together")
     parser.add_argument("--node", default="3GB", help="bytes a second of one rank")
     parser.add_argument("--inputs", type=int, default=8)

@@ -6,7 +6,7 @@ As with `save_total_limit`, only the last checkpoints of the run are there. The 
 a short warm-up: averaging the last checkpoints then does the work of the decay that never happened.
 
 The text is the standard library, so nothing is downloaded. Every 16th file is held out of training and goes to
-`held_out.txt`, which `demo_eval.py` reads. The same seed gives the same run on the same machine; other machines
+`held_out.txt`, which `evaluate.py` reads. The same seed gives the same run on the same machine; other machines
 and other Python versions give slightly different figures.
 """
 
@@ -51,7 +51,8 @@ def standard_library() -> tuple[bytes, bytes]:
     )
     held_out = files[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
     training = [path for path in files if path not in set(held_out)]
-    return tuple(b"".join((root / path).read_bytes() for path in part) for part in (training, held_out))
+    texts = [b"".join((root / path).read_bytes() for path in part) for part in (training, held_out)]
+    return texts[0], texts[1]
 
 
 def make_model(moe: bool) -> transformers.PreTrainedModel:
@@ -74,7 +75,13 @@ def make_model(moe: bool) -> transformers.PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(hidden_size=128, intermediate_size=352, num_key_value_heads=4, **sizes))
 
 
-def save_checkpoint(folder, model, optimizer, scheduler, state) -> None:
+def save_checkpoint(
+    folder: Path,
+    model: transformers.PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    state: TrainerState,
+) -> None:
     model.save_pretrained(folder, max_shard_size="1MB")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     torch.save(scheduler.state_dict(), folder / "scheduler.pt")

@@ -11,12 +11,15 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import bench_plot
-from bench_contestants import MERGEKIT
-from bench_measure import Measured
-from bench_rounds import Result, filesystem
+from bench import plot
+from bench.contestants import MERGEKIT
+from bench.measure import Measured
+from bench.rounds import Result, filesystem
 from units import format_size
+
+Facts = dict[str, Any]  # as they go into JSON
 
 NOTES = """\
 wall, CPU: median (lowest-highest) of whole processes, start-up included. loop: what pmerge states itself.
@@ -64,9 +67,9 @@ def loop_s(run: Measured) -> float | None:
     return stated.get("seconds") if isinstance(stated, dict) else None
 
 
-def as_json(result: Result, tiny: Result | None = None) -> dict[str, object]:
+def as_json(result: Result, tiny: Result | None = None) -> Facts:
     """Everything measured for one contestant, in seconds and bytes."""
-    facts: dict[str, object] = {
+    facts: Facts = {
         "name": result.contestant.name,
         "what": result.contestant.what,
         "failure": result.failure,
@@ -97,14 +100,14 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.0f}"
 
 
-def rounded(check: dict) -> str:
+def rounded(check: Facts) -> str:
     if "error" in check:
         return str(check["error"])
     missing = f", {check['num_missing']} tensors missing" if check["num_missing"] else ""
     return f"{100 * check['correctly_rounded']:.3f} %{missing}"
 
 
-def figures(facts: dict, floor_s: float | None) -> dict[str, str]:
+def figures(facts: Facts, floor_s: float | None) -> dict[str, str]:
     """The columns of the tables, from what `as_json` gives."""
     if "wall_s" not in facts:
         return {"wall s": "failed"}
@@ -122,17 +125,17 @@ def figures(facts: dict, floor_s: float | None) -> dict[str, str]:
     }
 
 
-def of_pmerge(points: Sequence[dict]) -> list[tuple[dict, dict]]:
+def of_pmerge(points: Sequence[Facts]) -> list[tuple[Facts, Facts]]:
     """The points of a series at which pmerge was measured, and what was."""
     found = [(point, facts) for point in points for facts in point["results"] if facts["name"] == "pmerge"]
     return [(point, facts) for point, facts in found if "wall_s" in facts]
 
 
-def memory_plot(grow: str, memory: str, points: Sequence[dict]) -> str:
+def memory_plot(grow: str, memory: str, points: Sequence[Facts]) -> str:
     """An SVG drawing of pmerge's peak memory along a series."""
     bars = [(str(point["value"]), facts["largest_process_bytes"] / 1e6) for point, facts in of_pmerge(points)]
     title = f"Peak resident memory of pmerge average{'' if grow == 'memory' else f' --memory {memory}'}"
-    return bench_plot.bars(title, "MB", X_TITLES[grow], bars, limit=0 if grow == "memory" else 512)
+    return plot.bars(title, "MB", X_TITLES[grow], bars, limit=0 if grow == "memory" else 512)
 
 
 X_TITLES = {
@@ -144,18 +147,18 @@ X_TITLES = {
 }
 
 
-def straightness(grow: str, points: Sequence[dict]) -> None:
+def straightness(grow: str, points: Sequence[Facts]) -> None:
     """Print the straight line through pmerge's loop times, and how far each lies from it."""
     measured = [(point, statistics.median(facts["loop_s"])) for point, facts in of_pmerge(points) if facts["loop_s"]]
     if grow == "memory" or len(measured) < 3:
         return
     key, unit, each = ("tensors", 1000, "1000 tensors") if grow == "tensors" else ("moved_bytes", 1e9, "GB moved")
-    fixed, slope, rest = bench_plot.fit_line([(point[key], loop) for point, loop in measured])
+    fixed, slope, rest = plot.fit_line([(point[key], loop) for point, loop in measured])
     print(f"\nloop: {fixed:.3f} s + {slope * unit:.3f} s a {each}; off that line:", end=" ")
     print(", ".join(f"{point['value']} {100 * off:+.0f} %" for (point, _), off in zip(measured, rest, strict=True)))
 
 
-def floor_seconds(contest: Iterable[dict]) -> float | None:
+def floor_seconds(contest: Iterable[Facts]) -> float | None:
     return next((facts.get("wall_median_s") for facts in contest if facts["name"] == "floor"), None)
 
 

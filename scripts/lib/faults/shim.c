@@ -6,7 +6,8 @@
 //   errors    it and every later one fail with value      short    half of the bytes are written or read
 //   delay     it takes value more milliseconds            signal   signal number value arrives before the call
 //
-// fault_refuse() makes a filesystem that lacks something: ",renameat2=38,flock=95," always fails these with these errno values.
+// fault_refuse() makes a filesystem that lacks something: ",renameat2=38,flock=95," always fails these with these errno values, and
+// ",flock=0," pretends that it succeeded, as a flock does that is local to each host. fault_skew() sets the clock wrong.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -26,7 +27,7 @@
 
 static struct { atomic_int calls, fired; } *shared;
 static char call[32], action[16], match[4000], refused[256];
-static int armed, at, value;
+static int armed, at, value, skew_s;
 
 __attribute__((constructor)) static void begin(void) {
     shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -38,6 +39,7 @@ void fault_arm(const char *spec) {
     armed = sscanf(spec, "%31[^:]:%d:%15[^:]:%d:%3999s", call, &at, action, &value, match) == 5;
 }
 
+void fault_skew(int seconds) { skew_s = seconds; }
 void fault_refuse(const char *names) { snprintf(refused, sizeof refused, "%s", names); }
 
 enum { PROCEED, FAIL, SHORT };
@@ -118,7 +120,7 @@ VECTOR(preadv2, off_t)
 VECTOR(preadv64v2, off64_t)
 
 #define ON_FD(name, label, declared, passed) \
-    int name declared { REAL(name); return fault_fd(label, fd) == FAIL ? -1 : real passed; }
+    int name declared { REAL(name); return fault_fd(label, fd) == FAIL ? (errno ? -1 : 0) : real passed; }
 ON_FD(fsync, "fsync", (int fd), (fd))
 ON_FD(fdatasync, "fsync", (int fd), (fd))
 ON_FD(flock, "flock", (int fd, int how), (fd, how))
@@ -128,7 +130,7 @@ ON_FD(fallocate, "fallocate", (int fd, int mode, off_t offset, off_t size), (fd,
 ON_FD(fallocate64, "fallocate", (int fd, int mode, off64_t offset, off64_t size), (fd, mode, offset, size))
 
 #define ON_PATH(name, label, declared, passed) \
-    int name declared { REAL(name); return fault_at(label, AT_FDCWD, path) == FAIL ? -1 : real passed; }
+    int name declared { REAL(name); return fault_at(label, AT_FDCWD, path) == FAIL ? (errno ? -1 : 0) : real passed; }
 ON_PATH(mkdir, "mkdir", (const char *path, mode_t mode), (path, mode))
 ON_PATH(unlink, "unlink", (const char *path), (path))
 ON_PATH(rmdir, "rmdir", (const char *path), (path))
@@ -174,3 +176,10 @@ OPEN(open64)
     }
 OPENAT(openat)
 OPENAT(openat64)
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    REAL(clock_gettime);
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec += skew_s;
+    return result;
+}

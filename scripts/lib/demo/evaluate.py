@@ -19,7 +19,8 @@ def held_out_loss(folder: Path, text: torch.Tensor) -> float:
         sys.exit(f"{folder} does not load cleanly: {wrong}")
     windows = text[: len(text) // WINDOW_BYTES * WINDOW_BYTES].view(-1, WINDOW_BYTES).long()
     with torch.inference_mode():
-        losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in windows.split(BATCH_SIZE)]
+        batches = torch.split(windows, BATCH_SIZE)
+        losses = [float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in batches]
     return sum(losses) / len(windows)
 
 

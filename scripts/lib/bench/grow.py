@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench_contestants import Contestant
-from bench_rounds import Result, contest, free_bytes, make_inputs
+from bench.contestants import Contestant
+from bench.rounds import Result, contest, free_bytes, make_inputs
 from units import format_size, parse_size
 
 VALUES = {
@@ -30,7 +30,7 @@ VALUES = {
 
 
 def point(what: str, value: str) -> tuple[int, str, dict[str, object]]:
-    """For one point: number of checkpoints, size of each, further options of make_checkpoints.py."""
+    """For one point: number of checkpoints, size of each, further options of `scripts/make_checkpoints`."""
     match what:
         case "n":
             return int(value), "100MB", {"shape": "dense"}

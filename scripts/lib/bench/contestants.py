@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
+LIB = Path(__file__).resolve().parents[1]
 MERGEKIT = "0.1.5"
 TORCH = "2.13.0"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -78,7 +78,7 @@ def pmerge(memory: str, device: str, more: list[str]) -> Contestant:
 
 def loop(how: str, what: str) -> Contestant:
     def command(checkpoints: list[Path], out: Path) -> list[str]:
-        return [sys.executable, str(SCRIPTS / "bench_peers.py"), how, str(out), *map(str, checkpoints)]
+        return [sys.executable, str(LIB / "bench" / "peers.py"), how, str(out), *map(str, checkpoints)]
 
     return Contestant(how, what, command)
 
@@ -90,7 +90,7 @@ def mergekit(environment: Path, work: Path) -> Contestant:
         print(f"installing mergekit {MERGEKIT} into {environment}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         (environment / ".gitignore").write_text("*\n")
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         if subprocess.run([*pip, f"mergekit=={MERGEKIT}", f"torch=={TORCH}"], check=False).returncode:
             raise Unavailable(f"mergekit {MERGEKIT} could not be installed into {environment}")
 

@@ -7,25 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-from fault_runs import Ended, FaultRuns
-
-if TYPE_CHECKING:
-    from faults import Ground, Row
+from faults.ground import COMMAND, FILESYSTEMS, Ground, Row, digests
+from faults.runs import Ended, FaultRuns
 
 
 def rank(number: int, world_size: int = 3, *more: str) -> tuple[str, ...]:
     """The command of one rank of the usual run: two files on three ranks, which are cut."""
-    from faults import COMMAND
-
     return (*COMMAND, "--rank", str(number), "--world-size", str(world_size), *more)
 
 
 def complete(ground: Ground, told: str) -> str:
     """ "" if the result stands, nothing is left behind and its path was told once, else what is wrong."""
-    from faults import digests
-
     if digests(ground.merged) != ground.expected:
         left = sorted(str(path.relative_to(ground.out)) for path in ground.out.rglob("*"))
         return f"the result is not complete: {left}"
@@ -36,8 +29,6 @@ def complete(ground: Ground, told: str) -> str:
 
 def killed(ground: Ground, fault: str, codes: tuple[int, ...], filesystem: str = "Linux", every: int = 1) -> Row:
     """Rank 1 meets the fault at its first, second ... call. Rank 0 then finishes for both; without flock rank 1 is run again."""
-    from faults import FILESYSTEMS, Row, digests
-
     call, action, value = fault.split(":")
     row = Row(f"rank 1 of 3: {fault}" + ("" if filesystem == "Linux" else f", {filesystem}"), "rank 0 finishes: the same bytes")
     refuse = FILESYSTEMS[filesystem]
@@ -64,8 +55,6 @@ def killed(ground: Ground, fault: str, codes: tuple[int, ...], filesystem: str =
 
 def stopped(ground: Ground, every: int) -> Row:
     """Rank 1 stands still at its first, second ... call while rank 0 does all that it can; then rank 1 goes on."""
-    from faults import Row, digests
-
     row = Row("rank 1 of 3 stopped while rank 0 runs to its end", "both finish, or one says who is at work; the same bytes")
     waited = 0
     with FaultRuns() as others:
@@ -107,8 +96,6 @@ def launch(ground: Ground, numbers: list[int], world_size: int) -> list[subproce
 
 def together(ground: Ground, rounds: int, seed: int = 0) -> Row:
     """Real processes at the same time, some killed at random moments, then the rest once more."""
-    from faults import Ground, Row
-
     row = Row("4 ranks at once, killed at random", "every round ends with the same bytes")
     numbers, kills = random.Random(seed), 0
     big = Ground(ground.folder / "together", ground.runs, 1 << 19)

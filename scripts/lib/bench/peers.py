@@ -1,9 +1,9 @@
 """What people write when they have no tool: two loops that average safetensors checkpoints, and a check of
 any average.
 
-    bench_peers.py naive OUT CKPT...       load whole state dicts, sum in float32, write shard by shard
-    bench_peers.py safe_open OUT CKPT...   one shard at a time with safe_open, sum in float32, save_file
-    bench_peers.py check OUT CKPT...       print as JSON how OUT compares with the average in float64
+    peers.py naive OUT CKPT...       load whole state dicts, sum in float32, write shard by shard
+    peers.py safe_open OUT CKPT...   one shard at a time with safe_open, sum in float32, save_file
+    peers.py check OUT CKPT...       print as JSON how OUT compares with the average in float64
 
 Both loops take the same shortcuts: every checkpoint has the shards of the first, weights are plain
 floats, nothing is checked and nothing is published atomically. They are here to be measured, not to be
@@ -82,7 +82,8 @@ def check(out: Path, checkpoints: list[Path]) -> dict[str, object]:
 
     def values(places: dict[str, Path], name: str) -> torch.Tensor:
         with safe_open(places[name], "pt") as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
 
     inputs, output = [places(c) for c in checkpoints], places(out)
     shared = [name for name in inputs[0] if name in output]
@@ -93,7 +94,8 @@ def check(out: Path, checkpoints: list[Path]) -> dict[str, object]:
         given = [values(source, name) for source in inputs]
         if got.shape != given[0].shape or got.dtype != given[0].dtype:
             return {"error": f"{name} is {got.dtype} {list(got.shape)}"}
-        mean = sum(g.flatten()[:CHECKED_ELEMENTS].double() for g in given) / len(given)
+        parts = [g.flatten()[:CHECKED_ELEMENTS].double() for g in given]
+        mean = sum(parts, torch.zeros((), dtype=torch.float64)) / len(given)
         exact = got.flatten()[:CHECKED_ELEMENTS] == mean.to(got.dtype)
         num_exact += int(exact.sum())
         num_values += exact.numel()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 FP8_BLOCK = 128
@@ -196,7 +196,7 @@ def qwen3_moe(total_bytes: int, num_tensors: int, largest_bytes: int) -> Checkpo
 
 # --- as published ---------------------------------------------------------------------------------
 
-DEEPSEEK_V3: dict[str, object] = {
+DEEPSEEK_V3: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -248,7 +248,7 @@ DEEPSEEK_V3: dict[str, object] = {
     "vocab_size": 129280,
 }
 
-KIMI_K2: dict[str, object] = {
+KIMI_K2: dict[str, Any] = {
     **DEEPSEEK_V3,
     "bos_token_id": 163584,
     "eos_token_id": 163585,
@@ -268,7 +268,7 @@ KIMI_K2: dict[str, object] = {
 }
 
 
-def deepseek(config: dict, num_shards: int, fp8: bool = True) -> Checkpoint:
+def deepseek(config: dict[str, Any], num_shards: int, fp8: bool = True) -> Checkpoint:
     """A model of DeepSeek-V3's kind. Without `fp8` the matrices are bf16, as they are in a training run."""
     hidden, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     experts, layers = config["n_routed_experts"], config["num_hidden_layers"]
