@@ -87,7 +87,7 @@ def test_direct_reads_equal_buffered_reads(odd_file: WeightFile, data: st.DataOb
         start = inputs.read_block(odd_file, begin, end - begin, item_bytes, block)
     assert start % item_bytes == 0
     assert block[start : start + end - begin] == odd_file.path.read_bytes()[begin:end]
-    if direct and has_direct(odd_file.path) and begin < end and begin % DIRECT_BLOCK_BYTES % item_bytes == 0:
+    if direct and has_direct(odd_file.path) and end - begin >= DIRECT_BLOCK_BYTES and begin % DIRECT_BLOCK_BYTES % item_bytes == 0:
         assert start == begin % DIRECT_BLOCK_BYTES
 
 
@@ -166,6 +166,54 @@ def test_direct_reads_at_equal_and_at_different_places_of_their_blocks(alike: bo
     methods = ["ema:0.1", "ema:0.3", "decay:1-sqrt"]
     direct, plain = (sweep(paths, tmp_path / mode, methods=methods, direct=mode) for mode in ("on", "off"))
     assert [weights_of(output) for output in direct.outputs] == [weights_of(output) for output in plain.outputs]
+
+
+FP8_SCALE = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+
+
+def quantized_run(folder: Path, rows: int, **file_options: Any) -> Path:
+    """Two checkpoints with an FP8 tensor of `rows` KiB, its scale, and a bf16 tensor of the same bytes; one with bf16 alone."""
+    for step in (1, 2):
+        codes = torch.arange(rows << 10).mul(2654435761 * step).bitwise_and(0x7F).clamp(max=0x7E).to(torch.uint8)
+        tensors = {
+            "a.weight": codes.view(torch.float8_e4m3fn).view(rows, 1 << 10),
+            "a.weight_scale": torch.tensor(0.25 * step),
+            "b.weight": torch.full((rows, 1 << 9), 0.5 * step).bfloat16(),
+        }
+        write_checkpoint(folder / f"step_{step}", tensors, config=FP8_SCALE, **file_options)
+    plain = {"a.weight": tensors["a.weight"].bfloat16(), "b.weight": tensors["b.weight"]}
+    write_checkpoint(folder / "step_0", plain, **file_options)
+    return folder
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_quantized_tensors_go_past_the_page_cache_too(requantize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = quantized_run(tmp_path / "run", 1 << 10)
+    if not has_direct(open_checkpoint(run / "step_1").files[0].path):
+        pytest.skip("this filesystem has no O_DIRECT")
+    through_the_cache = []
+    read_into = InputFiles.read_into
+
+    def counting(self: InputFiles, file: WeightFile, offset: int, buffer: memoryview) -> None:
+        through_the_cache.append(len(buffer))
+        read_into(self, file, offset, buffer)
+
+    monkeypatch.setattr(InputFiles, "read_into", counting)
+    result = average([run], tmp_path / "out", direct="on", requantize=requantize)
+    assert result.statistics.bytes_read >= 7 << 20
+    assert sum(through_the_cache) < 4096
+
+
+@pytest.mark.parametrize("after", ["", " ", "     "])
+@pytest.mark.parametrize("memory", [None, 12 << 20])
+def test_direct_does_not_change_the_bytes_of_quantized_checkpoints(after: str, memory: int | None, tmp_path: Path) -> None:
+    """Wherever in their blocks the codes begin."""
+    run = quantized_run(tmp_path / "run", 301, multiple=1, after=after)
+    for number, options in enumerate([{}, {"requantize": True}, {"exclude": ["a.*"]}]):
+        made = [
+            average([run], tmp_path / f"{mode}{number}", direct=mode, memory=memory, **options).output for mode in ("on", "off")
+        ]
+        assert weights_of(made[0]) == weights_of(made[1])
 
 
 def weights_of(checkpoint: Path) -> list[bytes]:

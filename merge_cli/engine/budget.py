@@ -70,7 +70,7 @@ def fit_memory(
 
     def need(workers: int, chunk_elements: int, coded_values: int) -> int:
         bytes_of_rows = host_bytes_for if device.is_accelerator else bytes_for
-        rows = bytes_of_rows(largest_chunk(coded, coded_values), len(plan.outputs))
+        rows = bytes_of_rows(largest_chunk(coded, coded_values), len(plan.outputs), slack_bytes if coded else 0)
         lane_elements = min(REDONE_ELEMENTS, chunk_elements) if device.is_accelerator else chunk_elements
         lane = buffers * lane_elements * item_bytes + device.scratch_bytes(lane_elements, len(plan.inputs), len(plan.outputs))
         lane += len(plan.inputs) * slack_bytes

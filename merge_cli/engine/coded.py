@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge_cli.engine.device import CPU, Device
+from merge_cli.engine.device import CPU, Device, HostBuffer
 from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reduce import WeightedSum, accumulator_dtype, add_term, divide, is_clean, store, torch_dtype
+from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
 from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.error import combine_totals, error_totals
 from merge_cli.formats.safetensors import DTYPES
@@ -31,19 +32,20 @@ TARGET_VALUES = 1 << 18
 ACCELERATOR_VALUES = 1 << 21  # a kernel takes some microseconds to start, whatever its size
 _PINNED_BYTES_PER_VALUE = 32  # two buffers for up to 8 bytes a value, rounded up to a power of two
 _STATS_VALUES = 1 << 16
+_MOST_SLACKS = 12  # eight parts are read into whole blocks of the storage, and are aligned to one
 _COPY = WeightedSum((0,), (1.0,), None, True)
 
 Parts = dict[str, Tensor]
 
 
-def bytes_for(values: int, num_outputs: int) -> int:
-    """Peak memory of a chunk of `values` values."""
-    return values * (BYTES_PER_VALUE + 8 * num_outputs)
+def bytes_for(values: int, num_outputs: int, slack_bytes: int = 0) -> int:
+    """Peak memory of a chunk of `values` values, where each read needs `slack_bytes` more."""
+    return values * (BYTES_PER_VALUE + 8 * num_outputs) + _MOST_SLACKS * slack_bytes
 
 
-def host_bytes_for(values: int, num_outputs: int) -> int:
+def host_bytes_for(values: int, num_outputs: int, slack_bytes: int = 0) -> int:
     """Peak memory on the host of a chunk of `values` values that is worked on by an accelerator."""
-    return values * (_PINNED_BYTES_PER_VALUE + 8 * num_outputs)
+    return values * (_PINNED_BYTES_PER_VALUE + 8 * num_outputs) + _MOST_SLACKS * slack_bytes
 
 
 @dataclass
@@ -56,12 +58,16 @@ class Merged:
 
 
 class CodedReducer:
-    """What one worker needs to reduce coded runs. May raise torch.OutOfMemoryError, after which the same can be asked again."""
+    """What one worker needs to reduce coded runs. May raise torch.OutOfMemoryError, after which the same can be asked again.
 
-    def __init__(self, device: Device, inputs: InputFiles, accumulate: str) -> None:
+    Buffers have `slack_bytes` more than is read, for whole blocks of the storage.
+    """
+
+    def __init__(self, device: Device, inputs: InputFiles, accumulate: str, slack_bytes: int = 0) -> None:
         self._device = device
         self._inputs = inputs
         self._accumulate = accumulate
+        self._slack_bytes = slack_bytes
         self._stream = device.stream()
         self._bytes_read = 0
         self._seconds_reading = 0.0
@@ -147,24 +153,28 @@ class CodedReducer:
     def _load(self, source: Source | CodedSource, shape: tuple[int, ...], r0: int, r1: int) -> tuple[Tensor, Parts]:
         """The values [count] of rows r0..r1 of one input, in float32 or as stored, and the parts they were decoded from."""
         if isinstance(source, Source):
-            bits = DTYPES[source.dtype].bits * shape[-1]
-            data = self._read(source, r0 * bits // 8, r1 * bits // 8)
+            item_bytes = DTYPES[source.dtype].bits // 8
+            row_bytes = item_bytes * shape[-1]
+            data = self._read(source, r0 * row_bytes, r1 * row_bytes, item_bytes)
             return data.view(torch_dtype(source.dtype)), {}
         parts = {part.role: self._read(part, *source.codec.part_range(part.role, shape, r0, r1)) for part in source.parts}
         return source.codec.decode(parts, shape, r0, r1).reshape(-1), parts
 
-    def _read(self, place: Source | Part, begin: int, end: int) -> Tensor:
-        def read(memory: memoryview) -> None:
+    def _read(self, place: Source | Part, begin: int, end: int, item_bytes: int = 1) -> Tensor:
+        """Bytes `begin` to `end` of a tensor; on the CPU they begin at a multiple of `item_bytes` in memory (codecs need none)."""
+        size = end - begin
+
+        def fill(buffer: HostBuffer) -> None:
             started = time.perf_counter()
-            self._inputs.read_into(place.file, place.offset + begin, memory)
-            self._bytes_read += end - begin
+            buffer.fill(self._inputs, place.file, place.offset + begin, size, item_bytes)
+            self._bytes_read += size
             self._seconds_reading += time.perf_counter() - started
 
         if self._stream is not None:
-            return self._stream.upload(end - begin, read)
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        read(memory_of(data))
-        return data
+            return self._stream.upload(size, self._slack_bytes, fill)
+        buffer = _buffer_for(size, self._slack_bytes)
+        fill(buffer)
+        return buffer.tensor[buffer.begin : buffer.begin + size]
 
     def _plain(self, run: CodedRun, total: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
         rounded = torch.empty(total.shape, dtype=torch_dtype(run.dtype), device=total.device)
@@ -218,9 +228,9 @@ class CodedReducer:
 class CodedReducers:
     """A worker's reducer, and one on the CPU for what finds no memory on the device even in smaller chunks."""
 
-    def __init__(self, device: Device, inputs: InputFiles, accumulate: str) -> None:
-        self._first = CodedReducer(device, inputs, accumulate)
-        self._cpu = CodedReducer(CPU, inputs, accumulate) if device.is_accelerator else self._first
+    def __init__(self, device: Device, inputs: InputFiles, accumulate: str, slack_bytes: int) -> None:
+        self._first = CodedReducer(device, inputs, accumulate, slack_bytes)
+        self._cpu = CodedReducer(CPU, inputs, accumulate, slack_bytes) if device.is_accelerator else self._first
         self.done_on_cpu = 0
 
     def stats(self, run: CodedRun, chunks: Sequence[tuple[int, int]], operations: Sequence[WeightedSum]) -> list[Tensor | None]:
@@ -267,6 +277,12 @@ class CodedReducers:
     def totals(self) -> list[Tensor]:
         """The errors that quantising again has added, on either device."""
         return [totals for reducer in {self._first, self._cpu} if (totals := reducer.totals()) is not None]
+
+
+def _buffer_for(size: int, slack_bytes: int) -> HostBuffer:
+    """Memory for a read of `size` bytes; with slack it is aligned as O_DIRECT needs it."""
+    room = torch.empty(max(size, 1) + slack_bytes + (DIRECT_BLOCK_BYTES if slack_bytes else 0), dtype=torch.uint8)
+    return HostBuffer(room[-room.data_ptr() % DIRECT_BLOCK_BYTES :] if slack_bytes else room)
 
 
 def memory_of(data: Tensor) -> memoryview:

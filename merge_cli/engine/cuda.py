@@ -92,15 +92,18 @@ class CudaStream:
         with failures_of(self._device), torch.cuda.stream(self._stream):
             yield
 
-    def upload(self, num_bytes: int, read: Callable[[memoryview], None]) -> Tensor:
-        """The bytes that `read` fills a buffer with, on the device as uint8 [num_bytes]. Inside `active`."""
+    def upload(self, num_bytes: int, slack_bytes: int, fill: Callable[[HostBuffer], None]) -> Tensor:
+        """The bytes that `fill` reads into a buffer, on the device as uint8 [num_bytes]. Inside `active`.
+
+        The buffer has room for `slack_bytes` more, which may be before and behind them.
+        """
         place, self._next = self._next, 1 - self._next
         self._uploaded[place].synchronize()  # at once where nothing was recorded
         buffer = self._buffers[place]
-        if buffer is None or len(buffer.memory) < num_bytes:
-            self._buffers[place] = buffer = pinned_buffer(num_bytes)
-        read(buffer.memory[:num_bytes])
-        data = buffer.tensor[:num_bytes].to(self._device, non_blocking=True)
+        if buffer is None or len(buffer.memory) < num_bytes + slack_bytes:
+            self._buffers[place] = buffer = pinned_buffer(num_bytes + slack_bytes)
+        fill(buffer)
+        data = buffer.tensor[buffer.begin : buffer.begin + num_bytes].to(self._device, non_blocking=True)
         self._uploaded[place].record(self._stream)
         return data
 

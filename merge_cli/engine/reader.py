@@ -83,10 +83,16 @@ class InputFiles:
         """Read `size` bytes from byte `offset` of `file` into `block`; where in it they begin, a multiple of `item_bytes`.
 
         `block` is aligned to DIRECT_BLOCK_BYTES and has room for `size` bytes and, for O_DIRECT, two such blocks more: those that
-        enclose the data are read. Where O_DIRECT cannot read this, the page cache does. Raises what `read_into` raises.
+        enclose the data are read. What is smaller than a block, or what O_DIRECT cannot read, comes through the page cache.
+        Raises what `read_into` raises.
         """
         begin = offset % DIRECT_BLOCK_BYTES
-        if self._direct and size and begin % item_bytes == 0 and self._read_direct(file, offset - begin, begin + size, block):
+        if (
+            self._direct
+            and size >= DIRECT_BLOCK_BYTES
+            and begin % item_bytes == 0
+            and self._read_direct(file, offset - begin, begin + size, block)
+        ):
             return begin
         self.read_into(file, offset, block[:size])
         return 0

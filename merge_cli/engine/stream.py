@@ -282,7 +282,7 @@ class _Job:
             num_elements = self.budget.chunk_elements if ring is None else min(REDONE_ELEMENTS, self.budget.chunk_elements)
             chunk_bytes = num_elements * (self.budget.chunk_bytes // self.budget.chunk_elements)
             lane = Lane(len(self.plan.inputs), len(self.plan.outputs), num_elements, chunk_bytes, self.budget.slack_bytes)
-            coded = CodedReducers(self.device, self.inputs, self.plan.spec.accumulate)
+            coded = CodedReducers(self.device, self.inputs, self.plan.spec.accumulate, self.budget.slack_bytes)
             while not self._stopped.is_set():
                 with self._lock:
                     chunk = next(self._work, None)
