@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from merge_cli.version import __version__
 
 if TYPE_CHECKING:
-    from merge_cli.averaging import AveragePlan, AverageResult, Progress, average, plan_average, run_average
-    from merge_cli.cluster import Rank, find_rank
+    from merge_cli.features.average import AveragePlan, AverageResult, Progress, average, plan_average, run_average
+    from merge_cli.features.share import ShareResult, finalize, run_share
+    from merge_cli.features.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
+    from merge_cli.features.verify import Verification, verify
     from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
-    from merge_cli.methods import Coefficients, coefficients
-    from merge_cli.sharing import ShareResult, finalize, run_share
-    from merge_cli.sweeping import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
-    from merge_cli.verification import Verification, verify
+    from merge_cli.ranks.launcher import Rank, find_rank
+    from merge_cli.request.methods import Coefficients, coefficients
 
 __all__ = [
     "AveragePlan",
@@ -49,13 +49,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "averaging"),
+    **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "features.average"),
     **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
-    **dict.fromkeys(["Coefficients", "coefficients"], "methods"),
-    **dict.fromkeys(["Rank", "find_rank"], "cluster"),
-    **dict.fromkeys(["ShareResult", "finalize", "run_share"], "sharing"),
-    **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "sweeping"),
-    **dict.fromkeys(["Verification", "verify"], "verification"),
+    **dict.fromkeys(["Coefficients", "coefficients"], "request.methods"),
+    **dict.fromkeys(["Rank", "find_rank"], "ranks.launcher"),
+    **dict.fromkeys(["ShareResult", "finalize", "run_share"], "features.share"),
+    **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "features.sweep"),
+    **dict.fromkeys(["Verification", "verify"], "features.verify"),
 }
 
 

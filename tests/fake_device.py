@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from merge_cli.engine.device import CPU, Device, HostBuffer, HostRows
+from merge_cli.engine.buffers import HostBuffer, HostRows
+from merge_cli.engine.device import CPU, Device
 from merge_cli.errors import PmergeError
 
 

@@ -12,8 +12,8 @@ from checks import same_bits
 from one_device import OneDevice
 from torch import Tensor
 
-from merge_cli.engine.accumulator import Accumulator, Term, accumulator_bytes
-from merge_cli.engine.reduce import WeightedSum, add_term, divide, store
+from merge_cli.engine.arithmetic import WeightedSum, add_term, divide, store
+from merge_cli.engine.reducers.accumulator import Accumulator, Term, accumulator_bytes
 
 COUNT = 30_011
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -12,11 +12,11 @@ from builders import digests, training_run, write_run
 from fake_device import Failure, FakeDevice, World
 
 from merge_cli import average, plan_average
-from merge_cli.engine import choice
 from merge_cli.engine.budget import fit_memory
-from merge_cli.engine.choice import Rate, compare, sample
 from merge_cli.engine.device import CPU, Device, choose_device
 from merge_cli.errors import PmergeError
+from merge_cli.tuning import backend as choice
+from merge_cli.tuning.backend import Rate, compare, sample
 
 
 def path(log: list[str], name: str, *rates: float) -> Callable[[], Rate]:

@@ -13,11 +13,12 @@ from test_quantization_pairing import READ
 from test_quantized_average import quantized_run
 
 from merge_cli import plan_average
-from merge_cli.cluster import ARRAY, MIN_PIECE_BYTES, PIECE_ALIGNMENT, Piece, Rank, cut, find_rank, order_of_work, shares
-from merge_cli.engine.coded import rows_of
+from merge_cli.engine.reducers.quantized import rows_of
 from merge_cli.engine.stream import Todo
 from merge_cli.errors import UsageError
-from merge_cli.plan import CodedRun, OutputFile
+from merge_cli.planning.plan import CodedRun, OutputFile
+from merge_cli.ranks.launcher import ARRAY, Rank, find_rank
+from merge_cli.ranks.shares import MIN_PIECE_BYTES, PIECE_ALIGNMENT, Piece, cut, order_of_work, shares
 
 SLURM_STEP = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
 ENVIRONMENTS = {  # the variables of each launcher as measured, docs/clusters.md

@@ -15,12 +15,14 @@ from test_quantization_pairing import READ
 from test_quantized_average import quantized_run
 
 from merge_cli import average, plan_average
-from merge_cli.engine import choice, cuda
-from merge_cli.engine.coded import CodedReducer
+from merge_cli.engine import cuda
+from merge_cli.engine.buffers import HostRows
 from merge_cli.engine.cuda import CudaQueues, CudaStream
-from merge_cli.engine.device import Device, HostRows
+from merge_cli.engine.device import Device
+from merge_cli.engine.reducers.quantized import CodedReducer
 from merge_cli.errors import NonFiniteError, PmergeError
-from merge_cli.sweeping import plan_sweep, run_sweep
+from merge_cli.features.sweep import plan_sweep, run_sweep
+from merge_cli.tuning import backend as choice
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SLACK = 4 << 20  # what torch allocates in passing: divisors, flags, room for reductions

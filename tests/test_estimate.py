@@ -6,9 +6,9 @@ import pytest
 import torch
 from builders import write_checkpoint
 
-from merge_cli.averaging import plan_average
 from merge_cli.engine.device import Device
-from merge_cli.engine.estimate import READ_S_PER_BYTE, WRITE_S_PER_BYTE, estimate, parts_of
+from merge_cli.features.average import plan_average
+from merge_cli.tuning.estimate import READ_S_PER_BYTE, WRITE_S_PER_BYTE, estimate, parts_of
 
 
 def test_parts_are_bytes_over_bandwidth() -> None:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merge_cli.engine.device import Lane, elements
-from merge_cli.engine.filtered import FILTER_ELEMENTS, FilteredSums, Product
-from merge_cli.engine.reduce import WeightedSum
-from merge_cli.plan import Run, Source
+from merge_cli.engine.arithmetic import WeightedSum
+from merge_cli.engine.buffers import elements
+from merge_cli.engine.matmul_sums import FILTER_ELEMENTS, FilteredSums, Product
+from merge_cli.engine.reducers.cpu import Lane
+from merge_cli.planning.plan import Run, Source
 
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 EMA = (0.512, 0.128, 0.16, 0.2)

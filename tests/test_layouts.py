@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_cli import average, open_checkpoint, plan_average, run_average
 from merge_cli.errors import ChangedError, InputError, MismatchError, OutputError, PmergeError, UnsupportedError, UsageError
-from merge_cli.output.staging import Staging
+from merge_cli.output.folder import Staging
 
 
 def tensors(step: int, names: str = "abc") -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_cli.errors import UsageError
-from merge_cli.methods import (
+from merge_cli.request.methods import (
     DECAY_SHAPES,
     IDENTITY,
     METHODS,

@@ -27,12 +27,12 @@ from reference import load
 from torch import Tensor
 
 from merge_cli import average
-from merge_cli.averaging import AverageResult
-from merge_cli.engine.pipeline import DEPTH, STAGES, Ring, ring_device_bytes, ring_host_bytes
+from merge_cli.engine.arithmetic import WeightedSum
 from merge_cli.engine.reader import InputFiles
-from merge_cli.engine.reduce import WeightedSum
+from merge_cli.engine.reducers.pipeline import DEPTH, STAGES, Ring, ring_device_bytes, ring_host_bytes
 from merge_cli.errors import NonFiniteError, OutputError, PmergeError, UsageError
-from merge_cli.plan import Run, Source
+from merge_cli.features.average import AverageResult
+from merge_cli.planning.plan import Run, Source
 
 METHODS: dict[str, dict[str, Any]] = {"sma": {}, "ema": {"alpha": 0.1}, "weights": {"weights": [0.7, 0.5, -0.3, 0.1]}}
 CHUNK_BYTES = 1 << 15
@@ -56,7 +56,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> On:
 
     def run_on(world: World, *arguments: Any, chunk_bytes: int = CHUNK_BYTES, **options: Any) -> AverageResult:
         with monkeypatch.context() as patched:
-            patched.setattr("merge_cli.engine.choice.choose_device", lambda *_: FakeDevice("fake", world))
+            patched.setattr("merge_cli.tuning.backend.choose_device", lambda *_: FakeDevice("fake", world))
             patched.setattr("merge_cli.engine.budget.LARGE_REQUEST_BYTES", chunk_bytes)
             patched.setattr("merge_cli.engine.stream.REDONE_ELEMENTS", 1000)
             patched.setattr("merge_cli.engine.budget.REDONE_ELEMENTS", 1000)

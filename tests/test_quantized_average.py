@@ -18,9 +18,9 @@ from torch import Tensor
 
 from merge_cli import average, plan_average
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError
+from merge_cli.features.inspect import inspect_checkpoints
 from merge_cli.formats.quantization import Codec, Stored, find_quantized
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.inspection import inspect_checkpoints
 
 PLAIN = {"model.norm.weight": torch.linspace(0.5, 1.5, 61).bfloat16(), "lm_head.weight": torch.randn(9, 7).bfloat16()}
 

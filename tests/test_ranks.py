@@ -25,13 +25,13 @@ from faults import ranks
 from faults.ground import Ground
 from faults.runs import FaultRuns
 from merge_cli import Rank, average, finalize, plan_average, run_average, run_share
-from merge_cli.cluster import Piece
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
+from merge_cli.features.share import ShareResult
 from merge_cli.output.joint import JointStaging
 from merge_cli.output.lock import Lock
 from merge_cli.output.manifest import request_state
-from merge_cli.output.staging import read_json
-from merge_cli.sharing import ShareResult
+from merge_cli.ranks.shares import Piece
+from merge_cli.system.files import read_json
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID", "PMERGE_RANK")
 
@@ -39,7 +39,7 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLUR
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a few kilobytes, so that small files are cut too."""
-    monkeypatch.setattr("merge_cli.cluster.MIN_PIECE_BYTES", 512)
+    monkeypatch.setattr("merge_cli.ranks.shares.MIN_PIECE_BYTES", 512)
     monkeypatch.setattr("merge_cli.output.joint._CONTROL_WAIT_S", 20.0)
 
 

@@ -14,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_cli import average, sweep
-from merge_cli.averaging import plan_average
 from merge_cli.engine import storage
 from merge_cli.engine.budget import fit_memory
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
 from merge_cli.errors import ChangedError, UsageError
+from merge_cli.features.average import plan_average
 from merge_cli.formats.checkpoint import WeightFile, open_checkpoint
+from merge_cli.tuning import direct
 
 
 def cached(path: Path, offset: int) -> bool:
@@ -232,17 +233,17 @@ def test_a_note_says_why_reads_are_not_direct(where: str, run: Path, tmp_path: P
 def test_auto_takes_what_is_clearly_faster(
     direct_speed: float, chosen: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_probe", lambda file: None)
-    monkeypatch.setattr(storage, "_bytes_per_s", lambda path, begin, size, flags: direct_speed if flags else 2e9)
+    monkeypatch.setattr(direct, "_probe", lambda file: None)
+    monkeypatch.setattr(direct, "_bytes_per_s", lambda path, begin, size, flags: direct_speed if flags else 2e9)
     assert plan_average([run], tmp_path / "out").notes == plan_average([run], tmp_path / "out", direct="off").notes
-    monkeypatch.setattr(storage, "is_larger_than_cache", lambda plan: True)
+    monkeypatch.setattr(direct, "is_larger_than_cache", lambda plan: True)
     plan = plan_average([run], tmp_path / "out")
     assert (plan.budget.slack_bytes > 0) == chosen
     assert any(f"{direct_speed / 1e9:.2f} GB/s with O_DIRECT, 2.00 GB/s without" in note for note in plan.notes)
 
 
 def test_auto_really_times_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "is_larger_than_cache", lambda plan: True)
+    monkeypatch.setattr(direct, "is_larger_than_cache", lambda plan: True)
     notes = plan_average([run], tmp_path / "out").notes
     assert any("GB/s with O_DIRECT" in note or "O_DIRECT fails" in note for note in notes)
 

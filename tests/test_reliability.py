@@ -28,8 +28,9 @@ from faults.ground import COMMAND, FILESYSTEMS, PMERGE, CannotTry, Ground, Row, 
 from faults.runs import FaultRuns
 from merge_cli import average, plan_average
 from merge_cli.errors import OutputError
-from merge_cli.output.lock import Lock, identity, is_dead
-from merge_cli.output.staging import Staging, differences
+from merge_cli.output.folder import Staging, differences
+from merge_cli.output.lock import Lock
+from merge_cli.system.process import identity, is_dead
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="faults are injected by a library that gcc compiles")
 

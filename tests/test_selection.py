@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_cli.errors import InputError, MismatchError, UsageError
-from merge_cli.selection import (
-    Candidate,
-    check_doubts,
-    discover,
-    is_checkpoint,
-    is_in_tokens,
-    order_candidates,
-    parse_amount,
-    parse_label,
-    read_candidate,
-    select,
-)
+from merge_cli.request.amounts import is_in_tokens, parse_amount
+from merge_cli.request.discovery import discover, is_checkpoint, read_candidate
+from merge_cli.request.labels import Candidate, parse_label
+from merge_cli.request.selection import check_doubts, order_candidates, select
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ from test_cli import PMERGE, pmerge, write
 from test_quantized_average import quantized_run
 
 from merge_cli import average, plan_average, plan_sweep, sweep
-from merge_cli.engine import reduce as engine_reduce
+from merge_cli.engine import arithmetic as engine_reduce
 from merge_cli.engine.reader import InputFiles
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, UsageError
-from merge_cli.grid import Combination, entry, grid, parse_method
-from merge_cli.output.staging import Staging
+from merge_cli.output.folder import Staging
+from merge_cli.request.grid import Combination, entry, grid, parse_method
 
 METHODS = [
     "sma",

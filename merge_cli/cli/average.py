@@ -14,10 +14,11 @@ import typer
 
 from merge_cli.cli import console
 from merge_cli.errors import PmergeError, UsageError, first_ten
+from merge_cli.names import MANIFEST
 
 if TYPE_CHECKING:
-    from merge_cli.averaging import AveragePlan, AverageResult
     from merge_cli.cli.workers import Workers
+    from merge_cli.features.average import AveragePlan, AverageResult
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*$", re.IGNORECASE)
 
@@ -98,9 +99,9 @@ def average_command(
 
     Example:  pmerge average ckpt_*/ --method ema
     """
-    from merge_cli.averaging import plan_average
     from merge_cli.cli.workers import Workers, end_with_parent, parse_workers
-    from merge_cli.cluster import ARRAY, WORKER, Rank, find_rank
+    from merge_cli.features.average import plan_average
+    from merge_cli.ranks.launcher import ARRAY, WORKER, Rank, find_rank
 
     me = find_rank(os.environ, rank, world_size)
     num_workers = parse_workers(workers, me)
@@ -193,8 +194,8 @@ def average_command(
 
 def _run(plan: AveragePlan, quiet: bool, others: Workers) -> AverageResult:
     """Do the work: alone, or as one rank of several; the first of several workers waits for the others."""
-    from merge_cli.averaging import run_average
-    from merge_cli.sharing import run_share
+    from merge_cli.features.average import run_average
+    from merge_cli.features.share import run_share
 
     with console.ProgressLine(quiet) as progress:
         if plan.rank.is_alone:
@@ -213,13 +214,13 @@ def _is_to_tell(plan: AveragePlan, result: AverageResult) -> bool:
 
     It is the rank that published; where the result stood before they were started, it is rank 0, or each task of an array.
     """
-    from merge_cli.cluster import ARRAY
-    from merge_cli.output.lock import process_start
-    from merge_cli.sharing import ShareResult
+    from merge_cli.features.share import ShareResult
+    from merge_cli.ranks.launcher import ARRAY
+    from merge_cli.system.process import process_start
 
     if not isinstance(result, ShareResult) or result.has_published:
         return True
-    published = (plan.output / "pmerge.json").stat().st_mtime if result.stood else math.inf
+    published = (plan.output / MANIFEST).stat().st_mtime if result.stood else math.inf
     return (plan.rank.rank == 0 or plan.rank.source == ARRAY) and published < process_start()
 
 
@@ -256,7 +257,7 @@ def _parse_weights(text: str) -> list[float]:
 
 
 def parse_count(text: str | None) -> int | None:
-    from merge_cli.selection import parse_amount
+    from merge_cli.request.amounts import parse_amount
 
     return None if text is None else parse_amount(text, 1, option="--tokens-per-step")
 
@@ -307,7 +308,7 @@ def _show_plan(plan: AveragePlan) -> None:
 
 
 def _show_shares(plan: AveragePlan) -> None:
-    from merge_cli.cluster import cut, shares
+    from merge_cli.ranks.shares import cut, shares
 
     pieces = cut(plan.merge.files, plan.rank.world_size)
     loads = [sum(piece.end - piece.begin for piece in share) for share in shares(pieces, plan.rank.world_size)]
@@ -320,7 +321,7 @@ def _show_shares(plan: AveragePlan) -> None:
 
 
 def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwidth: int | None) -> None:
-    from merge_cli.engine.estimate import estimate
+    from merge_cli.tuning.estimate import estimate
 
     if not (as_json and quiet):
         for finding in plan.findings:
@@ -341,8 +342,8 @@ def _finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandw
 
 
 def _show_result(plan: AveragePlan, result: AverageResult) -> None:
-    from merge_cli.cluster import WORKER
-    from merge_cli.sharing import ShareResult
+    from merge_cli.features.share import ShareResult
+    from merge_cli.ranks.launcher import WORKER
 
     if isinstance(result, ShareResult) and not result.has_published:
         if result.stood:

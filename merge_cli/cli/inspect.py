@@ -9,7 +9,7 @@ import typer
 from merge_cli.cli import console
 
 if TYPE_CHECKING:
-    from merge_cli.inspection import Report
+    from merge_cli.features.inspect import Report
 
 
 def inspect_command(
@@ -20,7 +20,7 @@ def inspect_command(
 
     Example:  pmerge inspect ckpt_1000 ckpt_2000
     """
-    from merge_cli.inspection import inspect_checkpoints
+    from merge_cli.features.inspect import inspect_checkpoints
 
     report = inspect_checkpoints(checkpoints)
     if as_json:

@@ -8,7 +8,7 @@ import typer
 
 from merge_cli.cli import console
 from merge_cli.errors import UsageError
-from merge_cli.methods import METHODS, coefficients
+from merge_cli.request.methods import METHODS, coefficients
 
 
 def methods_command(

@@ -16,7 +16,7 @@ from merge_cli.cli.average import parse_count, parse_size
 from merge_cli.errors import InputError, UsageError, first_ten
 
 if TYPE_CHECKING:
-    from merge_cli.sweeping import SweepPlan, SweepResult
+    from merge_cli.features.sweep import SweepPlan, SweepResult
 
 
 def sweep_command(
@@ -55,8 +55,8 @@ def sweep_command(
 
     Example:  pmerge sweep run/ -o sweep --method sma,ema:0.1,ema:0.2 --last 3,6,10
     """
-    from merge_cli.cluster import ARRAY, find_rank
-    from merge_cli.sweeping import as_dict, plan_sweep, run_sweep
+    from merge_cli.features.sweep import as_dict, plan_sweep, run_sweep
+    from merge_cli.ranks.launcher import ARRAY, find_rank
 
     me = find_rank(os.environ)
     if not me.is_alone and me.source != ARRAY:  # the tasks of an array may each make a sweep of their own
@@ -173,7 +173,7 @@ def _show_plan(plan: SweepPlan) -> None:
 
 
 def _finish_dry_run(plan: SweepPlan, as_json: bool, quiet: bool) -> None:
-    from merge_cli.sweeping import as_dict
+    from merge_cli.features.sweep import as_dict
 
     if not (as_json and quiet):
         for finding in plan.findings:

@@ -24,7 +24,7 @@ def verify_command(
 
     Example:  pmerge verify merged-ema-1000-10000 --against-inputs
     """
-    from merge_cli.verification import verify
+    from merge_cli.features.verify import verify
 
     count = _parse_sample(sample)
     if sample is not None and not against_inputs:

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 
-from merge_cli.cluster import WORKER, Rank
 from merge_cli.errors import UsageError
+from merge_cli.ranks.launcher import WORKER, Rank
 
 THREADS_OF_ONE = 8
 _VARIABLES = ("PMERGE_WORKER", "PMERGE_WORKERS", "PMERGE_WORKER_OF")

@@ -1,4 +1,4 @@
-"""CUDA under `pipeline.py` and `coded.py`: streams, events, pinned buffers.
+"""CUDA under the reducers: streams, events, pinned buffers.
 
 Memory is made once and kept until the device is idle (`Ring.close`), so tensors that several streams use need no `record_stream`.
 The few numbers that an operation allocates in passing belong to its own stream. Events block rather than spin: the cores are needed
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_cli.engine.device import HostBuffer, pinned_buffer
-from merge_cli.engine.pipeline import COMPUTE, QUEUES
+from merge_cli.engine.buffers import HostBuffer, pinned_buffer
+from merge_cli.engine.reducers.pipeline import COMPUTE, QUEUES
 from merge_cli.errors import PmergeError
 
 

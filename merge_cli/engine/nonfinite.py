@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from merge_cli.engine.device import Lane, elements
-from merge_cli.engine.reduce import WeightedSum, torch_dtype
-from merge_cli.plan import Run
+from merge_cli.engine.arithmetic import WeightedSum, torch_dtype
+from merge_cli.engine.buffers import elements
+from merge_cli.engine.reducers.cpu import Lane
+from merge_cli.planning.plan import Run
 
 _SLICE_ELEMENTS = 1 << 16
 

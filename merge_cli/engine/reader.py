@@ -15,11 +15,11 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from merge_cli.engine.durable import NOT_SUPPORTED
 from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
 from merge_cli.errors import ChangedError, PmergeError
 from merge_cli.formats.checkpoint import WeightFile
 from merge_cli.formats.files import read_exactly
+from merge_cli.system.durable import NOT_SUPPORTED
 
 MAX_BYTES_PER_READ = 0x7FFFF000  # Linux reads no more at once
 MAX_BYTES_PER_DIRECT_READ = 1 << 30

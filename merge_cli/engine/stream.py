@@ -7,7 +7,7 @@ accelerator a worker also goes on to read the next chunk while the device is bus
 
 Memory: `workers * ((N + K) * chunk_bytes + scratch)`, whatever the size of the model or of one tensor; with an accelerator what a
 `Ring` takes, on either side. `fit_memory` solves this for the chunk and refuses when not even a small chunk fits. Quantised tensors
-are worked through in rows, see `coded.py`.
+are worked through in rows, see `reducers/quantized.py`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from typing import NamedTuple
 
 import torch
 
+from merge_cli.engine.arithmetic import WeightedSum, torch_dtype, weighted_sum
 from merge_cli.engine.budget import REDONE_ELEMENTS, Budget, fit_memory
-from merge_cli.engine.coded import CodedReducers, keep_freed_memory, rows_of
-from merge_cli.engine.device import Device, HostBuffer, Lane, elements
+from merge_cli.engine.buffers import HostBuffer, elements
+from merge_cli.engine.device import Device
 from merge_cli.engine.nonfinite import describe_nonfinite
-from merge_cli.engine.pipeline import DEPTH, Ring, Slot
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
-from merge_cli.engine.reduce import WeightedSum, torch_dtype, weighted_sum
+from merge_cli.engine.reducers.cpu import Lane
+from merge_cli.engine.reducers.pipeline import DEPTH, Ring, Slot
+from merge_cli.engine.reducers.quantized import CodedReducers, keep_freed_memory, rows_of
 from merge_cli.engine.storage import is_larger_than_cache
 from merge_cli.engine.writer import PieceWriter, ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.plan import CodedRun, MergePlan, OutputFile, Run
+from merge_cli.planning.plan import CodedRun, MergePlan, OutputFile, Run
 
 
 class Todo(NamedTuple):
-    """A file to be written, and for which outputs of the plan; or a piece of it (see `cluster.py`): what begins in these bytes."""
+    """A byte range of one output file, for some of the plan's outputs. By default the whole file."""
 
     file: OutputFile
     outputs: tuple[int, ...]

@@ -17,8 +17,8 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
-from merge_cli.engine.durable import fsync_file, fsync_folder, make_folder, output_error, reserve, write_all
-from merge_cli.plan import OutputFile
+from merge_cli.planning.plan import OutputFile
+from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, output_error, reserve, write_all
 
 _READ_BACK_BYTES = 4 << 20
 

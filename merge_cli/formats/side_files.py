@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_cli.formats.files import check_stays_inside, list_folder, read_regular_file
+from merge_cli.names import MANIFEST
 
 SKIPPED = (
     # training state
@@ -26,7 +27,7 @@ SKIPPED = (
     "*.tflite", "*.pkl", "*.pickle", "*.mlmodel",
     # traces
     "*.log", "*.out", "*.err", "events.out.tfevents*", "*.lock", "*.tmp", "*.partial", "*.swp", "*~", "__pycache__",
-    "pmerge.json",
+    MANIFEST,
 )  # fmt: skip
 KEPT_BINARIES = ("tokenizer*.model", "spiece.model", "sentencepiece*.model", "*.tiktoken")
 KEPT_FOLDERS = ("additional_chat_templates", "chat_templates", "tokenizer", "processor")

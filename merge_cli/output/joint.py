@@ -1,9 +1,9 @@
 """One destination written by several processes, also on several hosts that share its filesystem.
 
-The staging folder is that of a single run (`staging.py`), its lock shared by all ranks, and beside it there are
+The staging folder is that of a single run (`folder.py`), its lock shared by all ranks, and beside it there are
 
     control     locked for a moment by the rank that sets the folder up, and by the one that publishes
-    claims/     a file for each piece (see `cluster.py`), locked by the rank that works on it
+    claims/     a file for each piece (see `ranks/shares.py`), locked by the rank that works on it
     ranks/      a file for each rank with the bytes that it has written and not yet recorded, for the progress of all
 
 A rank tries to claim each piece of its share in turn, and then what others have not begun. The kernel gives the claim of a dead
@@ -29,14 +29,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from merge_cli.cluster import Piece, Rank
-from merge_cli.engine.durable import fsync_folder, output_error, write_file
 from merge_cli.engine.writer import assemble, partial_path
 from merge_cli.errors import OutputError, first_ten
+from merge_cli.output.folder import Done, Staging, already_there, differences
 from merge_cli.output.lock import Lock, flock
 from merge_cli.output.manifest import stands_for
-from merge_cli.output.staging import Done, Staging, already_there, differences, read_json
-from merge_cli.plan import MergePlan, OutputFile
+from merge_cli.planning.plan import MergePlan, OutputFile
+from merge_cli.ranks.launcher import Rank
+from merge_cli.ranks.shares import Piece
+from merge_cli.system.durable import fsync_folder, output_error, write_file
+from merge_cli.system.files import read_json
 
 _CONTROL_WAIT_S = 300.0
 _SHARED_WAIT_S = 2.0

@@ -12,15 +12,14 @@ import fcntl
 import json
 import os
 import shlex
-import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.durable import NOT_SUPPORTED, make_folder, output_error
 from merge_cli.errors import OutputError
+from merge_cli.system.durable import NOT_SUPPORTED, make_folder, output_error
+from merge_cli.system.process import identity, is_dead
 
 _NO_FLOCK = (*NOT_SUPPORTED, errno.ENOLCK)
 _LOOK_EVERY_S = 0.5
@@ -205,42 +204,6 @@ def flock(fd: int, *, shared: bool = False) -> bool:
     return True
 
 
-def identity() -> dict[str, Any]:
-    """Who this process is, so that another one can say so, and can tell whether it still lives."""
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": shlex.join(sys.argv),
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
-        "namespace": _link("/proc/self/ns/pid"),
-        "started": _start_time(os.getpid()),
-    }
-
-
-def is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the process of this `identity` is known to be gone; False where that cannot be known from here."""
-    if not holder or holder.get("host") != socket.gethostname():
-        return False
-    if holder.get("boot") != _text("/proc/sys/kernel/random/boot_id"):
-        return bool(holder.get("boot"))
-    if holder.get("namespace") != _link("/proc/self/ns/pid"):
-        return False
-    return holder.get("started") != _start_time(holder.get("pid"))
-
-
-def process_start() -> float:
-    """When this process was started, in seconds since the epoch."""
-    ticks = int(_start_time(os.getpid()) or 0)
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-
-
-def _start_time(pid: object) -> str:
-    """The start time of a process in clock ticks since boot, "" where there is no such process."""
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
-
-
 def _create(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -259,17 +222,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return str(Path(path).readlink())
-    except OSError:
-        return ""

@@ -6,21 +6,25 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.durable import write_file
+from merge_cli.errors import InputError, OutputError
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.files import check_stays_inside, read_regular_file
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
+from merge_cli.formats.safetensors import read_header
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
-from merge_cli.output.lock import process_start
-from merge_cli.output.staging import SUFFIX, Done, sha256_of
-from merge_cli.plan import ALGORITHM, MergePlan, Output
+from merge_cli.names import MANIFEST, STAGING_SUFFIX
+from merge_cli.output.folder import Done
+from merge_cli.planning.plan import ALGORITHM, MergePlan, Output
+from merge_cli.system.durable import write_file
+from merge_cli.system.files import sha256_of
+from merge_cli.system.process import process_start
 from merge_cli.version import __version__
 
-MANIFEST = "pmerge.json"
 _SEAL = b',\n  "sha256": "%s"\n}\n'
 
 
@@ -120,7 +124,7 @@ def is_sealed(raw: bytes) -> bool:
 
 def stands(path: Path, merge: MergePlan) -> bool:
     """Whether the complete result of this very plan, made from these very inputs, stands at `path`."""
-    if path.is_symlink() or path.with_name(path.name + SUFFIX).joinpath("publish.json").exists():
+    if path.is_symlink() or path.with_name(path.name + STAGING_SUFFIX).joinpath("publish.json").exists():
         return False
     try:
         raw = (path / MANIFEST).read_bytes()
@@ -207,3 +211,27 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         else:
             changed[key] = name if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
     return changed
+
+
+def complete(merge: MergePlan, folder: Path, done: Mapping[str, Done], command: Sequence[str]) -> None:
+    """Write what a checkpoint in `folder` holds beside its weights, which are `done`: side files, pmerge.json, the index."""
+    beside = write_side_files(merge.inputs[merge.base], folder, merge.spec.dtype, merge.dequantized)
+    index = index_of(merge)
+    if index is not None:
+        beside[index[0]] = digest(index[1])
+    content = manifest(merge, merge.outputs[0], done, list(command or sys.argv), beside)
+    write_file(folder / MANIFEST, seal(content))
+    if index is not None:
+        write_file(folder / index[0], index[1])
+    _check_complete(merge, folder)
+
+
+def _check_complete(merge: MergePlan, folder: Path) -> None:
+    """Read back every header: each planned tensor must be in its file, or nothing is published."""
+    for file in merge.files:
+        try:
+            header = read_header(folder / file.name)
+        except InputError as error:
+            raise OutputError(f"cannot read back what was written: {error.message}", details=error.details) from error
+        if tuple(header.tensors) != file.names and set(header.tensors) != set(file.names):
+            raise OutputError(f"{folder / file.name} does not hold the tensors that were planned")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from merge_cli.errors import InputError, UsageError
-from merge_cli.methods import coefficients
+from merge_cli.request.methods import coefficients
 from merge_cli.trajectory.analysis import Analysis, analyze_grams
 from merge_cli.trajectory.findings import STOPS_FORECAST
 from merge_cli.trajectory.gram import Gram, geometry, total

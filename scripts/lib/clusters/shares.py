@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import random
 
-from merge_cli.cluster import cut, shares
-from merge_cli.plan import OutputFile
+from merge_cli.planning.plan import OutputFile
+from merge_cli.ranks.shares import cut, shares
 from units import parse_size
 
 SHARDS = (163, 430, 1000, 1500)

@@ -25,15 +25,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.averaging import Progress
 from merge_cli.errors import ChangedError, InputError, MismatchError, NonFiniteError, PmergeError, UsageError
+from merge_cli.features.average import Progress
 from merge_cli.formats.checkpoint import INDEX_SUFFIX, open_checkpoint, read_index
 from merge_cli.formats.files import check_stays_inside, list_folder, read_exactly, read_regular_file
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header
 from merge_cli.formats.untrusted_json import check_depth
-from merge_cli.methods import Coefficients
-from merge_cli.plan import CodedRun, MergePlan, MergeSpec, Output, OutputFile, Run, Source
-from merge_cli.planner import build_plan
+from merge_cli.names import MANIFEST
+from merge_cli.planning.plan import CodedRun, MergePlan, Output, OutputFile, Run, Source
+from merge_cli.planning.planner import build_plan
+from merge_cli.request.methods import Coefficients
+from merge_cli.request.spec import MergeSpec
 
 MAX_MANIFEST_BYTES = 64 << 20
 _PIECE_BYTES = 4 << 20
@@ -86,24 +88,24 @@ def verify(
     folder = Path(path)
     if sample is not None and sample < 1:
         raise UsageError(f"a sample of {sample} tensors checks nothing", hint="--sample 64, or --sample all")
-    if not folder.is_dir() or not os.path.lexists(folder / "pmerge.json"):
+    if not folder.is_dir() or not os.path.lexists(folder / MANIFEST):
         raise InputError(
             f"no result of pmerge: {folder}",
             details=["expected  a folder with a pmerge.json"],
             hint="name what pmerge average has written:  pmerge verify merged-ema-1000-10000",
         )
     began = time.perf_counter()
-    manifest, state = _read_manifest(folder / "pmerge.json")
+    manifest, state = _read_manifest(folder / MANIFEST)
     problems: list[str] = []
     weights, beside = _records(manifest, "files", problems), _records(manifest, "side_files", problems)
     plan = _plan_again(manifest, problems) if against_inputs and state == "ok" and not problems else None
     todo = None if plan is None else _restricted(plan, sample)
     meter = _Meter(sum(r.file_bytes for r in (*weights.values(), *beside.values())), todo, on_progress)
-    files = {"pmerge.json": state, **_check_files(folder, weights, beside, meter)}
+    files = {MANIFEST: state, **_check_files(folder, weights, beside, meter)}
     problems = [f"{folder / name}: {found}" for name, found in files.items() if found != "ok"] + problems
     if state == "ok":
         problems += _check_index(folder, weights, [name for name in beside if name.endswith(INDEX_SUFFIX)])
-    strangers, notes = _look_around(folder, {*weights, *beside, "pmerge.json"})
+    strangers, notes = _look_around(folder, {*weights, *beside, MANIFEST})
     problems += strangers
     if todo is not None:
         problems += _compare(todo, folder, device, meter)
@@ -347,8 +349,8 @@ def _restricted_run(run: Run | CodedRun, chosen: set[str]) -> Iterator[Run | Cod
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
     """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
     from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
-    from merge_cli.engine.choice import settle
     from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.tuning.backend import settle
 
     different: dict[str, set[str]] = {}
     before = 0

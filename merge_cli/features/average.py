@@ -9,43 +9,31 @@ Nothing is printed: progress goes to a callback, warnings are in the plan, error
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.cluster import WORKER, Rank
-from merge_cli.errors import InputError, OutputError, PmergeError, UsageError, first_ten
+from merge_cli.errors import PmergeError, UsageError
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
-from merge_cli.methods import METHODS, Coefficients, coefficients, needs_step_numbers, warnings_for
-from merge_cli.plan import MergePlan, MergeSpec, Output
-from merge_cli.planner import OUTPUT_DTYPES, build_plan
-from merge_cli.selection import (
-    Candidate,
-    Selection,
-    check_doubts,
-    discover,
-    is_in_tokens,
-    order_candidates,
-    parse_amount,
-    read_candidate,
-    select,
-)
+from merge_cli.names import MANIFEST
+from merge_cli.output.manifest import complete
+from merge_cli.planning.plan import MergePlan, Output
+from merge_cli.planning.planner import OUTPUT_DTYPES, build_plan
+from merge_cli.ranks.launcher import WORKER, Rank
+from merge_cli.request.discovery import find_candidates
+from merge_cli.request.labels import Candidate
+from merge_cli.request.methods import METHODS
+from merge_cli.request.selection import check_tokens_per_step, choose, weigh
+from merge_cli.request.spec import MergeSpec, StrPath
 
 if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
     from merge_cli.engine.device import Device
     from merge_cli.engine.stream import Statistics
-    from merge_cli.output.staging import Done
-
-StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -135,7 +123,7 @@ def plan_average(
     Options are those of the command: `every`, `from_step`, `to_step` and `before` in steps (or, with `tokens_per_step`, a string
     such as "8B" in tokens), `memory`, `device_memory`, `chunk_size` and `shard_size` in bytes. `restart` throws away what an
     unfinished run to this output left, `verify_resume` reads its finished files again before they are trusted. `rank` is this
-    process where several make one average (`merge_cli.sharing`). Without `output` the result goes to
+    process where several make one average (`merge_cli.features.share`). Without `output` the result goes to
     `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. What would only stop the writing (an existing destination,
@@ -202,10 +190,10 @@ def plan_average(
         if not destination.name:
             raise UsageError(f"the result cannot be {destination}", hint="name the folder of the result:  -o merged")
     from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
-    from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
-    from merge_cli.engine.storage import choose_direct
     from merge_cli.output.manifest import stands_for
-    from merge_cli.output.staging import check_destinations
+    from merge_cli.output.preflight import check_destinations
+    from merge_cli.tuning.backend import settle
+    from merge_cli.tuning.direct import choose_direct
 
     if requantize and dtype != "keep":
         raise UsageError("--requantize keeps the base's dtypes, and --dtype changes them", hint="use one of them")
@@ -250,8 +238,8 @@ def run_average(
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
     from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
-    from merge_cli.output.manifest import MANIFEST, count_nonfinite, request_state
-    from merge_cli.output.staging import Done, Staging
+    from merge_cli.output.folder import Done, Staging
+    from merge_cli.output.manifest import count_nonfinite, request_state
 
     if plan.findings:
         raise plan.findings[0]
@@ -284,35 +272,6 @@ def run_average(
     return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, count_nonfinite(done))
 
 
-def complete(merge: MergePlan, folder: Path, done: Mapping[str, Done], command: Sequence[str]) -> None:
-    """Write what a checkpoint in `folder` holds beside its weights, which are `done`: side files, pmerge.json, the index."""
-    from merge_cli.engine.durable import write_file
-    from merge_cli.output.manifest import MANIFEST, digest, index_of, manifest, seal, write_side_files
-
-    beside = write_side_files(merge.inputs[merge.base], folder, merge.spec.dtype, merge.dequantized)
-    index = index_of(merge)
-    if index is not None:
-        beside[index[0]] = digest(index[1])
-    content = manifest(merge, merge.outputs[0], done, list(command or sys.argv), beside)
-    write_file(folder / MANIFEST, seal(content))
-    if index is not None:
-        write_file(folder / index[0], index[1])
-    _check_complete(merge, folder)
-
-
-def _check_complete(merge: MergePlan, folder: Path) -> None:
-    """Read back every header: each planned tensor must be in its file, or nothing is published."""
-    from merge_cli.formats.safetensors import read_header
-
-    for file in merge.files:
-        try:
-            header = read_header(folder / file.name)
-        except InputError as error:
-            raise OutputError(f"cannot read back what was written: {error.message}", details=error.details) from error
-        if tuple(header.tensors) != file.names and set(header.tensors) != set(file.names):
-            raise OutputError(f"{folder / file.name} does not hold the tensors that were planned")
-
-
 def check_choices(dtype: str, accumulate: str, int_policy: str, order: str, method: str) -> None:
     """Raise UsageError for an option that is none of its choices."""
     choices = {
@@ -329,97 +288,6 @@ def check_choices(dtype: str, accumulate: str, int_policy: str, order: str, meth
                 details=[f"expected  {', '.join(allowed)}"],
                 hint=f"{option} {allowed[0]}",
             )
-
-
-def find_candidates(paths: Sequence[StrPath]) -> tuple[list[Candidate], list[str]]:
-    """The checkpoints that `paths` mean, and a line for each thing there that is left out. Raises InputError or UsageError."""
-    if not paths:
-        raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
-    skipped: list[str] = []
-    return [read_candidate(path) for path in discover(paths, skipped.append)], skipped
-
-
-def check_tokens_per_step(tokens_per_step: int | None, amounts: Iterable[int | str | None]) -> None:
-    """Raise UsageError when the tokens of a step are given and none of `amounts` is in tokens."""
-    if tokens_per_step is not None and not any(map(is_in_tokens, amounts)):
-        raise UsageError(
-            "--tokens-per-step is given, and no amount is in tokens",
-            hint="amounts in tokens have a suffix (--every 8B); plain numbers are steps, and do not need --tokens-per-step",
-        )
-
-
-def choose(
-    candidates: Sequence[Candidate],
-    method: str,
-    parameters: Mapping[str, Any],
-    *,
-    order: str = "step",
-    last: int | None = None,
-    every: int | str | None = None,
-    from_step: int | str | None = None,
-    to_step: int | str | None = None,
-    before: int | str | None = None,
-    tokens_per_step: int | None = None,
-) -> Selection:
-    """Which of `candidates` a request means, oldest to newest; options as of `plan_average`.
-
-    Raises UsageError or MismatchError where they do not give that selection, InputError for a doubtful step.
-    """
-    if parameters.get("weights") is not None and order == "step" and method == "weights":
-        order = "given"  # weights belong to the checkpoints as they were typed
-
-    def steps(option: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
-        return None if amount is None else parse_amount(amount, tokens_per_step, option=option, rounding=rounding)
-
-    ordered = order_candidates(candidates, order, METHODS[method].needs_steps or last is not None)
-    selection = select(
-        ordered,
-        last=last,
-        every=steps("--every", every, round),
-        from_step=steps("--from", from_step, math.ceil),
-        to_step=steps("--to", to_step, math.floor),
-        before=steps("--before", before, math.ceil),
-    )
-    notes, warnings = check_doubts(ordered, selection.candidates)
-    chosen = selection.candidates
-    unknown = sum(candidate.step is None for candidate in chosen)
-    if order == "step" and unknown and len(chosen) > 1:
-        about = f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given"
-        (notes if unknown == len(chosen) else warnings).append(f"{about}, {chosen[-1].path} last")
-    steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
-    if order == "given" and steps_known != sorted(steps_known):
-        notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
-    merged = [str(candidate.path) for candidate in chosen if (candidate.path / "pmerge.json").exists()]
-    if merged:
-        warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
-    if len(chosen) == 1:
-        warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
-    return Selection(chosen, (*selection.notes, *notes), tuple(warnings))
-
-
-def weigh(
-    candidates: Sequence[Candidate], method: str, parameters: Mapping[str, Any], order: str = "step"
-) -> tuple[Coefficients, list[str]]:
-    """The coefficients of `candidates`, oldest to newest, and what is known to hurt about them. Raises UsageError."""
-    steps = [candidate.step for candidate in candidates]
-    places = _places(candidates, needs_step_numbers(method, **parameters))
-    chosen = coefficients(method, places, **parameters)
-    return chosen, warnings_for(chosen, places if order == "step" and steps == places else None)
-
-
-def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:
-    """The steps, or the positions 0, 1, 2 ... where they are not known or not in order."""
-    steps = [candidate.step for candidate in candidates]
-    known = [float(step) for step in steps if step is not None]
-    if len(known) == len(steps) and all(a < b for a, b in pairwise(known)):
-        return known
-    if must_be_steps:
-        raise UsageError(
-            "this method is defined over steps, and the checkpoints have none (or not ascending)",
-            details=[f"{candidate.path}  step {candidate.step}" for candidate in candidates[:10]],
-            hint="name the folders by step (ckpt_1000), or use a method that only needs the order: --method wma",
-        )
-    return [float(position) for position in range(len(candidates))]
 
 
 def _find_base(candidates: Sequence[Candidate], base: StrPath | None) -> int:

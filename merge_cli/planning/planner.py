@@ -13,13 +13,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from merge_cli.agreement import check_same_ranks, check_same_tensors, disagreements
 from merge_cli.errors import UnsupportedError, UsageError, first_ten
 from merge_cli.formats.checkpoint import Checkpoint, Stored
 from merge_cli.formats.experts import as_dialect_of
 from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, shape_of, view
 from merge_cli.formats.safetensors import DTYPES, Header, lay_out
-from merge_cli.plan import CodedRun, CodedSource, MergePlan, MergeSpec, Output, OutputFile, Part, RunBuilder, Sink, Source
+from merge_cli.planning.compatibility import check_same_ranks, check_same_tensors, disagreements
+from merge_cli.planning.plan import CodedRun, CodedSource, MergePlan, Output, OutputFile, Part, RunBuilder, Sink, Source
+from merge_cli.request.spec import MergeSpec
 
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 DEQUANTIZED = "BF16"

@@ -1,7 +1,7 @@
 """Reduce tensors that are quantised in an input or in the output: decode, average, round or encode, some rows at a time.
 
 One input after the other is read, decoded to float32 and added, so memory does not depend on their number: `BYTES_PER_VALUE` and 8
-for each output, times the values of a chunk. The arithmetic is that of `reduce.py`, the codecs are in `formats/quantization`.
+for each output, times the values of a chunk. The arithmetic is that of `arithmetic.py`, the codecs are in `formats/quantization`.
 
 On an accelerator all but the reading runs on a stream of the worker's own: parts are read into one of two pinned buffers while the
 device decodes what came before.
@@ -18,14 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge_cli.engine.device import CPU, Device, HostBuffer
+from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, add_term, divide, is_clean, store, torch_dtype
+from merge_cli.engine.buffers import HostBuffer
+from merge_cli.engine.device import CPU, Device
 from merge_cli.engine.reader import InputFiles
-from merge_cli.engine.reduce import WeightedSum, accumulator_dtype, add_term, divide, is_clean, store, torch_dtype
 from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
 from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.error import combine_totals, error_totals
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.plan import CodedRun, CodedSource, Part, Source
+from merge_cli.planning.plan import CodedRun, CodedSource, Part, Source
 
 BYTES_PER_VALUE = 56  # bytes read, those of the base, float32, what decode or encode needs beside, a temporary in float64
 TARGET_VALUES = 1 << 18
@@ -34,7 +35,6 @@ _PINNED_BYTES_PER_VALUE = 32  # two buffers for up to 8 bytes a value, rounded u
 _STATS_VALUES = 1 << 16
 _MOST_SLACKS = 12  # eight parts are read into whole blocks of the storage, and are aligned to one
 _COPY = WeightedSum((0,), (1.0,), None, True)
-
 Parts = dict[str, Tensor]
 
 

@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.averaging import AveragePlan, AverageResult, Progress, StrPath, complete
-from merge_cli.cluster import Piece, cut, order_of_work, shares
 from merge_cli.errors import InputError, OutputError, UsageError, first_ten
+from merge_cli.features.average import AveragePlan, AverageResult, Progress
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
-from merge_cli.methods import Coefficients
-from merge_cli.plan import MergePlan, MergeSpec, Output
-from merge_cli.planner import build_plan
+from merge_cli.names import MANIFEST, STAGING_SUFFIX
+from merge_cli.output.manifest import complete
+from merge_cli.planning.plan import MergePlan, Output
+from merge_cli.planning.planner import build_plan
+from merge_cli.ranks.shares import Piece, cut, order_of_work, shares
+from merge_cli.request.methods import Coefficients
+from merge_cli.request.spec import MergeSpec, StrPath
 
 if TYPE_CHECKING:
     from merge_cli.engine.stream import Statistics, Todo
@@ -136,13 +139,14 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     Raises OutputError, naming what is missing, where something is; InputError where inputs have changed since.
     """
     from merge_cli.engine.stream import check_inputs_unchanged
+    from merge_cli.output.folder import differences
     from merge_cli.output.joint import JointStaging
-    from merge_cli.output.manifest import MANIFEST, request_state
-    from merge_cli.output.staging import SUFFIX, differences, read_json
+    from merge_cli.output.manifest import request_state
+    from merge_cli.system.files import read_json
 
     path = Path(destination)
-    path = path.with_name(path.name.removesuffix(SUFFIX)) if path.name.endswith(SUFFIX) else path
-    folder = path.with_name(path.name + SUFFIX)
+    path = path.with_name(path.name.removesuffix(STAGING_SUFFIX)) if path.name.endswith(STAGING_SUFFIX) else path
+    folder = path.with_name(path.name + STAGING_SUFFIX)
     record = read_json(folder / "state.json")
     if not record:
         if (path / MANIFEST).is_file() and not os.path.lexists(folder):

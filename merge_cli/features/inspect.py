@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from merge_cli.agreement import config_differences
 from merge_cli.errors import InputError, UnsupportedError
 from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.logical import View, dtype_of, shape_of, view
 from merge_cli.formats.quantization import Found
 from merge_cli.formats.safetensors import Header
-from merge_cli.selection import discover, read_candidate
+from merge_cli.planning.compatibility import config_differences
+from merge_cli.request.discovery import discover, read_candidate
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d+)\.")
 _FUSED = re.compile(r"^(?P<experts>.+\.experts)\.[^.]+$")

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
+from merge_cli.engine.arithmetic import accumulator_dtype, weighted_sum
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
-from merge_cli.engine.reduce import accumulator_dtype, weighted_sum
-from merge_cli.plan import CodedRun, MergePlan
+from merge_cli.planning.plan import CodedRun, MergePlan
 
 READ_S_PER_BYTE = {"copy": 0.06e-9, "float32": 0.17e-9, "float64": 0.33e-9, "coded": 1.9e-9}
 WRITE_S_PER_BYTE = 1.0e-9

@@ -20,7 +20,7 @@ from merge_cli.engine.budget import Budget
 from merge_cli.engine.device import CPU, Device, choose_device
 from merge_cli.engine.stream import Statistics, Todo, stream
 from merge_cli.errors import PmergeError
-from merge_cli.plan import MergePlan
+from merge_cli.planning.plan import MergePlan
 
 SMALL_JOB_BYTES = 2_000_000_000
 SAMPLE_BYTES = 128_000_000

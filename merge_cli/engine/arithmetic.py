@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.methods import Coefficients
+from merge_cli.request.methods import Coefficients
 
 _ROW = 64
 _INT32_MIN = -(1 << 31)

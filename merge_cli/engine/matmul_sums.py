@@ -1,7 +1,8 @@
 """All sums of a chunk by one matrix product in float32, wherever that provably rounds to what the reference gives.
 
-Adding term after term in float64, as the reference (`reduce.py`) does for most methods, costs a pass over memory for every input of
-every output. One product of coefficients [K, N] and inputs [N, elements] does all of them several times as fast, but BLAS adds in
+Adding term after term in float64, as the reference (`arithmetic.py`) does for most methods, costs a
+pass over memory for every input of every output. One product of coefficients [K, N] and inputs [N, elements]
+does all of them several times as fast, but BLAS adds in
 whatever order, and may fuse. So its sum s counts only where that cannot matter: where bfloat16(s - e) and bfloat16(s + e) have the
 same bits, and e bounds the distance of s to the reference's sum r, r rounds to those bits as well. The other elements, one in a
 thousand or so, are summed again as the reference does. This is Ziv's rounding test (ACM TOMS 17, 1991), which geometry knows as a
@@ -31,12 +32,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from merge_cli.engine.reduce import WeightedSum, accumulator_dtype, round_to_odd
-from merge_cli.plan import Run
+from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, round_to_odd
+from merge_cli.planning.plan import Run
 
 Rows = Tensor | Sequence[Tensor]
 """A tensor [rows, count], or one [count] for each row."""
-
 FILTER_ELEMENTS = 1 << 16
 """At once: fewer, and starting torch's operations takes longer than they do; more, and the caches are too small."""
 _EXACT_IN_FLOAT32 = ("BF16", "F16", "F32")

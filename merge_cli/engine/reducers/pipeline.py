@@ -19,7 +19,7 @@ The sums are one set: the compute queue runs in order. What may not be overwritt
 Every wait has a test that fails without it (tests/test_pipeline.py). Results that are not finite, and chunks for which the device
 had no memory, are told to the caller, who has the CPU do them again: inputs are not kept.
 
-`Queues` is all that is asked of a device. Not promised: that it is faster than the CPU (see `choice.py`).
+`Queues` is all that is asked of a device. Not promised: that it is faster than the CPU (see `tuning/backend.py`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from merge_cli.engine.accumulator import Accumulator, accumulator_bytes, terms_by_input
-from merge_cli.engine.device import HostBuffer
-from merge_cli.engine.reduce import WeightedSum, torch_dtype
-from merge_cli.plan import Run
+from merge_cli.engine.arithmetic import WeightedSum, torch_dtype
+from merge_cli.engine.buffers import HostBuffer
+from merge_cli.engine.reducers.accumulator import Accumulator, accumulator_bytes, terms_by_input
+from merge_cli.planning.plan import Run
 
 STAGES = 3
 DEPTH = 2
 UPLOAD, COMPUTE, DOWNLOAD = QUEUES = ("upload", "compute", "download")
-
 Event = Any
 """Stands for the end of an operation; each kind of queues has its own."""
 

@@ -1,7 +1,8 @@
 """The sums of a whole chunk on an accelerator, in memory that is made once.
 
-The operations are those of `reduce.py`, in the same order; only what a CPU does better another way differs. Nothing here waits for
-the device: no value is looked at on the host, no element is picked by a condition. So rounding treats all elements alike, where the
+The operations are those of `arithmetic.py`, in the same order; only what a CPU does better another
+way differs. Nothing here waits for the device: no value is looked at on the host, no element is picked by a condition.
+So rounding treats all elements alike, where the
 CPU looks for those on a tie. Both give the one correctly rounded result.
 """
 
@@ -13,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from merge_cli.engine.reduce import WeightedSum, accumulator_dtype, add_term, divide, is_clean
-from merge_cli.plan import Run
+from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, add_term, divide, is_clean
+from merge_cli.planning.plan import Run
 
 _FIXED_BYTES = 20  # for each element: an input in float32 and in float64, a product
 _SUM_BYTES = 8

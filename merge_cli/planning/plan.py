@@ -15,33 +15,18 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from merge_cli.formats.checkpoint import Checkpoint, WeightFile
 from merge_cli.formats.quantization import Codec
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.methods import Coefficients
+from merge_cli.request.methods import Coefficients
+from merge_cli.request.spec import MergeSpec
 
 ALGORITHM = 1
 """Raised whenever the same request would give other bytes; part of the fingerprint, so that a resumed run never mixes two."""
-
-
-@dataclass(frozen=True)
-class MergeSpec:
-    """What is asked for: everything that decides the output's bytes, apart from the inputs themselves."""
-
-    method: str
-    parameters: Mapping[str, Any]
-    dtype: str = "keep"
-    accumulate: str = "auto"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    int_policy: str = "error"
-    allow_nonfinite: bool = False
-    shard_bytes: int | None = None
-    requantize: bool = False
 
 
 class Source(NamedTuple):

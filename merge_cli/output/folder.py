@@ -29,29 +29,20 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.durable import (
-    NOT_SUPPORTED,
-    exchange,
-    fsync_folder,
-    fsync_tree,
-    output_error,
-    rename_to_new,
-    write_file,
-)
-from merge_cli.errors import OutputError, UsageError, first_ten
+from merge_cli.errors import OutputError, first_ten
+from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.lock import Lock
-from merge_cli.plan import MergePlan, OutputFile
+from merge_cli.planning.plan import OutputFile
+from merge_cli.system.durable import NOT_SUPPORTED, exchange, fsync_folder, fsync_tree, output_error, rename_to_new, write_file
+from merge_cli.system.files import files_in, read_json, sha256_of
 
-SUFFIX = ".pmerge-partial"
-_MANIFEST = "pmerge.json"
 _NO_FOLDER_RENAME = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EISDIR, errno.EMLINK)
-_READ_BYTES = 4 << 20
 _WITHOUT_STATE = {"lock", "lock.owner", "control", "control.owner", "state.json.partial"}
 
 
@@ -73,7 +64,7 @@ class Staging:
     def __init__(self, destination: Path, overwrite: bool = False) -> None:
         self.destination = destination
         self.overwrite = overwrite
-        self.folder = destination.with_name(destination.name + SUFFIX)
+        self.folder = destination.with_name(destination.name + STAGING_SUFFIX)
         self.checkpoint = self.folder / "checkpoint"
         self.is_published = False
         self._done = self.folder / "done"
@@ -149,10 +140,10 @@ class Staging:
             with suppress(OSError):  # who knows which names were lost: nothing here is finished any more
                 _remove(self._done)
             raise output_error(error, f"cannot make {self.checkpoint} durable", self.checkpoint) from error
-        marker = {"inode": self.checkpoint.stat().st_ino, "manifest": sha256_of(self.checkpoint / _MANIFEST), "state": self._state}
+        marker = {"inode": self.checkpoint.stat().st_ino, "manifest": sha256_of(self.checkpoint / MANIFEST), "state": self._state}
         write_file(self._publish_file, json.dumps(marker).encode())
         try:
-            if self.overwrite and _is_merged(self.destination):
+            if self.overwrite and is_merged(self.destination):
                 self._replace()
             else:
                 self._appear()
@@ -202,7 +193,7 @@ class Staging:
         marker = {**read_json(self._publish_file), "inode": self.destination.stat().st_ino, "by_file": True}
         write_file(self._publish_file, json.dumps(marker).encode())
         try:
-            for path in sorted(_files_in(self.checkpoint), key=_publishing_order):
+            for path in sorted(files_in(self.checkpoint), key=_publishing_order):
                 target = self.destination / path.relative_to(self.checkpoint)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if _publishing_order(path)[0]:
@@ -250,7 +241,7 @@ class Staging:
         half_moved = bool(marker.get("by_file")) and self.checkpoint.exists()
         ours = self.destination.is_dir() and self.destination.stat().st_ino == marker.get("inode")
         if ours and not half_moved:
-            ours = sha256_of(self.destination / _MANIFEST) == marker.get("manifest")
+            ours = sha256_of(self.destination / MANIFEST) == marker.get("manifest")
         if self._replaced.exists() and not ours:
             self._put_back_replaced()
         if ours and half_moved:
@@ -276,7 +267,7 @@ class Staging:
         fsync_folder(self.destination.parent)
 
     def _move_files_back(self) -> None:
-        for path in sorted(_files_in(self.destination), key=_publishing_order, reverse=True):
+        for path in sorted(files_in(self.destination), key=_publishing_order, reverse=True):
             target = self.checkpoint / path.relative_to(self.destination)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
@@ -330,7 +321,7 @@ class Staging:
     def _remove_all_but(self, done: Mapping[str, Done]) -> None:
         """Remove every file that no record vouches for: parts of shards, side files of the last attempt, an old result."""
         kept = {self.checkpoint / name for name in done} | {self._record_file(name) for name in done}
-        for path in (*_files_in(self.checkpoint), *_files_in(self._done)):
+        for path in (*files_in(self.checkpoint), *files_in(self._done)):
             if path not in kept:
                 path.unlink()
         for folder, _, _ in os.walk(self.checkpoint, topdown=False):
@@ -369,39 +360,13 @@ def _short(value: Any) -> str:
 
 
 def _publishing_order(path: Path) -> tuple[int, str]:
-    return (2 if path.name.endswith(".index.json") else path.name == _MANIFEST, str(path))
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            yield Path(parent, name)
+    return (2 if path.name.endswith(".index.json") else path.name == MANIFEST, str(path))
 
 
 def _remove(folder: Path) -> None:
     """Remove a folder if it is there. Raises OSError; its `ignore_errors` would make `rmtree` swallow an interruption."""
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, "" where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(_READ_BYTES):
-                digest.update(piece)
-    except OSError:
-        return ""
-    return digest.hexdigest()
 
 
 def already_there(destination: Path) -> OutputError:
@@ -411,105 +376,5 @@ def already_there(destination: Path) -> OutputError:
     )
 
 
-def check_destinations(plans: Mapping[Path, MergePlan], overwrite: bool) -> list[UsageError | OutputError]:
-    """What would stop a run at its destinations (each with its plan, all in one folder), found before any weight is read."""
-    problems = [problem for destination, plan in plans.items() for problem in _check_destination(destination, plan, overwrite)]
-    for destination in [*plans][:1]:
-        where = destination if len(plans) == 1 else destination.parent
-        problems += _check_parent(where, destination.resolve().parent, plans)
-    return problems
-
-
-def _check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> list[UsageError | OutputError]:
-    problems: list[UsageError | OutputError] = []
-    real = destination.resolve()
-    for checkpoint in plan.inputs:
-        source = checkpoint.path.resolve()
-        if real == source or real.is_relative_to(source) or (checkpoint.root and source.is_relative_to(real)):
-            problems.append(
-                UsageError(
-                    f"the output {destination} is or contains the input {checkpoint.path}, or lies in it",
-                    hint="inputs are never written to; choose another place:  -o PATH",
-                )
-            )
-            break
-    was_publishing = (destination.with_name(destination.name + SUFFIX) / "publish.json").exists()
-    if (destination.is_symlink() or destination.exists()) and not was_publishing:
-        if not overwrite:
-            problems.append(already_there(destination))
-        elif destination.is_symlink():
-            problems.append(
-                OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {destination.resolve()}")
-            )
-        elif _is_merged(destination) and (strangers := _strangers(destination)):
-            problems.append(
-                OutputError(
-                    f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
-                    details=first_ten(strangers),
-                    hint="move them away, or choose another place:  -o PATH",
-                )
-            )
-        elif not _is_merged(destination):
-            problems.append(
-                OutputError(
-                    f"--overwrite replaces results of pmerge only, and {destination} has no pmerge.json",
-                    hint="remove it yourself, or choose another place:  -o PATH",
-                )
-            )
-    return problems
-
-
-def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
-    """Whether what has to be written can be, as far as the nearest folder that exists tells."""
-    elsewhere = "choose another place:  -o PATH"
-    while not os.path.lexists(parent) and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        return [OutputError(f"cannot write {where}: {parent} is not a folder", hint=elsewhere)]
-    try:
-        status = os.statvfs(parent)
-    except OSError as error:
-        return [output_error(error, f"cannot look at {parent}", parent)]
-    if status.f_flag & os.ST_RDONLY:
-        return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=elsewhere)]
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return [OutputError(f"no permission to write in {parent}", hint=elsewhere)]
-    return _check_space(where, parent, status, plans)
-
-
-def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
-    """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote counts as free."""
-    staged = [path for destination in plans for path in _files_in(destination.with_name(destination.name + SUFFIX))]
-    need = {
-        "bytes": sum(plan.bytes_to_write for plan in plans.values()),
-        "inodes": sum(2 * len(plan.files) + len(plan.inputs[plan.base].side_files.kept) + 12 for plan in plans.values()),
-    }
-    have = {"bytes": status.f_bavail * status.f_frsize, "inodes": status.f_favail}
-    for path in staged:
-        with suppress(OSError):
-            have["bytes"] += path.stat().st_blocks * 512
-    have["inodes"] = have["inodes"] + len(staged) if status.f_files else need["inodes"]  # 0: made as they are needed
-    return [
-        OutputError(
-            f"not enough {'space' if what == 'bytes' else what} for {where}",
-            details=[f"need  {need[what]} {what}", f"have  {have[what]} {what} free in {parent}"],
-            hint="make room, or write to another filesystem:  -o PATH",
-        )
-        for what in need
-        if have[what] < need[what]
-    ]
-
-
-def _is_merged(folder: Path) -> bool:
-    return not folder.is_symlink() and (folder / _MANIFEST).is_file()
-
-
-def _strangers(folder: Path) -> list[str]:
-    """What lies in a result of pmerge beside what its pmerge.json records."""
-    try:
-        recorded = json.loads((folder / _MANIFEST).read_bytes())
-        known = {_MANIFEST, *recorded["files"], *recorded["side_files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return [f"{_MANIFEST} cannot be read, so it is not known what is whose"]
-    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-    return [name for name in found if name not in known]
+def is_merged(folder: Path) -> bool:
+    return not folder.is_symlink() and (folder / MANIFEST).is_file()

@@ -15,7 +15,8 @@ from itertools import product
 from typing import Any
 
 from merge_cli.errors import UsageError
-from merge_cli.methods import METHODS, coefficients
+from merge_cli.names import STAGING_SUFFIX
+from merge_cli.request.methods import METHODS, coefficients
 
 SELECTION = {
     "last": int,
@@ -128,7 +129,7 @@ def combination(method: str, parameters: Mapping[str, Any], selection: Mapping[s
     if "at" in selection and selection.keys() & {"to_step", "before"}:
         raise UsageError("--at says where a selection ends, and so do --to and --before", hint="use one of them")
     name = name or _name(method, parameters, selection)
-    if not _NAME.fullmatch(name) or len(name) > _MOST_NAME_BYTES or name.endswith((".pmerge-partial", ".safetensors")):
+    if not _NAME.fullmatch(name) or len(name) > _MOST_NAME_BYTES or name.endswith((STAGING_SUFFIX, ".safetensors")):
         raise UsageError(
             f"{name!r:.80} cannot be the name of an output",
             details=[f"expected  at most {_MOST_NAME_BYTES} letters, digits and _.=+-, the first none of .-"],

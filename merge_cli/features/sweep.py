@@ -24,23 +24,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.averaging import Progress, StrPath, check_choices, check_tokens_per_step, choose, complete, find_candidates, weigh
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, PmergeError, UsageError, first_ten
+from merge_cli.features.average import Progress, check_choices
 from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import Header
-from merge_cli.grid import Combination, entry, grid, unique
-from merge_cli.methods import Coefficients
-from merge_cli.plan import MergePlan, MergeSpec, Output
-from merge_cli.planner import build_plan
-from merge_cli.selection import Candidate, is_in_tokens, parse_amount
+from merge_cli.names import SWEEP_REPORT
+from merge_cli.output.manifest import complete
+from merge_cli.planning.plan import MergePlan, Output
+from merge_cli.planning.planner import build_plan
+from merge_cli.request.amounts import is_in_tokens, parse_amount
+from merge_cli.request.discovery import find_candidates
+from merge_cli.request.grid import Combination, entry, grid, unique
+from merge_cli.request.labels import Candidate
+from merge_cli.request.methods import Coefficients
+from merge_cli.request.selection import check_tokens_per_step, choose, weigh
+from merge_cli.request.spec import MergeSpec, StrPath
 from merge_cli.version import __version__
 
 if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
     from merge_cli.engine.device import Device
     from merge_cli.engine.stream import Statistics
-
-REPORT = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def plan_sweep(
 ) -> SweepPlan:
     """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`.
 
-    The outputs are a grid (see `merge_cli.grid.grid`), `combinations` (objects with the options of `average`), or both. `at` is the
+    The outputs are a grid (`request/grid.py`), `combinations` (objects with the options of `average`), or both. `at` is the
     step of the newest checkpoint; in tokens, of the last one up to there. A combination for which there are not the checkpoints
     is skipped; of several with equal inputs and coefficients the first is made.
 
@@ -168,10 +172,10 @@ def plan_sweep(
         notes += [note for note in merge.notes if note not in notes]
         warnings += [line for line in merge.warnings if line not in warnings]
     from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
-    from merge_cli.engine.choice import settle  # torch is imported only once the checkpoints are known to fit together
-    from merge_cli.engine.storage import choose_direct
     from merge_cli.output.manifest import damaged, stands
-    from merge_cli.output.staging import check_destinations
+    from merge_cli.output.preflight import check_destinations
+    from merge_cli.tuning.backend import settle
+    from merge_cli.tuning.direct import choose_direct
 
     folder = Path(output)
     largest = max((merge for merge, _ in merges), key=lambda merge: merge.bytes_to_read)
@@ -216,7 +220,7 @@ def plan_sweep(
         overwrite,
         restart,
         verify_resume,
-        (*findings, *_check_report(folder / REPORT)),
+        (*findings, *_check_report(folder / SWEEP_REPORT)),
     )
 
 
@@ -239,9 +243,9 @@ def run_sweep(
     plan: SweepPlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> SweepResult:
     """Carry out a plan, group after group. The first of its findings, if any, is raised before anything is read or written."""
-    from merge_cli.engine.durable import write_file
     from merge_cli.engine.stream import Statistics
-    from merge_cli.output.staging import remove_litter
+    from merge_cli.output.folder import remove_litter
+    from merge_cli.system.durable import write_file
 
     if plan.findings:
         raise plan.findings[0]
@@ -264,9 +268,9 @@ def run_sweep(
         if each.is_done:
             remove_litter(each.path)
     content = {"pmerge": __version__, "command": list(command or sys.argv), **as_dict(plan)}
-    write_file(plan.output / REPORT, json.dumps(content, indent=2, default=str).encode() + b"\n")
+    write_file(plan.output / SWEEP_REPORT, json.dumps(content, indent=2, default=str).encode() + b"\n")
     seconds = time.perf_counter() - began
-    return SweepResult(tuple(each.path for each in plan.outputs), plan.output / REPORT, seconds, total, reused)
+    return SweepResult(tuple(each.path for each in plan.outputs), plan.output / SWEEP_REPORT, seconds, total, reused)
 
 
 def as_dict(plan: SweepPlan) -> dict[str, Any]:
@@ -301,8 +305,8 @@ def _run_group(
 ) -> tuple[Statistics, int]:
     """Make and publish the outputs of a group; what was done, and how many files earlier runs had finished."""
     from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.output.folder import Done, Staging
     from merge_cli.output.manifest import request_state
-    from merge_cli.output.staging import Done, Staging
 
     merge = group.merge
     with ExitStack() as stack:

@@ -1,0 +1,116 @@
+"""Everything that would stop a run at its destination, found before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from merge_cli.errors import OutputError, UsageError, first_ten
+from merge_cli.names import MANIFEST, STAGING_SUFFIX
+from merge_cli.output.folder import already_there, is_merged
+from merge_cli.planning.plan import MergePlan
+from merge_cli.system.durable import output_error
+from merge_cli.system.files import files_in
+
+
+def check_destinations(plans: Mapping[Path, MergePlan], overwrite: bool) -> list[UsageError | OutputError]:
+    """What would stop a run at its destinations (each with its plan, all in one folder), found before any weight is read."""
+    problems = [problem for destination, plan in plans.items() for problem in _check_destination(destination, plan, overwrite)]
+    for destination in [*plans][:1]:
+        where = destination if len(plans) == 1 else destination.parent
+        problems += _check_parent(where, destination.resolve().parent, plans)
+    return problems
+
+
+def _check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> list[UsageError | OutputError]:
+    problems: list[UsageError | OutputError] = []
+    real = destination.resolve()
+    for checkpoint in plan.inputs:
+        source = checkpoint.path.resolve()
+        if real == source or real.is_relative_to(source) or (checkpoint.root and source.is_relative_to(real)):
+            problems.append(
+                UsageError(
+                    f"the output {destination} is or contains the input {checkpoint.path}, or lies in it",
+                    hint="inputs are never written to; choose another place:  -o PATH",
+                )
+            )
+            break
+    was_publishing = (destination.with_name(destination.name + STAGING_SUFFIX) / "publish.json").exists()
+    if (destination.is_symlink() or destination.exists()) and not was_publishing:
+        if not overwrite:
+            problems.append(already_there(destination))
+        elif destination.is_symlink():
+            problems.append(
+                OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {destination.resolve()}")
+            )
+        elif is_merged(destination) and (strangers := _strangers(destination)):
+            problems.append(
+                OutputError(
+                    f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
+                    details=first_ten(strangers),
+                    hint="move them away, or choose another place:  -o PATH",
+                )
+            )
+        elif not is_merged(destination):
+            problems.append(
+                OutputError(
+                    f"--overwrite replaces results of pmerge only, and {destination} has no pmerge.json",
+                    hint="remove it yourself, or choose another place:  -o PATH",
+                )
+            )
+    return problems
+
+
+def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
+    """Whether what has to be written can be, as far as the nearest folder that exists tells."""
+    elsewhere = "choose another place:  -o PATH"
+    while not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        return [OutputError(f"cannot write {where}: {parent} is not a folder", hint=elsewhere)]
+    try:
+        status = os.statvfs(parent)
+    except OSError as error:
+        return [output_error(error, f"cannot look at {parent}", parent)]
+    if status.f_flag & os.ST_RDONLY:
+        return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=elsewhere)]
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return [OutputError(f"no permission to write in {parent}", hint=elsewhere)]
+    return _check_space(where, parent, status, plans)
+
+
+def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
+    """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote counts as free."""
+    staged = [path for destination in plans for path in files_in(destination.with_name(destination.name + STAGING_SUFFIX))]
+    need = {
+        "bytes": sum(plan.bytes_to_write for plan in plans.values()),
+        "inodes": sum(2 * len(plan.files) + len(plan.inputs[plan.base].side_files.kept) + 12 for plan in plans.values()),
+    }
+    have = {"bytes": status.f_bavail * status.f_frsize, "inodes": status.f_favail}
+    for path in staged:
+        with suppress(OSError):
+            have["bytes"] += path.stat().st_blocks * 512
+    have["inodes"] = have["inodes"] + len(staged) if status.f_files else need["inodes"]  # 0: made as they are needed
+    return [
+        OutputError(
+            f"not enough {'space' if what == 'bytes' else what} for {where}",
+            details=[f"need  {need[what]} {what}", f"have  {have[what]} {what} free in {parent}"],
+            hint="make room, or write to another filesystem:  -o PATH",
+        )
+        for what in need
+        if have[what] < need[what]
+    ]
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What lies in a result of pmerge beside what its pmerge.json records."""
+    try:
+        recorded = json.loads((folder / MANIFEST).read_bytes())
+        known = {MANIFEST, *recorded["files"], *recorded["side_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{MANIFEST} cannot be read, so it is not known what is whose"]
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in found if name not in known]
