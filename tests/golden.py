@@ -114,7 +114,7 @@ def by_ranks(paths: Sequence[Path], out: Path, options: Mapping[str, Any], world
     """Average by several ranks, the last one first, files cut into pieces of some hundred bytes and chunks of some thousand."""
     from merge_cli import Rank, plan_average, run_share
 
-    with mock.patch("merge_cli.cluster.MIN_PIECE_BYTES", 512):
+    with mock.patch("merge_cli.ranks.shares.MIN_PIECE_BYTES", 512):
         for number in reversed(range(world_size)):
             rank = Rank(number, world_size, source="--rank")
             run_share(plan_average(paths, out, device="cpu", threads=2, chunk_size=8192, rank=rank, **options))
