@@ -190,7 +190,7 @@ def test_only_a_rank_that_is_alone_looks_into_the_records(tmp_path: Path) -> Non
         return read_json(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("joint", "staging"):
+        for module in ("joint", "folder"):
             patch.setattr(f"merge_cli.output.{module}.read_json", watched)
         with JointStaging(out, plans[0].merge, plans[0].rank) as first:
             first.join(request_state(plans[0].merge))
