@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from merge_cli.engine.durable import fsync_file, fsync_folder, make_folder, output_error
 from merge_cli.errors import InputError
+from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, output_error
 from merge_cli.trajectory.records import decode, encode
 
 SCHEMA = 1
