@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import nasty_run, training_run, write_run
+from builders import nasty_run, random_bits, training_run, write_checkpoint, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import PMERGE, pmerge, write
-from test_quantized_average import quantized_run
+from test_quantized_average import PLAIN, quantized_run
 
 from merge_cli import average, plan_average, plan_sweep, sweep
 from merge_cli.engine import arithmetic as engine_reduce
@@ -107,6 +107,18 @@ def test_quantised_runs_are_dequantised_as_by_average(case: str, tmp_path: Path)
     paths, *_ = quantized_run(tmp_path / "run", case, 4)
     asked = {"methods": ["sma", "ema:0.3"], "last": [2, 3], "at": [3, 4]}
     assert assert_each_is_that_of_average(paths, tmp_path, tmp_path / "out", asked) == 8
+
+
+def test_sums_too_large_for_float32_are_redone_beside_a_quantized_checkpoint(tmp_path: Path) -> None:
+    """The tensor is quantized in one checkpoint, which not every output uses; masks hold numbers near the smallest bfloat16."""
+    paths, (first,), name, _ = quantized_run(tmp_path / "run", "DeepSeek-V3", 1)
+    for step in (2, 3, 4):
+        values = random_bits(torch.bfloat16, first.numel(), step).view(first.shape)
+        values[:2] = -3e38
+        tensors = {name: values, **PLAIN}
+        paths.append(write_checkpoint(tmp_path / "run" / f"step_{step}", tensors))
+    asked = {"methods": ["sma", "wma", "ema"], "last": [2, 3, 4]}
+    assert assert_each_is_that_of_average(paths, tmp_path, tmp_path / "out", asked) == 9
 
 
 def test_integers_and_config_come_from_the_base_of_each_output(tmp_path: Path) -> None:

@@ -104,8 +104,9 @@ class CodedReducer:
             with self._active():
                 sums, base = self._sums(run, r0, r1, operations)
                 if run.codec is None:
-                    for total in sums:
-                        merged.writes.append([self._plain(run, total, r0, r1, allow_nonfinite)])
+                    for operation, total in zip(operations, sums, strict=True):
+                        rounded = self._rounded(run, operation, total, r0, r1)
+                        merged.writes.append([self._plain(run, rounded, r0, r1, allow_nonfinite)])
                 else:
                     for values, stat in zip(self._finite(run, sums, r0, r1), stats, strict=True):
                         merged.writes.append(self._encoded(run, values, r0, r1, stat, base))
@@ -125,12 +126,15 @@ class CodedReducer:
     def _active(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else self._stream.active()
 
-    def _sums(self, run: CodedRun, r0: int, r1: int, operations: Sequence[WeightedSum]) -> tuple[list[Tensor], Parts | None]:
+    def _sums(
+        self, run: CodedRun, r0: int, r1: int, operations: Sequence[WeightedSum], accumulate: str = ""
+    ) -> tuple[list[Tensor], Parts | None]:
         """The weighted sums [values], one an operation, and the base's own parts where the output is quantised like it."""
+        accumulate = accumulate or self._accumulate
         operations = [_COPY] * len(operations) if run.is_copy else operations
         names = ["F32" if isinstance(source, CodedSource) else source.dtype for source in run.sources]
         dtypes = [
-            accumulator_dtype(self._accumulate, op, [names[i] for i in op.inputs], run.dtype if run.codec is None else "BF16")
+            accumulator_dtype(accumulate, op, [names[i] for i in op.inputs], run.dtype if run.codec is None else "BF16")
             for op in operations
         ]
         count = (r1 - r0) * run.shape[-1]
@@ -176,9 +180,18 @@ class CodedReducer:
         fill(buffer)
         return buffer.tensor[buffer.begin : buffer.begin + size]
 
-    def _plain(self, run: CodedRun, total: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
+    def _rounded(self, run: CodedRun, operation: WeightedSum, total: Tensor, r0: int, r1: int) -> Tensor:
+        """`total` in the dtype of the output; elements whose sum is too large for float32 from a sum in float64 (see `Lane`)."""
         rounded = torch.empty(total.shape, dtype=torch_dtype(run.dtype), device=total.device)
         store(total, rounded)
+        if self._accumulate == "auto" and total.dtype == torch.float32 and not bool(is_clean(rounded)):
+            ((wide,), _) = self._sums(run, r0, r1, [operation], "fp64")
+            redone = torch.empty_like(rounded)
+            store(wide, redone)
+            rounded = torch.where(rounded.isfinite(), rounded, redone)
+        return rounded
+
+    def _plain(self, run: CodedRun, rounded: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
         if not bool(is_clean(rounded)):
             if not allow_nonfinite:
                 raise self._nonfinite(run, r0, r1)
