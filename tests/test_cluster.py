@@ -14,11 +14,10 @@ from test_quantized_average import quantized_run
 
 from merge_cli import plan_average
 from merge_cli.engine.reducers.quantized import rows_of
-from merge_cli.engine.stream import Todo
 from merge_cli.errors import UsageError
-from merge_cli.planning.plan import CodedRun, OutputFile
+from merge_cli.planning.plan import CodedRun, OutputFile, WorkItem
 from merge_cli.ranks.launcher import ARRAY, Rank, find_rank
-from merge_cli.ranks.shares import MIN_PIECE_BYTES, PIECE_ALIGNMENT, Piece, cut, order_of_work, shares
+from merge_cli.ranks.shares import MIN_PIECE_BYTES, PIECE_ALIGNMENT, cut, order_of_work, shares
 
 SLURM_STEP = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
 ENVIRONMENTS = {  # the variables of each launcher as measured, docs/clusters.md
@@ -169,7 +168,7 @@ def test_a_terabyte_on_hundreds_of_ranks_is_planned_in_a_moment() -> None:
     assert max(loads) / (sum(loads) / 512) < 1.25
 
 
-def chunks(todo: Todo, values: int) -> list[tuple[int, int, int]]:
+def chunks(todo: WorkItem, values: int) -> list[tuple[int, int, int]]:
     """(run, first, end) of every chunk of quantised rows, or of elements."""
     found = []
     for run, first, end in todo.parts():
@@ -190,7 +189,7 @@ def test_what_begins_in_the_pieces_is_the_whole_file(case: str, tmp_path: Path) 
             size = file.file_bytes
             for places in ([], [size // 2], [1, 100, size - 1], list(range(0, size, 61))[1:]):
                 ends = [0, *places, size]
-                parts = [Todo(file, (0,), begin, end) for begin, end in pairwise(ends)]
+                parts = [WorkItem(file, (0,), begin, end) for begin, end in pairwise(ends)]
                 assert sum(part.bytes_to_write for part in parts) == size - len(file.header)
                 found = sorted(chunk for i, part in enumerate(parts) for chunk in chunks(part, 64 * (1 + i % 3)))
                 for number, run in enumerate(file.runs):
@@ -203,5 +202,5 @@ def test_what_begins_in_the_pieces_is_the_whole_file(case: str, tmp_path: Path) 
 
 def test_a_piece_has_a_name_of_its_own() -> None:
     file = file_of("rank0/model.safetensors", 100)
-    assert Piece(file, 0, 100).name == file.name
-    assert Piece(file, 0, 50).name == "rank0/model.safetensors@0-50"
+    assert WorkItem.whole(file).name == file.name
+    assert WorkItem(file, (0,), 0, 50).name == "rank0/model.safetensors@0-50"

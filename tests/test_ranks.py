@@ -30,7 +30,7 @@ from merge_cli.features.share import ShareResult
 from merge_cli.output.joint import JointStaging
 from merge_cli.output.lock import Lock
 from merge_cli.output.manifest import request_state
-from merge_cli.ranks.shares import Piece
+from merge_cli.planning.plan import WorkItem
 from merge_cli.system.files import read_json
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID", "PMERGE_RANK")
@@ -351,7 +351,7 @@ def test_a_rank_comes_back_to_what_another_had_claimed_and_left(tmp_path: Path) 
     held: list[int] = []
     claim = JointStaging.claim
 
-    def claim_after_others(self: JointStaging, piece: Piece, own: bool) -> bool:
+    def claim_after_others(self: JointStaging, piece: WorkItem, own: bool) -> bool:
         if not held:  # another rank has the first piece that this one asks for, and dies when this one has gone on
             path = tmp_path / "out.pmerge-partial" / "claims" / piece.name
             held.append(os.open(path, os.O_RDWR | os.O_CREAT))

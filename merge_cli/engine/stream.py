@@ -19,7 +19,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -37,33 +36,7 @@ from merge_cli.engine.writer import PieceWriter, ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import CodedRun, MergePlan, OutputFile, Run
-
-
-class Todo(NamedTuple):
-    """A byte range of one output file, for some of the plan's outputs. By default the whole file."""
-
-    file: OutputFile
-    outputs: tuple[int, ...]
-    begin: int = 0
-    end: int | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        return self.begin == 0 and self.end in (None, self.file.file_bytes)
-
-    def parts(self) -> Iterator[tuple[Run | CodedRun, int, int]]:
-        """The runs in it, each with its first element (row, for quantised tensors) and its end."""
-        end = self.file.file_bytes if self.end is None else self.end
-        for run in self.file.runs:
-            first, last = run.between(self.begin, end)
-            if last > first or (self.is_whole and isinstance(run, CodedRun)):
-                yield run, first, last
-
-    @property
-    def bytes_to_write(self) -> int:
-        """The bytes of its data for one output."""
-        return sum(run.bytes_written(first, last) for run, first, last in self.parts())
+from merge_cli.planning.plan import CodedRun, MergePlan, Run, WorkItem
 
 
 @dataclass
@@ -96,22 +69,22 @@ class Statistics:
         )
 
 
-def shard_writer(todo: Todo, folder: Path) -> Writer:
+def shard_writer(todo: WorkItem, folder: Path) -> Writer:
     """What writes a file, or a piece of one, into `folder`."""
     return ShardWriter(todo.file, folder) if todo.is_whole else PieceWriter(todo.file, folder, todo.bytes_to_write)
 
 
 def stream(
     plan: MergePlan,
-    todo: Sequence[Todo],
+    todo: Sequence[WorkItem],
     folders: Sequence[Path],
     budget: Budget,
     device: Device,
     on_progress: Callable[[Statistics], None],
-    on_file: Callable[[int, Todo, str, Mapping[str, int]], None],
-    writer: Callable[[Todo, Path], Writer] = shard_writer,
-    claim: Callable[[Todo], bool] = lambda todo: True,
-    after: Callable[[Todo], object] = lambda todo: None,
+    on_file: Callable[[int, WorkItem, str, Mapping[str, int]], None],
+    writer: Callable[[WorkItem, Path], Writer] = shard_writer,
+    claim: Callable[[WorkItem], bool] = lambda todo: True,
+    after: Callable[[WorkItem], object] = lambda todo: None,
 ) -> Statistics:
     """Write what is `todo` of the plan: the files of output k into `folders[k]`. Only inputs that these outputs use are read.
 
@@ -132,7 +105,7 @@ def stream(
 class _OpenFile:
     """An output file in progress: for each output its operation and its writer."""
 
-    def __init__(self, todo: Todo, operations: Mapping[int, WeightedSum], writers: Mapping[int, Writer]) -> None:
+    def __init__(self, todo: WorkItem, operations: Mapping[int, WeightedSum], writers: Mapping[int, Writer]) -> None:
         self.todo = todo
         self.operations = operations
         self.used = sorted({i for operation in operations.values() for i in operation.inputs})
@@ -166,16 +139,16 @@ class _Job:
     def __init__(
         self,
         plan: MergePlan,
-        todo: Sequence[Todo],
+        todo: Sequence[WorkItem],
         folders: Sequence[Path],
         budget: Budget,
         device: Device,
         inputs: InputFiles,
         on_progress: Callable[[Statistics], None],
-        on_file: Callable[[int, Todo, str, Mapping[str, int]], None],
-        writer: Callable[[Todo, Path], Writer],
-        claim: Callable[[Todo], bool],
-        after: Callable[[Todo], object],
+        on_file: Callable[[int, WorkItem, str, Mapping[str, int]], None],
+        writer: Callable[[WorkItem, Path], Writer],
+        claim: Callable[[WorkItem], bool],
+        after: Callable[[WorkItem], object],
     ) -> None:
         self.plan = plan
         self.budget = budget
@@ -253,7 +226,7 @@ class _Job:
                 f" bytes instead of {planned.workers} with {planned.chunk_bytes}"
             ]
 
-    def _chunks(self, todo: Sequence[Todo]) -> Iterator[tuple[_OpenFile, Run | CodedRun | None, int, int]]:
+    def _chunks(self, todo: Sequence[WorkItem]) -> Iterator[tuple[_OpenFile, Run | CodedRun | None, int, int]]:
         """Every chunk of the work, in file order: (file, run, start, count); run None for an empty file.
 
         Elements are counted, or rows for quantised tensors; those whose codec must see all values first are one chunk.
@@ -504,7 +477,7 @@ class _Job:
             open_file.nonfinite.update(found.counts)
 
 
-def check_equal_integers(plan: MergePlan, todo: Sequence[Todo], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
+def check_equal_integers(plan: MergePlan, todo: Sequence[WorkItem], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
     """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs of each output."""
     block = memoryview(bytearray(block_bytes))
     different: dict[str, set[str]] = {}

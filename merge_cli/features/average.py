@@ -21,7 +21,7 @@ from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.names import MANIFEST
 from merge_cli.output.manifest import complete
-from merge_cli.planning.plan import MergePlan, Output
+from merge_cli.planning.plan import MergePlan, Output, WorkItem
 from merge_cli.planning.planner import OUTPUT_DTYPES, build_plan
 from merge_cli.ranks.launcher import WORKER, Rank
 from merge_cli.request.discovery import find_candidates
@@ -237,7 +237,7 @@ def run_average(
     plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
-    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
     from merge_cli.output.folder import Done, Staging
     from merge_cli.output.manifest import count_nonfinite, request_state
 
@@ -260,11 +260,11 @@ def run_average(
             return AverageResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), nonfinite)
         reused = len(done)
 
-        def finished(_: int, written: Todo, sha256: str, nonfinite: Mapping[str, int]) -> None:
+        def finished(_: int, written: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
             staging.record(written.file, sha256, nonfinite)
             done[written.file.name] = Done(written.file.file_bytes, sha256, nonfinite)
 
-        todo = [Todo(file, (0,)) for file in merge.files if file.name not in done]
+        todo = [WorkItem.whole(file) for file in merge.files if file.name not in done]
         statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
         complete(merge, staging.checkpoint, done, command)
         check_inputs_unchanged(merge)

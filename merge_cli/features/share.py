@@ -24,14 +24,14 @@ from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.manifest import complete
-from merge_cli.planning.plan import MergePlan, Output
+from merge_cli.planning.plan import MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
-from merge_cli.ranks.shares import Piece, cut, order_of_work, shares
+from merge_cli.ranks.shares import cut, order_of_work, shares
 from merge_cli.request.methods import Coefficients
 from merge_cli.request.spec import MergeSpec, StrPath
 
 if TYPE_CHECKING:
-    from merge_cli.engine.stream import Statistics, Todo
+    from merge_cli.engine.stream import Statistics
     from merge_cli.output.joint import JointStaging
 
 
@@ -53,7 +53,7 @@ def run_share(
     Raises what `run_average` raises; then this rank's work is incomplete, and the others go on. A result with `missing` files is no
     failure: the ranks that have them publish.
     """
-    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
     from merge_cli.output.joint import JointStaging
     from merge_cli.output.manifest import count_nonfinite, request_state
 
@@ -67,31 +67,30 @@ def run_share(
             return ShareResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), stood=True)
         reused = len(merge.files) - len(staging.missing())
         pieces = cut(merge.files, rank.world_size if staging.has_flock else 1)
-        own = set(shares(pieces, rank.world_size)[rank.rank])
+        own = {piece.name for piece in shares(pieces, rank.world_size)[rank.rank]}
         total, claimed = Statistics(), 0
         tell = _reporter(plan, staging, on_progress)
 
         def report(statistics: Statistics) -> None:
             tell(statistics.bytes_written + total.bytes_written)
 
-        def claim(each: Todo) -> bool:
+        def claim(each: WorkItem) -> bool:
             nonlocal claimed
-            piece = _piece(each)
-            is_ours = staging.claim(piece, piece in own)
+            is_ours = staging.claim(each, each.name in own)
             claimed += is_ours
             return is_ours
 
-        def after(each: Todo) -> None:
+        def after(each: WorkItem) -> None:
             if not each.is_whole:
                 staging.assemble_file(each.file)
 
-        def finished(_: int, each: Todo, sha256: str, nonfinite: Mapping[str, int]) -> None:
-            staging.record_piece(_piece(each), sha256, nonfinite)
+        def finished(_: int, each: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            staging.record_piece(each, sha256, nonfinite)
 
         work = order_of_work(pieces, rank.rank, rank.world_size)
         while missing := set(staging.missing()):  # again, as long as there is something: a rank that had a claim may have died
             before = claimed
-            todo = [Todo(piece.file, (0,), piece.begin, piece.end) for piece in work if piece.file.name in missing]
+            todo = [piece for piece in work if piece.file.name in missing]
             folders = [staging.checkpoint]
             part = stream(merge, todo, folders, plan.budget, plan.device, report, finished, claim=claim, after=after)
             total = total.plus(part)
@@ -108,10 +107,6 @@ def run_share(
             staging.publish()
             nonfinite = count_nonfinite(done)
     return ShareResult(plan.output, time.perf_counter() - began, total, reused, nonfinite, has_published=bool(done))
-
-
-def _piece(todo: Todo) -> Piece:
-    return Piece(todo.file, todo.begin, todo.file.file_bytes if todo.end is None else todo.end)
 
 
 def _reporter(plan: AveragePlan, staging: JointStaging, on_progress: Callable[[Progress], None] | None) -> Callable[[int], None]:

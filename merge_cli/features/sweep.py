@@ -30,7 +30,7 @@ from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.names import SWEEP_REPORT
 from merge_cli.output.manifest import complete
-from merge_cli.planning.plan import MergePlan, Output
+from merge_cli.planning.plan import MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.amounts import is_in_tokens, parse_amount
 from merge_cli.request.discovery import find_candidates
@@ -304,7 +304,7 @@ def _run_group(
     plan: SweepPlan, group: SweepGroup, report: Callable[[Statistics], None], command: Sequence[str]
 ) -> tuple[Statistics, int]:
     """Make and publish the outputs of a group; what was done, and how many files earlier runs had finished."""
-    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
     from merge_cli.output.folder import Done, Staging
     from merge_cli.output.manifest import request_state
 
@@ -321,11 +321,11 @@ def _run_group(
         for staging in published:
             staging.clean()
 
-        def finished(k: int, written: Todo, sha256: str, nonfinite: Mapping[str, int]) -> None:
+        def finished(k: int, written: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
             stagings[k].record(written.file, sha256, nonfinite)
             done[k][written.file.name] = Done(written.file.file_bytes, sha256, nonfinite)
 
-        todo = [Todo(file, tuple(k for k in unpublished if file.name not in done[k])) for file in merge.files]
+        todo = [WorkItem.whole(file, tuple(k for k in unpublished if file.name not in done[k])) for file in merge.files]
         todo = [each for each in todo if each.outputs]
         folders = [staging.checkpoint for staging in stagings]
         try:

@@ -32,7 +32,7 @@ from merge_cli.formats.files import check_stays_inside, list_folder, read_exactl
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header
 from merge_cli.formats.untrusted_json import check_depth
 from merge_cli.names import MANIFEST
-from merge_cli.planning.plan import CodedRun, MergePlan, Output, OutputFile, Run, Source
+from merge_cli.planning.plan import CodedRun, MergePlan, Output, OutputFile, Run, Source, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.methods import Coefficients
 from merge_cli.request.spec import MergeSpec
@@ -349,7 +349,7 @@ def _restricted_run(run: Run | CodedRun, chosen: set[str]) -> Iterator[Run | Cod
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
     """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
     from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
-    from merge_cli.engine.stream import Statistics, Todo, check_inputs_unchanged, stream
+    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
     from merge_cli.tuning.backend import settle
 
     different: dict[str, set[str]] = {}
@@ -360,12 +360,12 @@ def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[
         meter.add(statistics.bytes_read - before)
         before = statistics.bytes_read
 
-    def comparer(each: Todo, place: Path) -> _Comparer:
+    def comparer(each: WorkItem, place: Path) -> _Comparer:
         return _Comparer(each.file, place, different)
 
     try:
         where, budget, _ = settle(device, todo, lambda where: fit_memory(todo, DEFAULT_MEMORY_BYTES, where))
-        stream(todo, [Todo(file, (0,)) for file in todo.files], [folder], budget, where, report, lambda *_: None, comparer)
+        stream(todo, [WorkItem.whole(file) for file in todo.files], [folder], budget, where, report, lambda *_: None, comparer)
         check_inputs_unchanged(todo)
     except (ChangedError, MismatchError, NonFiniteError) as error:
         return [f"the inputs cannot be averaged again: {error.message}"]

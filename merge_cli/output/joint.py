@@ -34,9 +34,8 @@ from merge_cli.errors import OutputError, first_ten
 from merge_cli.output.folder import Done, Staging, already_there, differences
 from merge_cli.output.lock import Lock, flock
 from merge_cli.output.manifest import stands_for
-from merge_cli.planning.plan import MergePlan, OutputFile
+from merge_cli.planning.plan import MergePlan, OutputFile, WorkItem
 from merge_cli.ranks.launcher import Rank
-from merge_cli.ranks.shares import Piece
 from merge_cli.system.durable import fsync_folder, output_error, write_file
 from merge_cli.system.files import read_json
 
@@ -214,7 +213,7 @@ class JointStaging(Staging):
         """Whether claims are kept by the kernel, so that ranks can take over from each other, and share a file."""
         return self._lock.has_flock
 
-    def claim(self, piece: Piece, own: bool) -> bool:
+    def claim(self, piece: WorkItem, own: bool) -> bool:
         """Whether this rank is to write `piece` now: it is not done, and no other rank is at it."""
         if not own and self._record_file(piece.name).exists():
             return False
@@ -224,7 +223,7 @@ class JointStaging(Staging):
             self._forget_pieces(piece.file)
         return True
 
-    def _take(self, piece: Piece, own: bool) -> bool:
+    def _take(self, piece: WorkItem, own: bool) -> bool:
         path = self.folder / "claims" / _escaped(piece.name)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -243,7 +242,7 @@ class JointStaging(Staging):
                 os.close(fd)
         return False
 
-    def record_piece(self, piece: Piece, sha256: str, nonfinite: Mapping[str, int]) -> None:
+    def record_piece(self, piece: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
         """Note that a piece is durable, and let go of it. A piece that is a whole file is recorded as a single run does it."""
         try:
             if piece.is_whole:
@@ -269,14 +268,14 @@ class JointStaging(Staging):
 
     def assemble_file(self, file: OutputFile) -> None:
         """Complete a file if all its pieces are recorded and no other rank is at it."""
-        whole, records = Piece(file, 0, file.file_bytes), self._piece_records(file)
+        whole, records = WorkItem.whole(file), self._piece_records(file)
         if _covers(records, whole) and self._take(whole, own=True):
             counts = Counter[str]()
             for record in records:
                 counts.update(record["nonfinite"])
             self.record_piece(whole, assemble(file, self.checkpoint), counts)
 
-    def _is_recorded(self, piece: Piece) -> bool:
+    def _is_recorded(self, piece: WorkItem) -> bool:
         """Whether the piece, or all of its file, is recorded, and there as the record says."""
         if self._finished_files(verify=False, only=piece.file.name):
             return True
@@ -357,7 +356,7 @@ def _escaped(name: str) -> str:
     return name.replace("/", "%2F")
 
 
-def _covers(records: Sequence[Mapping[str, Any]], piece: Piece) -> bool:
+def _covers(records: Sequence[Mapping[str, Any]], piece: WorkItem) -> bool:
     """Whether the byte ranges of `records` together cover the piece."""
     begin = piece.begin
     for record in sorted(records, key=lambda record: int(record["begin"])):

@@ -15,7 +15,7 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -200,6 +200,42 @@ class OutputFile:
     file_bytes: int
     runs: tuple[Run | CodedRun, ...]
     names: tuple[str, ...]
+
+
+class WorkItem(NamedTuple):
+    """Bytes `begin` to `end` of one output file, for some of the plan's outputs: the unit that is claimed, opened and recorded."""
+
+    file: OutputFile
+    outputs: tuple[int, ...]
+    begin: int
+    end: int
+
+    @classmethod
+    def whole(cls, file: OutputFile, outputs: tuple[int, ...] = (0,)) -> WorkItem:
+        """All bytes of `file`."""
+        return cls(file, outputs, 0, file.file_bytes)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all of the file."""
+        return (self.begin, self.end) == (0, self.file.file_bytes)
+
+    @property
+    def name(self) -> str:
+        """A name that no other byte range of any file has."""
+        return self.file.name if self.is_whole else f"{self.file.name}@{self.begin}-{self.end}"
+
+    def parts(self) -> Iterator[tuple[Run | CodedRun, int, int]]:
+        """The runs in it, each with its first element (row, for quantized tensors) and its end."""
+        for run in self.file.runs:
+            first, last = run.between(self.begin, self.end)
+            if last > first or (self.is_whole and isinstance(run, CodedRun)):
+                yield run, first, last
+
+    @property
+    def bytes_to_write(self) -> int:
+        """The bytes of its data for one output."""
+        return sum(run.bytes_written(first, last) for run, first, last in self.parts())
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from merge_cli.planning.plan import OutputFile
+from merge_cli.planning.plan import OutputFile, WorkItem
 
 PIECE_ALIGNMENT = 4 << 20
 MIN_PIECE_BYTES = 64 << 20
@@ -24,32 +23,17 @@ _BALANCED = 1.1  # the largest share over the mean with which files stay whole
 _CUT_ABOVE = 0.25  # of a mean share: then no rank has more than 1.25 times the mean
 
 
-class Piece(NamedTuple):
-    """The part of an output file whose bytes lie from `begin` to `end`; the whole file where it is not cut."""
-
-    file: OutputFile
-    begin: int
-    end: int
-
-    @property
-    def is_whole(self) -> bool:
-        return (self.begin, self.end) == (0, self.file.file_bytes)
-
-    @property
-    def name(self) -> str:
-        """A name that no other piece has."""
-        return self.file.name if self.is_whole else f"{self.file.name}@{self.begin}-{self.end}"
-
-
-def cut(files: Sequence[OutputFile], world_size: int, min_bytes: int | None = None) -> list[Piece]:
-    """The pieces of `files` for `world_size` ranks, in the order of the plan.
+def cut(
+    files: Sequence[OutputFile], world_size: int, min_bytes: int | None = None, outputs: tuple[int, ...] = (0,)
+) -> list[WorkItem]:
+    """The pieces of `files` for `world_size` ranks, in the order of the plan, each for all of `outputs`.
 
     Files stay whole where that is balanced, since a file that is cut is read once more for its sha256; else those are cut that are
     large against a share. No piece is smaller than `min_bytes` (64 MiB), which is what taking turns is worth.
     """
     min_bytes = min_bytes or MIN_PIECE_BYTES
     mean = sum(file.file_bytes for file in files) / world_size
-    whole = [Piece(file, 0, file.file_bytes) for file in files]
+    whole = [WorkItem.whole(file, outputs) for file in files]
     if max((sum(piece.end for piece in share) for share in shares(whole, world_size)), default=0) <= _BALANCED * mean:
         return whole
     most = _CUT_ABOVE * mean
@@ -60,11 +44,11 @@ def cut(files: Sequence[OutputFile], world_size: int, min_bytes: int | None = No
             count *= 2
         alignment = min(PIECE_ALIGNMENT, min_bytes)
         ends = [file.file_bytes * i // count // alignment * alignment for i in range(1, count)] + [file.file_bytes]
-        pieces += [Piece(file, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        pieces += [WorkItem(file, outputs, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
     return pieces
 
 
-def shares(pieces: Sequence[Piece], world_size: int) -> list[list[Piece]]:
+def shares(pieces: Sequence[WorkItem], world_size: int) -> list[list[WorkItem]]:
     """What each rank writes: largest first, each piece to the rank with the least so far. Shares keep the order of `pieces`."""
     loads = [(0, rank) for rank in range(world_size)]
     owner = {}
@@ -72,13 +56,13 @@ def shares(pieces: Sequence[Piece], world_size: int) -> list[list[Piece]]:
         load, rank = heapq.heappop(loads)
         owner[position] = rank
         heapq.heappush(loads, (load + pieces[position].end - pieces[position].begin, rank))
-    found: list[list[Piece]] = [[] for _ in range(world_size)]
+    found: list[list[WorkItem]] = [[] for _ in range(world_size)]
     for position, piece in enumerate(pieces):
         found[owner[position]].append(piece)
     return found
 
 
-def order_of_work(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
+def order_of_work(pieces: Sequence[WorkItem], rank: int, world_size: int) -> list[WorkItem]:
     """All pieces in the order in which `rank` tries them: its share, then those that the next ranks would come to last."""
     found = shares(pieces, world_size)
     others = [piece for step in range(1, world_size) for piece in reversed(found[(rank + step) % world_size])]

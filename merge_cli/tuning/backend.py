@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from merge_cli.engine.budget import Budget
 from merge_cli.engine.device import CPU, Device, choose_device
-from merge_cli.engine.stream import Statistics, Todo, stream
+from merge_cli.engine.stream import Statistics, stream
 from merge_cli.errors import PmergeError
-from merge_cli.planning.plan import MergePlan
+from merge_cli.planning.plan import MergePlan, WorkItem
 
 SMALL_JOB_BYTES = 2_000_000_000
 SAMPLE_BYTES = 128_000_000
@@ -91,7 +91,9 @@ def sample(plan: MergePlan, device: Device, budget: Budget, num_bytes: int = SAM
     """
     outputs = tuple(range(len(plan.outputs)))
     kinds = ("average", "coded")
-    todo = [Todo(replace(file, runs=tuple(run for run in file.runs if run.kind in kinds)), outputs) for file in plan.files]
+    todo = [
+        WorkItem.whole(replace(file, runs=tuple(run for run in file.runs if run.kind in kinds)), outputs) for file in plan.files
+    ]
     allowing = replace(plan, spec=replace(plan.spec, allow_nonfinite=True))
     chunks, is_enough = 0, False
     done = first_round = Rate(0, 0.0)
@@ -125,7 +127,7 @@ class _Hasher:
 
     is_finished = False
 
-    def __init__(self, todo: Todo, folder: Path) -> None:
+    def __init__(self, todo: WorkItem, folder: Path) -> None:
         pass
 
     def write(self, offset: int, data: memoryview) -> bool:
