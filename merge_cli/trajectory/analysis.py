@@ -58,7 +58,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the weights of a window of checkpoints show. `groups` are by layer and kind, `kinds` by kind over all layers."""
+    """What the weights of a window of checkpoints show. `groups` are by layer and kind, `kinds` by kind over all layers.
+
+    `unit` is steps, tokens or positions, of the ages; `constant_since` is the step at which the learning rate became that of the
+    newest checkpoint (None: no log).
+    """
 
     schema: int
     members: tuple[Member, ...]
@@ -67,6 +71,7 @@ class Analysis:
     mean_age: float | None
     steps_so_far: float | None
     unit: str
+    constant_since: float | None
     verdict: Verdict
     findings: tuple[Finding, ...]
     whole: Spread
@@ -121,6 +126,7 @@ def analyze_grams(
         mean_age=mean_age,
         steps_so_far=so_far,
         unit=unit,
+        constant_since=since,
         verdict=judge(mean_age, so_far, unit, findings, begin),
         findings=tuple(findings),
         whole=_spread(Group(None, "all"), everything, values),

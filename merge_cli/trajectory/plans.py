@@ -12,6 +12,7 @@ An entry with `last` 1 is a checkpoint as it is.
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -73,13 +74,16 @@ def merge(method: str, last: int, every: int, at: int) -> Entry:
     return {"name": f"{method}-last{last}-every{every}-at{at}", "method": method, "last": last, "every": every, "at": at}
 
 
-def window(steps: Sequence[int], every: int, at: int) -> int:
-    """How many checkpoints there are one `every` steps back from `at`, each within a tenth of that."""
-    inside = [step for step in steps if step <= at]
+def window(steps: Sequence[float], every: float, at: float) -> int:
+    """How many checkpoints there are one `every` steps back from `at`, each within a tenth of that; `steps` ascend."""
     count = 0
-    while any(10 * abs(step - (at - count * every)) <= every for step in inside):
+    while True:
+        place = at - count * every
+        after = bisect.bisect_left(steps, place)
+        near = [step for step in steps[max(after - 1, 0) : after + 1] if step <= at]
+        if not any(10 * abs(step - place) <= every for step in near):
+            return count
         count += 1
-    return count
 
 
 def _auto(steps: list[int], gap: int) -> list[Entry]:
