@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from merge_cli.errors import UsageError
-from merge_cli.methods import coefficients
+from merge_cli.request.methods import coefficients
 from merge_cli.trajectory.analysis import analyze_grams
 from merge_cli.trajectory.findings import Finding
 from merge_cli.trajectory.forecast import CONDITIONS, Forecast, forecast
