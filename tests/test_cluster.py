@@ -15,7 +15,7 @@ from test_quantized_average import quantized_run
 from merge_cli import plan_average
 from merge_cli.engine.reducers.quantized import rows_of
 from merge_cli.errors import UsageError
-from merge_cli.planning.plan import CodedRun, OutputFile, WorkItem
+from merge_cli.planning.plan import OutputFile, QuantizedExtent, WorkItem
 from merge_cli.ranks.launcher import ARRAY, Rank, find_rank
 from merge_cli.ranks.shares import MIN_PIECE_BYTES, PIECE_ALIGNMENT, cut, order_of_work, shares
 
@@ -172,8 +172,8 @@ def chunks(todo: WorkItem, values: int) -> list[tuple[int, int, int]]:
     """(run, first, end) of every chunk of quantised rows, or of elements."""
     found = []
     for run, first, end in todo.parts():
-        number = todo.file.runs.index(run)
-        if isinstance(run, CodedRun) and not (run.codec and run.codec.needs_stats):
+        number = todo.file.extents.index(run)
+        if isinstance(run, QuantizedExtent) and not (run.codec and run.codec.needs_stats):
             found += [(number, r0, r1) for r0, r1 in rows_of(run, values, first, end)]
         else:
             found.append((number, first, end))
@@ -192,11 +192,11 @@ def test_what_begins_in_the_pieces_is_the_whole_file(case: str, tmp_path: Path) 
                 parts = [WorkItem(file, (0,), begin, end) for begin, end in pairwise(ends)]
                 assert sum(part.bytes_to_write for part in parts) == size - len(file.header)
                 found = sorted(chunk for i, part in enumerate(parts) for chunk in chunks(part, 64 * (1 + i % 3)))
-                for number, run in enumerate(file.runs):
+                for number, run in enumerate(file.extents):
                     here = [(a, b) for n, a, b in found if n == number and b > a]
-                    total = run.num_rows if isinstance(run, CodedRun) else run.num_elements
+                    total = run.num_rows if isinstance(run, QuantizedExtent) else run.num_elements
                     assert [0, *(b for _, b in here)] == [*(a for a, _ in here), total]
-                    if isinstance(run, CodedRun):
+                    if isinstance(run, QuantizedExtent):
                         assert all(a % run.row_step == 0 for a, _ in here)
 
 

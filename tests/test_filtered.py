@@ -17,7 +17,7 @@ from merge_cli.engine.arithmetic import WeightedSum
 from merge_cli.engine.buffers import elements
 from merge_cli.engine.matmul_sums import FILTER_ELEMENTS, FilteredSums, Product
 from merge_cli.engine.reducers.cpu import Lane
-from merge_cli.planning.plan import Run, Source
+from merge_cli.planning.plan import Extent, Location
 
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 EMA = (0.512, 0.128, 0.16, 0.2)
@@ -42,7 +42,7 @@ class Sums:
         self.lane = Lane(len(sources), OUTPUTS, max(self.count, capacity), max(self.count, capacity) * width)
         for buffer, source in zip(self.lane.inputs, sources, strict=True):
             elements(buffer, source.dtype, 0, self.count).copy_(source)
-        self.run = Run("average", "BF16", 0, self.count, tuple(Source(None, 0, NAMES[s.dtype]) for s in sources), ("a",), (0,))  # type: ignore[arg-type]
+        self.run = Extent("average", "BF16", 0, self.count, tuple(Location(None, 0, NAMES[s.dtype]) for s in sources), ("a",), (0,))  # type: ignore[arg-type]
         self.loaded: list[int] = []
         self.done: list[set[int]] = []
         self._monkeypatch = monkeypatch

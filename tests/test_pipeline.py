@@ -32,7 +32,7 @@ from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reducers.pipeline import DEPTH, STAGES, Ring, ring_device_bytes, ring_host_bytes
 from merge_cli.errors import NonFiniteError, OutputError, PmergeError, UsageError
 from merge_cli.features.average import AverageResult
-from merge_cli.planning.plan import Run, Source
+from merge_cli.planning.plan import Extent, Location
 
 METHODS: dict[str, dict[str, Any]] = {"sma": {}, "ema": {"alpha": 0.1}, "weights": {"weights": [0.7, 0.5, -0.3, 0.1]}}
 CHUNK_BYTES = 1 << 15
@@ -159,7 +159,7 @@ def test_nothing_is_left_on_the_device_of_a_chunk_that_is_given_up(at: int) -> N
     """Results that are copied back late would overwrite those of the CPU."""
     queues = FakeQueues(World(eagerness=0.0, failure=Failure(at, torch.OutOfMemoryError("fake"))))
     ring = Ring(queues, 1, 4096, 1 << 14)
-    run = Run("average", "F32", 0, 100, (Source(None, 0, "F32"),) * 2, ("w",), (0,))  # type: ignore[arg-type]  # no file is read
+    run = Extent("average", "F32", 0, 100, (Location(None, 0, "F32"),) * 2, ("w",), (0,))  # type: ignore[arg-type]  # no file is read
     slot = ring.take()
     ring.start(slot, run, 100, {0: WeightedSum((0, 1), (1.0, 1.0), 2.0, True)}, "auto", lambda i, buffer: None)
     assert slot.ran_out_of_memory and queues.pending() == 0

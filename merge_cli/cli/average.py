@@ -292,7 +292,7 @@ def _show_plan(plan: AveragePlan) -> None:
     if side.kept or side.skipped:
         console.say(f"  kept from the base: {console.names(side.kept) or 'nothing'}")
         console.say(f"  left out: {console.names(side.skipped) or 'nothing'}")
-    copied = sorted({key for file in merge.files for run in file.runs if run.is_copy for key in run.keys})
+    copied = sorted({key for file in merge.files for run in file.extents if run.is_copy for key in run.keys})
     if copied:
         console.say(f"  copied, not averaged: {len(copied)} tensors ({console.names(copied, 3)})")
     if merge.spec.dtype != "keep":

@@ -11,7 +11,7 @@ from merge_cli.engine.reducers.quantized import ACCELERATOR_VALUES, TARGET_VALUE
 from merge_cli.engine.storage import DIRECT_BLOCK_BYTES, LARGE_REQUEST_BYTES, are_local
 from merge_cli.errors import UsageError
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import CodedRun, MergePlan, Run
+from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent
 
 DEFAULT_MEMORY_BYTES = 2 << 30
 DEFAULT_DEVICE_BYTES = 2 << 30
@@ -26,7 +26,7 @@ _FREE_SHARE = 0.75  # of an accelerator's free memory, at most, where nothing is
 class Budget:
     """How the memory is used: `bytes` in all, by `workers` threads with chunks of `chunk_elements` (at most `chunk_bytes`).
 
-    Quantised tensors are taken in chunks of about `coded_values` values. `device_bytes` are what an accelerator holds. With
+    Quantised tensors are taken in chunks of about `quantized_values` values. `device_bytes` are what an accelerator holds. With
     `slack_bytes` more in every input's buffer inputs are read with O_DIRECT, which takes whole blocks of the storage.
     """
 
@@ -34,7 +34,7 @@ class Budget:
     chunk_elements: int
     chunk_bytes: int
     bytes: int
-    coded_values: int = TARGET_VALUES
+    quantized_values: int = TARGET_VALUES
     device_bytes: int = 0
     slack_bytes: int = 0
 
@@ -55,12 +55,12 @@ def fit_memory(
     quarters of what is free).
     Raises UsageError, with need and have, when not even a small chunk fits.
     """
-    plain = [run for file in plan.files for run in file.runs if isinstance(run, Run)]
-    coded = [run for file in plan.files for run in file.runs if isinstance(run, CodedRun)]
-    dtypes = {dtype for run in plain for dtype in (run.dtype, *(source.dtype for source in run.sources))}
+    plain = [extent for file in plan.files for extent in file.extents if isinstance(extent, Extent)]
+    coded = [extent for file in plan.files for extent in file.extents if isinstance(extent, QuantizedExtent)]
+    dtypes = {dtype for extent in plain for dtype in (extent.dtype, *(source.dtype for source in extent.sources))}
     item_bytes = max((DTYPES[dtype].bits for dtype in dtypes), default=16) // 8
     buffers = len(plan.inputs) + len(plan.outputs)
-    longest = max((run.num_elements for run in plain), default=1)
+    longest = max((extent.num_elements for extent in plain), default=1)
     wanted = chunk_bytes or _good_chunk_bytes(plan, device, item_bytes, direct)
     target = max(1, min(wanted // item_bytes // _CHUNK_MULTIPLE, -(-longest // _CHUNK_MULTIPLE))) * _CHUNK_MULTIPLE
     slack_bytes = 2 * DIRECT_BLOCK_BYTES if direct else 0
@@ -68,17 +68,17 @@ def fit_memory(
     if device.is_accelerator and device_memory is None:
         device_memory = min(DEFAULT_DEVICE_BYTES, int(device.free_bytes() * _FREE_SHARE))
 
-    def need(workers: int, chunk_elements: int, coded_values: int) -> int:
+    def need(workers: int, chunk_elements: int, quantized_values: int) -> int:
         bytes_of_rows = host_bytes_for if device.is_accelerator else bytes_for
-        rows = bytes_of_rows(largest_chunk(coded, coded_values), len(plan.outputs), slack_bytes if coded else 0)
+        rows = bytes_of_rows(largest_chunk(coded, quantized_values), len(plan.outputs), slack_bytes if coded else 0)
         lane_elements = min(REDONE_ELEMENTS, chunk_elements) if device.is_accelerator else chunk_elements
         lane = buffers * lane_elements * item_bytes + device.scratch_bytes(lane_elements, len(plan.inputs), len(plan.outputs))
         lane += len(plan.inputs) * slack_bytes
         ring = ring_host_bytes(len(plan.outputs), chunk_elements * item_bytes, slack_bytes) if device.is_accelerator else 0
         return workers * (lane + ring + rows)
 
-    def need_of_device(workers: int, chunk_elements: int, coded_values: int) -> int:
-        rows = bytes_for(largest_chunk(coded, coded_values), len(plan.outputs))
+    def need_of_device(workers: int, chunk_elements: int, quantized_values: int) -> int:
+        rows = bytes_for(largest_chunk(coded, quantized_values), len(plan.outputs))
         return workers * (ring_device_bytes(len(plan.outputs), chunk_elements, chunk_elements * item_bytes) + rows)
 
     def fits(*size: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from merge_cli.engine.arithmetic import WeightedSum, torch_dtype
 from merge_cli.engine.buffers import elements
 from merge_cli.engine.reducers.cpu import Lane
-from merge_cli.planning.plan import Run
+from merge_cli.planning.plan import Extent
 
 _SLICE_ELEMENTS = 1 << 16
 
@@ -27,7 +27,7 @@ class Nonfinite:
     counts: dict[str, int]
 
 
-def describe_nonfinite(lane: Lane, run: Run, start: int, count: int, operations: Mapping[int, WeightedSum]) -> Nonfinite:
+def describe_nonfinite(lane: Lane, extent: Extent, start: int, count: int, operations: Mapping[int, WeightedSum]) -> Nonfinite:
     """Look through the chunk of `count` elements from element `start` of `run` that lies in the lane's buffers.
 
     `operations` tell by their keys and inputs which of the buffers.
@@ -36,23 +36,23 @@ def describe_nonfinite(lane: Lane, run: Run, start: int, count: int, operations:
     by_file: dict[str, Counter[str]] = {}
     first = count
     for i in sorted({i for operation in operations.values() for i in operation.inputs}):
-        source = run.sources[i]
+        source = extent.sources[i]
         for position in _bad_positions(elements(lane.inputs[i], torch_dtype(source.dtype), 0, count)):
             first = min(first, position)
-            key = run.key_at(start + position)
+            key = extent.key_at(start + position)
             by_file.setdefault(key, Counter())[str(source.file.path)] += 1
             counts[key] += 1
     if counts:
-        culprit = run.key_at(start + first)
+        culprit = extent.key_at(start + first)
         details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file[culprit].items())
         hint = "leave that checkpoint out; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
         return Nonfinite(culprit, "has NaN or Inf in an input", details, hint, dict(counts))
-    outputs = (elements(lane.outputs[k], torch_dtype(run.dtype), 0, count) for k in operations)
+    outputs = (elements(lane.outputs[k], torch_dtype(extent.dtype), 0, count) for k in operations)
     overflowed = next(filter(None, map(_bad_positions, outputs)), [])
-    counts.update(run.key_at(start + position) for position in overflowed)
-    key = next(iter(counts), run.key_at(start))
-    details = (f"{counts[key] or 'some'} results are too large for {run.dtype}",)
-    return Nonfinite(key, f"overflows {run.dtype}", details, "write a wider dtype:  --dtype fp32", dict(counts))
+    counts.update(extent.key_at(start + position) for position in overflowed)
+    key = next(iter(counts), extent.key_at(start))
+    details = (f"{counts[key] or 'some'} results are too large for {extent.dtype}",)
+    return Nonfinite(key, f"overflows {extent.dtype}", details, "write a wider dtype:  --dtype fp32", dict(counts))
 
 
 def _bad_positions(values: torch.Tensor) -> list[int]:

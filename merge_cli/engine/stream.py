@@ -30,13 +30,13 @@ from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
 from merge_cli.engine.reducers.cpu import Lane
 from merge_cli.engine.reducers.pipeline import DEPTH, Ring, Slot
-from merge_cli.engine.reducers.quantized import CodedReducers, keep_freed_memory, rows_of
+from merge_cli.engine.reducers.quantized import QuantizedReducers, keep_freed_memory, rows_of
 from merge_cli.engine.storage import is_larger_than_cache
 from merge_cli.engine.writer import PieceWriter, ShardWriter, Writer
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError, first_ten
 from merge_cli.formats.quantization.error import combine_totals, relative_errors
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import CodedRun, MergePlan, Run, WorkItem
+from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent, WorkItem
 
 
 @dataclass
@@ -94,7 +94,7 @@ def stream(
     `writer(todo, folder)` makes what takes the bytes; `claim(todo)` is asked when its turn comes, and False leaves it to others.
     `after(todo)` is called after `on_file`, and may take its time: it does not keep the other workers.
     """
-    if any(isinstance(run, CodedRun) for each in todo for run in each.file.runs):
+    if any(isinstance(run, QuantizedExtent) for each in todo for run in each.file.extents):
         keep_freed_memory()
     with InputFiles(keep_cached=not is_larger_than_cache(plan), direct=budget.slack_bytes > 0) as inputs:
         check_equal_integers(plan, todo, inputs)
@@ -123,7 +123,7 @@ class _Started:
 
     number: int
     open_file: _OpenFile
-    run: Run
+    run: Extent
     start: int
     count: int
     slot: Slot
@@ -226,7 +226,7 @@ class _Job:
                 f" bytes instead of {planned.workers} with {planned.chunk_bytes}"
             ]
 
-    def _chunks(self, todo: Sequence[WorkItem]) -> Iterator[tuple[_OpenFile, Run | CodedRun | None, int, int]]:
+    def _chunks(self, todo: Sequence[WorkItem]) -> Iterator[tuple[_OpenFile, Extent | QuantizedExtent | None, int, int]]:
         """Every chunk of the work, in file order: (file, run, start, count); run None for an empty file.
 
         Elements are counted, or rows for quantised tensors; those whose codec must see all values first are one chunk.
@@ -241,9 +241,9 @@ class _Job:
             if not parts:
                 yield open_file, None, 0, 0
             for run, first, end in parts:
-                if isinstance(run, CodedRun):
+                if isinstance(run, QuantizedExtent):
                     whole = run.codec is not None and run.codec.needs_stats
-                    chunks = [(first, end)] if whole else rows_of(run, self.budget.coded_values, first, end)
+                    chunks = [(first, end)] if whole else rows_of(run, self.budget.quantized_values, first, end)
                     yield from ((open_file, run, r0, r1 - r0) for r0, r1 in chunks)
                     continue
                 for start in range(first, end, self.budget.chunk_elements):
@@ -257,14 +257,14 @@ class _Job:
             num_elements = self.budget.chunk_elements if ring is None else min(REDONE_ELEMENTS, self.budget.chunk_elements)
             chunk_bytes = num_elements * (self.budget.chunk_bytes // self.budget.chunk_elements)
             lane = Lane(len(self.plan.inputs), len(self.plan.outputs), num_elements, chunk_bytes, self.budget.slack_bytes)
-            coded = CodedReducers(self.device, self.inputs, self.plan.spec.accumulate, self.budget.slack_bytes)
+            coded = QuantizedReducers(self.device, self.inputs, self.plan.spec.accumulate, self.budget.slack_bytes)
             while not self._stopped.is_set():
                 with self._lock:
                     chunk = next(self._work, None)
                 if chunk is None:
                     break
                 number, (open_file, run, start, count) = chunk
-                if isinstance(run, CodedRun):
+                if isinstance(run, QuantizedExtent):
                     self._process_coded(coded, open_file, run, start, start + count)
                 elif ring is None or run is None:
                     self._process(lane, open_file, run, start, count)
@@ -296,7 +296,7 @@ class _Job:
                 self._error = (number, error)
         self._stopped.set()
 
-    def _process(self, lane: Lane, open_file: _OpenFile, run: Run | None, start: int, count: int) -> None:
+    def _process(self, lane: Lane, open_file: _OpenFile, run: Extent | None, start: int, count: int) -> None:
         if run is None:
             for k in open_file.writers:
                 self._complete(open_file, k)
@@ -326,7 +326,7 @@ class _Job:
         writing = time.perf_counter() - computed
         self._count(reading, computed - began - reading, writing, bytes_read, run, count, open_file)
 
-    def _read(self, run: Run, i: int, start: int, count: int, buffer: HostBuffer) -> int:
+    def _read(self, run: Extent, i: int, start: int, count: int, buffer: HostBuffer) -> int:
         """Read elements of one input into `buffer`; how many bytes."""
         source = run.sources[i]
         bits = DTYPES[source.dtype].bits
@@ -334,7 +334,7 @@ class _Job:
         buffer.fill(self.inputs, source.file, source.offset + start * bits // 8, size, max(1, bits // 8))
         return size
 
-    def _write(self, open_file: _OpenFile, run: Run, start: int, count: int, results: Mapping[int, HostBuffer]) -> None:
+    def _write(self, open_file: _OpenFile, run: Extent, start: int, count: int, results: Mapping[int, HostBuffer]) -> None:
         """Write elements of a run from `results`, one buffer an output."""
         bits = DTYPES[run.dtype].bits
         offset, size = run.offset + start * bits // 8, count * bits // 8
@@ -343,7 +343,7 @@ class _Job:
                 self._complete(open_file, k)
 
     def _count(
-        self, reading: float, computing: float, writing: float, bytes_read: int, run: Run, count: int, open_file: _OpenFile
+        self, reading: float, computing: float, writing: float, bytes_read: int, run: Extent, count: int, open_file: _OpenFile
     ) -> None:
         with self._lock:
             statistics = self.statistics
@@ -354,7 +354,7 @@ class _Job:
             statistics.bytes_written += count * DTYPES[run.dtype].bits // 8 * len(open_file.writers)
             self._on_progress(statistics)
 
-    def _start(self, ring: Ring, number: int, open_file: _OpenFile, run: Run, start: int, count: int) -> _Started:
+    def _start(self, ring: Ring, number: int, open_file: _OpenFile, run: Extent, start: int, count: int) -> _Started:
         """Read a chunk and have the accelerator reduce it. Raises _Stopped when the run is to end."""
         began = time.perf_counter()
         slot = ring.take()
@@ -420,10 +420,10 @@ class _Job:
             if note not in self.statistics.notes:
                 self.statistics.notes.append(note)
 
-    def _process_coded(self, reducer: CodedReducers, open_file: _OpenFile, run: CodedRun, first: int, end: int) -> None:
+    def _process_coded(self, reducer: QuantizedReducers, open_file: _OpenFile, run: QuantizedExtent, first: int, end: int) -> None:
         began = time.perf_counter()
         whole = run.codec is not None and run.codec.needs_stats
-        chunks = list(rows_of(run, self.budget.coded_values)) if whole else [(first, end)]
+        chunks = list(rows_of(run, self.budget.quantized_values)) if whole else [(first, end)]
         operations = list(open_file.operations.values())
         stats = reducer.stats(run, chunks, operations)
         for r0, r1 in chunks:
@@ -449,7 +449,7 @@ class _Job:
                     self._on_progress(statistics)
                 began = time.perf_counter()
 
-    def _add_up(self, reducer: CodedReducers) -> None:
+    def _add_up(self, reducer: QuantizedReducers) -> None:
         """Take over what a worker has counted."""
         if reducer.done_on_cpu:
             self._note_done_on_cpu()
@@ -465,7 +465,7 @@ class _Job:
             self._on_file(k, open_file.todo, sha256, dict(open_file.nonfinite))
         self._after(open_file.todo)
 
-    def _handle_nonfinite(self, lane: Lane, open_file: _OpenFile, run: Run, start: int, count: int) -> None:
+    def _handle_nonfinite(self, lane: Lane, open_file: _OpenFile, run: Extent, start: int, count: int) -> None:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
         found = describe_nonfinite(lane, run, start, count, open_file.operations)
         if not self.plan.spec.allow_nonfinite:
@@ -481,7 +481,7 @@ def check_equal_integers(plan: MergePlan, todo: Sequence[WorkItem], inputs: Inpu
     """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs of each output."""
     block = memoryview(bytearray(block_bytes))
     different: dict[str, set[str]] = {}
-    equal = [(run, each) for each in todo for run in each.file.runs if isinstance(run, Run) and run.kind == "equal"]
+    equal = [(run, each) for each in todo for run in each.file.extents if isinstance(run, Extent) and run.kind == "equal"]
     for run, each in equal:
         outputs = [plan.outputs[k] for k in each.outputs]
         used = sorted({i for output in outputs for i in output.inputs})

@@ -32,7 +32,7 @@ from merge_cli.formats.files import check_stays_inside, list_folder, read_exactl
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header
 from merge_cli.formats.untrusted_json import check_depth
 from merge_cli.names import MANIFEST
-from merge_cli.planning.plan import CodedRun, MergePlan, Output, OutputFile, Run, Source, WorkItem
+from merge_cli.planning.plan import Extent, Location, MergePlan, Output, OutputFile, QuantizedExtent, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.methods import Coefficients
 from merge_cli.request.spec import MergeSpec
@@ -324,26 +324,28 @@ def _plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan |
 
 def _keys(plan: MergePlan) -> set[str]:
     """The tensors of the plan that have elements."""
-    return {key for file in plan.files for run in file.runs for key in run.keys}
+    return {key for file in plan.files for extent in file.extents for key in extent.keys}
 
 
 def _restricted(plan: MergePlan, sample: int | None) -> MergePlan:
     """The same plan for `sample` tensors drawn at random, all of them for None."""
     keys = sorted(_keys(plan))
     chosen = set(keys) if sample is None or sample >= len(keys) else set(random.sample(keys, sample))
-    files = [replace(f, runs=tuple(part for run in f.runs for part in _restricted_run(run, chosen))) for f in plan.files]
-    return replace(plan, files=tuple(file for file in files if file.runs))
+    files = [
+        replace(f, extents=tuple(part for extent in f.extents for part in _restricted_extent(extent, chosen))) for f in plan.files
+    ]
+    return replace(plan, files=tuple(file for file in files if file.extents))
 
 
-def _restricted_run(run: Run | CodedRun, chosen: set[str]) -> Iterator[Run | CodedRun]:
-    if chosen.issuperset(run.keys):
-        yield run
-    elif isinstance(run, Run):
-        for key, start, end in zip(run.keys, run.starts, (*run.starts[1:], run.num_elements), strict=True):
+def _restricted_extent(extent: Extent | QuantizedExtent, chosen: set[str]) -> Iterator[Extent | QuantizedExtent]:
+    if chosen.issuperset(extent.keys):
+        yield extent
+    elif isinstance(extent, Extent):
+        for key, start, end in zip(extent.keys, extent.starts, (*extent.starts[1:], extent.num_elements), strict=True):
             if key in chosen:
-                sources = tuple(Source(s.file, s.offset + start * DTYPES[s.dtype].bits // 8, s.dtype) for s in run.sources)
-                offset = run.offset + start * DTYPES[run.dtype].bits // 8
-                yield replace(run, offset=offset, num_elements=end - start, sources=sources, keys=(key,), starts=(0,))
+                sources = tuple(Location(s.file, s.offset + start * DTYPES[s.dtype].bits // 8, s.dtype) for s in extent.sources)
+                offset = extent.offset + start * DTYPES[extent.dtype].bits // 8
+                yield replace(extent, offset=offset, num_elements=end - start, sources=sources, keys=(key,), starts=(0,))
 
 
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:

@@ -4,9 +4,10 @@ The plan fixes which output files there will be, every byte offset in them, and 
 comes from. All that can be wrong with a set of checkpoints surfaces here, in seconds: a missing tensor, another shape, a format
 that cannot be averaged. It does not say how the work is done (device, memory, threads): output bytes depend on the plan alone.
 
-The unit of the plan is the `Run`: adjacent tensors of one output file that are also adjacent in every input and are treated
+The unit of the plan is the `Extent`: adjacent tensors of one output file that are also adjacent in every input and are treated
 alike. A checkpoint with 100,000 small tensors has a few hundred runs, so the work per tensor stays small. The engine cuts runs
-into chunks of whatever size fits its memory. A tensor that is quantised, in an input or in the output, has a `CodedRun` of its own.
+into chunks of whatever size fits its memory. A tensor that is quantized, in an input or in the output,
+has a `QuantizedExtent` of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ALGORITHM = 1
 """Raised whenever the same request would give other bytes; part of the fingerprint, so that a resumed run never mixes two."""
 
 
-class Source(NamedTuple):
+class Location(NamedTuple):
     """Where the elements of a run lie in one input: `offset` is the first byte in the file."""
 
     file: WeightFile
@@ -38,19 +39,19 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class Extent:
     """Adjacent tensors of one output file, adjacent in every input too, all treated alike.
 
     `kind` is "average" (floats: weighted sum), "equal" (integers: copied from an output's base after its inputs were found equal)
     or "copy" (from the base, unchanged). `sources` has one entry an input, in the plan's order; only the base's for "copy".
-    `keys[i]` begins at element `starts[i]` of the run.
+    `keys[i]` begins at element `starts[i]` of the extent.
     """
 
     kind: str
     dtype: str
     offset: int
     num_elements: int
-    sources: tuple[Source, ...]
+    sources: tuple[Location, ...]
     keys: tuple[str, ...]
     starts: tuple[int, ...]
 
@@ -80,11 +81,11 @@ class Run:
 
     @property
     def bytes_read(self) -> int:
-        """The bytes that are read from all inputs for this run."""
+        """The bytes that are read from all inputs for this extent."""
         return sum(self.source_bytes)
 
 
-class Part(NamedTuple):
+class PartLocation(NamedTuple):
     """Where one part (codes, scales ...) of a quantised tensor lies in an input."""
 
     role: str
@@ -93,14 +94,14 @@ class Part(NamedTuple):
     num_bytes: int
 
 
-class CodedSource(NamedTuple):
+class QuantizedSource(NamedTuple):
     """A quantised tensor in one input: `parts` are read, `codec` makes float32 of them."""
 
     codec: Codec
-    parts: tuple[Part, ...]
+    parts: tuple[PartLocation, ...]
 
 
-class Sink(NamedTuple):
+class PartOffset(NamedTuple):
     """Where a tensor, or one part of a quantised one, begins in the output file; `role` is empty for plain values."""
 
     role: str
@@ -108,7 +109,7 @@ class Sink(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CodedRun:
+class QuantizedExtent:
     """One tensor, quantised in an input or in the output: `shape` of its values, one source an input (only the base's for a copy).
 
     Plain values of `dtype` are written to the one sink, or, where `codec` is given, the parts that `encode` makes, each to the sink
@@ -117,12 +118,12 @@ class CodedRun:
 
     key: str
     shape: tuple[int, ...]
-    sources: tuple[Source | CodedSource, ...]
+    sources: tuple[Location | QuantizedSource, ...]
     is_copy: bool
     dtype: str
     codec: Codec | None
     base: int
-    sinks: tuple[Sink, ...]
+    sinks: tuple[PartOffset, ...]
 
     kind = "coded"
 
@@ -142,7 +143,7 @@ class CodedRun:
     @property
     def row_step(self) -> int:
         """Rows that no codec of this run can split."""
-        codecs = [source.codec for source in self.sources if isinstance(source, CodedSource)]
+        codecs = [source.codec for source in self.sources if isinstance(source, QuantizedSource)]
         return math.lcm(*(codec.row_step(self.shape) for codec in [*codecs, *([self.codec] if self.codec else [])]))
 
     def rows_at_once(self, values: int) -> int:
@@ -179,7 +180,7 @@ class CodedRun:
             times
             * (
                 sum(part.num_bytes for part in source.parts)
-                if isinstance(source, CodedSource)
+                if isinstance(source, QuantizedSource)
                 else self.num_elements * DTYPES[source.dtype].bits // 8
             )
             for source in self.sources
@@ -187,7 +188,7 @@ class CodedRun:
 
     @property
     def bytes_read(self) -> int:
-        """The bytes that are read from all inputs for this run."""
+        """The bytes that are read from all inputs for this extent."""
         return sum(self.source_bytes)
 
 
@@ -198,7 +199,7 @@ class OutputFile:
     name: str
     header: bytes
     file_bytes: int
-    runs: tuple[Run | CodedRun, ...]
+    extents: tuple[Extent | QuantizedExtent, ...]
     names: tuple[str, ...]
 
 
@@ -225,17 +226,17 @@ class WorkItem(NamedTuple):
         """A name that no other byte range of any file has."""
         return self.file.name if self.is_whole else f"{self.file.name}@{self.begin}-{self.end}"
 
-    def parts(self) -> Iterator[tuple[Run | CodedRun, int, int]]:
+    def parts(self) -> Iterator[tuple[Extent | QuantizedExtent, int, int]]:
         """The runs in it, each with its first element (row, for quantized tensors) and its end."""
-        for run in self.file.runs:
-            first, last = run.between(self.begin, self.end)
-            if last > first or (self.is_whole and isinstance(run, CodedRun)):
-                yield run, first, last
+        for extent in self.file.extents:
+            first, last = extent.between(self.begin, self.end)
+            if last > first or (self.is_whole and isinstance(extent, QuantizedExtent)):
+                yield extent, first, last
 
     @property
     def bytes_to_write(self) -> int:
         """The bytes of its data for one output."""
-        return sum(run.bytes_written(first, last) for run, first, last in self.parts())
+        return sum(extent.bytes_written(first, last) for extent, first, last in self.parts())
 
 
 @dataclass(frozen=True)
@@ -271,13 +272,13 @@ class MergePlan:
     @property
     def bytes_to_read(self) -> int:
         """The bytes of weights that are read from all inputs together."""
-        return sum(run.bytes_read for file in self.files for run in file.runs)
+        return sum(extent.bytes_read for file in self.files for extent in file.extents)
 
     def bytes_of_inputs(self) -> list[int]:
         """The bytes of weights that are read from each input. Not for plans with runs that are copies: those have one source."""
         totals = [0] * len(self.inputs)
-        for run in (run for file in self.files for run in file.runs):
-            for i, size in enumerate(run.source_bytes):
+        for extent in (extent for file in self.files for extent in file.extents):
+            for i, size in enumerate(extent.source_bytes):
                 totals[i] += size
         return totals
 
@@ -294,7 +295,7 @@ class MergePlan:
             tuple(self.steps[i] for i in output.inputs),
             output.inputs.index(output.base),
             (Output(tuple(range(count)), output.coefficients, output.inputs.index(output.base)),),
-            tuple(replace(file, runs=()) for file in self.files),
+            tuple(replace(file, extents=()) for file in self.files),
             dequantized=self.dequantized,
         )
 
@@ -326,14 +327,14 @@ class MergePlan:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-class RunBuilder:
+class ExtentBuilder:
     """Joins the tensors of one output file into runs."""
 
     def __init__(self) -> None:
-        self.runs: list[Run | CodedRun] = []
+        self.extents: list[Extent | QuantizedExtent] = []
         self._kind = self._dtype = ""
         self._offset = self._count = self._end = 0
-        self._sources: tuple[Source, ...] = ()
+        self._sources: tuple[Location, ...] = ()
         self._next: list[tuple[WeightFile, int, str]] = []
         self._keys: list[str] = []
         self._starts: list[int] = []
@@ -346,7 +347,7 @@ class RunBuilder:
         offset: int,
         end: int,
         count: int,
-        sources: Iterable[tuple[Source, int]],
+        sources: Iterable[tuple[Location, int]],
     ) -> None:
         """Add a tensor of `count` elements for bytes `offset` to `end`; each source comes with its own size in bytes."""
         if not count:
@@ -363,19 +364,19 @@ class RunBuilder:
         self._end = end
         self._next = [(source.file, source.offset + size, source.dtype) for source, size in pairs]
 
-    def add_coded(self, run: CodedRun) -> None:
+    def add_quantized(self, extent: QuantizedExtent) -> None:
         """Add the run of a quantised tensor."""
         self._close()
-        self.runs.append(run)
+        self.extents.append(extent)
 
-    def finish(self) -> tuple[Run | CodedRun, ...]:
+    def finish(self) -> tuple[Extent | QuantizedExtent, ...]:
         self._close()
-        return tuple(self.runs)
+        return tuple(self.extents)
 
     def _close(self) -> None:
         if self._keys:
-            self.runs.append(
-                Run(
+            self.extents.append(
+                Extent(
                     self._kind,
                     self._dtype,
                     self._offset,

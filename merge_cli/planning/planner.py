@@ -19,7 +19,17 @@ from merge_cli.formats.experts import as_dialect_of
 from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, shape_of, view
 from merge_cli.formats.safetensors import DTYPES, Header, lay_out
 from merge_cli.planning.compatibility import check_same_ranks, check_same_tensors, disagreements
-from merge_cli.planning.plan import CodedRun, CodedSource, MergePlan, Output, OutputFile, Part, RunBuilder, Sink, Source
+from merge_cli.planning.plan import (
+    ExtentBuilder,
+    Location,
+    MergePlan,
+    Output,
+    OutputFile,
+    PartLocation,
+    PartOffset,
+    QuantizedExtent,
+    QuantizedSource,
+)
 from merge_cli.request.spec import MergeSpec
 
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -30,7 +40,7 @@ ROUTER_BIAS = "e_score_correction_bias"
 class Entry(NamedTuple):
     """A tensor of the output: `name` in its file, and how it comes about.
 
-    `kind` is one of those of `Run`, or "quantize": one part, by `role`, of the tensor `key`. `sources` are the inputs to read.
+    `kind` is one of those of `Extent`, or "quantize": one part, by `role`, of the tensor `key`. `sources` are the inputs to read.
     """
 
     key: str
@@ -230,7 +240,7 @@ def _plan_file(
     base: int,
 ) -> OutputFile:
     raw, header = lay_out([(entry.name, entry.dtype, entry.shape) for entry in entries], metadata)
-    builder = RunBuilder()
+    builder = ExtentBuilder()
     quantized: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.kind == "quantize":
@@ -239,7 +249,7 @@ def _plan_file(
         offset = header.data_start + header.tensors[entry.name].start
         if entry.kind == "quantize":
             if parts := quantized.pop(entry.key, None):
-                builder.add_coded(_quantized_run(parts, header, tensors, base))
+                builder.add_quantized(_quantized_extent(parts, header, tensors, base))
         elif entry.kind == "average":
             _add_average(builder, entry, offset, [tensors[i][entry.key] for i in entry.sources], base)
         else:
@@ -248,7 +258,7 @@ def _plan_file(
 
 
 def _add_plain(
-    builder: RunBuilder,
+    builder: ExtentBuilder,
     entry: Entry,
     offset: int,
     stored: Sequence[Mapping[str, Stored]],
@@ -274,13 +284,13 @@ def _as_stored(entry: Entry, stored: Mapping[str, Stored], tensors: Mapping[str,
     return found
 
 
-def _add(builder: RunBuilder, entry: Entry, offset: int, found: Sequence[Stored]) -> None:
+def _add(builder: ExtentBuilder, entry: Entry, offset: int, found: Sequence[Stored]) -> None:
     count = math.prod(entry.shape)
-    sources = [(Source(s.file, s.file.header.data_start + s.info.start, s.info.dtype), s.info.end - s.info.start) for s in found]
+    sources = [(Location(s.file, s.file.header.data_start + s.info.start, s.info.dtype), s.info.end - s.info.start) for s in found]
     builder.add(entry.key, entry.kind, entry.dtype, offset, offset + count * DTYPES[entry.dtype].bits // 8, count, sources)
 
 
-def _add_average(builder: RunBuilder, entry: Entry, offset: int, found: Sequence[Logical], base: int) -> None:
+def _add_average(builder: ExtentBuilder, entry: Entry, offset: int, found: Sequence[Logical], base: int) -> None:
     """A tensor of plain values; where an input holds it in pieces, each piece by itself."""
     stacked = next((tensor for tensor in found if isinstance(tensor, Stacked)), None)
     if stacked is not None:
@@ -298,7 +308,7 @@ def _add_average(builder: RunBuilder, entry: Entry, offset: int, found: Sequence
         _add(builder, entry, offset, plain)
     elif math.prod(entry.shape):
         is_copy = len(entry.sources) == 1 and entry.sources == (base,)
-        builder.add_coded(_run(entry, found, is_copy, None, base, [Sink("", offset)]))
+        builder.add_quantized(_extent(entry, found, is_copy, None, base, [PartOffset("", offset)]))
 
 
 def _rows_of(tensor: Logical, begin: int, rows: int, columns: int) -> Stored:
@@ -313,24 +323,30 @@ def _rows_of(tensor: Logical, begin: int, rows: int, columns: int) -> Stored:
     return tensor._replace(info=tensor.info._replace(shape=(rows, columns), start=start, end=start + rows * bits // 8))
 
 
-def _quantized_run(parts: Sequence[Entry], header: Header, tensors: Sequence[Mapping[str, Logical]], base: int) -> CodedRun:
+def _quantized_extent(
+    parts: Sequence[Entry], header: Header, tensors: Sequence[Mapping[str, Logical]], base: int
+) -> QuantizedExtent:
     """The run that fills those parts of a requantised tensor that lie in this file."""
     entry = parts[0]
     tensor = tensors[base][entry.key]
     assert isinstance(tensor, Coded)
-    sinks = [Sink(part.role, header.data_start + header.tensors[part.name].start) for part in parts]
+    sinks = [PartOffset(part.role, header.data_start + header.tensors[part.name].start) for part in parts]
     found = [tensors[i][entry.key] for i in entry.sources]
-    return _run(entry._replace(shape=tensor.shape), found, False, tensor, base, sinks)
+    return _extent(entry._replace(shape=tensor.shape), found, False, tensor, base, sinks)
 
 
-def _run(entry: Entry, found: Sequence[Logical], is_copy: bool, like: Coded | None, base: int, sinks: Sequence[Sink]) -> CodedRun:
-    sources: list[Source | CodedSource] = []
+def _extent(
+    entry: Entry, found: Sequence[Logical], is_copy: bool, like: Coded | None, base: int, sinks: Sequence[PartOffset]
+) -> QuantizedExtent:
+    sources: list[Location | QuantizedSource] = []
     for tensor in found:
         if isinstance(tensor, Coded):
-            parts = tuple(Part(role, part.file, part.offset, part.info.end - part.info.start) for role, part in tensor.parts)
-            sources.append(CodedSource(tensor.codec, parts))
+            parts = tuple(
+                PartLocation(role, part.file, part.offset, part.info.end - part.info.start) for role, part in tensor.parts
+            )
+            sources.append(QuantizedSource(tensor.codec, parts))
         elif isinstance(tensor, Stored):
-            sources.append(Source(tensor.file, tensor.offset, tensor.info.dtype))
+            sources.append(Location(tensor.file, tensor.offset, tensor.info.dtype))
         else:
             raise UnsupportedError(
                 f"`{entry.key}` is quantised and fused in one checkpoint, {file_of(tensor)} holds single experts",
@@ -338,4 +354,4 @@ def _run(entry: Entry, found: Sequence[Logical], is_copy: bool, like: Coded | No
             )
     codec = None if like is None else like.codec
     dtype = "" if like is not None else entry.dtype
-    return CodedRun(entry.key, tuple(entry.shape), tuple(sources), is_copy, dtype, codec, base, tuple(sinks))
+    return QuantizedExtent(entry.key, tuple(entry.shape), tuple(sources), is_copy, dtype, codec, base, tuple(sinks))

@@ -1,7 +1,7 @@
 """Which device a job runs on. "auto" takes an accelerator only where it is measured to be faster for this very job.
 
 Storage, cores and bus decide which is faster, not the device: plain sums are cheap anywhere. So both paths work on the first bytes
-of the job, as they would in the run, hashing included, only that nothing is written. The first pass of each is not counted: it
+of the job, as they would in the extent, hashing included, only that nothing is written. The first pass of each is not counted: it
 starts CUDA, pins memory, and reads what then lies in the page cache for both. Where the storage is the limit both are equally fast,
 and the CPU is taken. Small jobs are over before a device has been started, and are not measured.
 """
@@ -92,7 +92,8 @@ def sample(plan: MergePlan, device: Device, budget: Budget, num_bytes: int = SAM
     outputs = tuple(range(len(plan.outputs)))
     kinds = ("average", "coded")
     todo = [
-        WorkItem.whole(replace(file, runs=tuple(run for run in file.runs if run.kind in kinds)), outputs) for file in plan.files
+        WorkItem.whole(replace(file, extents=tuple(extent for extent in file.extents if extent.kind in kinds)), outputs)
+        for file in plan.files
     ]
     allowing = replace(plan, spec=replace(plan.spec, allow_nonfinite=True))
     chunks, is_enough = 0, False
@@ -112,7 +113,7 @@ def sample(plan: MergePlan, device: Device, budget: Budget, num_bytes: int = SAM
         if is_enough:
             raise _Enough
 
-    todo = [each for each in todo if each.file.runs]
+    todo = [each for each in todo if each.file.extents]
     with suppress(_Enough):
         stream(allowing, todo, [Path()] * len(outputs), budget, device, watch, _ignore, _Hasher)
     return done

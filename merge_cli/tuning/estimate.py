@@ -23,7 +23,7 @@ import torch
 from merge_cli.engine.arithmetic import accumulator_dtype, weighted_sum
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
-from merge_cli.planning.plan import CodedRun, MergePlan
+from merge_cli.planning.plan import MergePlan, QuantizedExtent
 
 READ_S_PER_BYTE = {"copy": 0.06e-9, "float32": 0.17e-9, "float64": 0.33e-9, "coded": 1.9e-9}
 WRITE_S_PER_BYTE = 1.0e-9
@@ -76,7 +76,7 @@ def estimate(
     What is in the page cache already is read faster than the rest will be: give the bandwidth where you know it.
     """
     bandwidth = storage_bandwidth or measure_bandwidth(plan)
-    coded = sum(run.bytes_read for file in plan.files for run in file.runs if isinstance(run, CodedRun))
+    coded = sum(extent.bytes_read for file in plan.files for extent in file.extents if isinstance(extent, QuantizedExtent))
     operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
     plain = plan.bytes_to_read - coded
     if device.is_accelerator:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, add_term, divide, is_clean
-from merge_cli.planning.plan import Run
+from merge_cli.planning.plan import Extent
 
 _FIXED_BYTES = 20  # for each element: an input in float32 and in float64, a product
 _SUM_BYTES = 8
@@ -35,11 +35,11 @@ def accumulator_bytes(elements: int, num_outputs: int) -> int:
     return elements * (_FIXED_BYTES + _SUM_BYTES * num_outputs)
 
 
-def terms_by_input(run: Run, operations: Mapping[int, WeightedSum], accumulate: str) -> dict[int, list[Term]]:
+def terms_by_input(extent: Extent, operations: Mapping[int, WeightedSum], accumulate: str) -> dict[int, list[Term]]:
     """What is to be done with each input of `run`, by ascending input."""
     terms: dict[int, list[Term]] = {}
     for k, operation in operations.items():
-        dtype = accumulator_dtype(accumulate, operation, [run.sources[i].dtype for i in operation.inputs], run.dtype)
+        dtype = accumulator_dtype(accumulate, operation, [extent.sources[i].dtype for i in operation.inputs], extent.dtype)
         for position, i in enumerate(operation.inputs):
             terms.setdefault(i, []).append(Term(k, operation, position, dtype))
     return dict(sorted(terms.items()))

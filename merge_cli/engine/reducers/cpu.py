@@ -23,7 +23,7 @@ from merge_cli.engine.arithmetic import (
 from merge_cli.engine.buffers import HostRows, elements
 from merge_cli.engine.device import CPU
 from merge_cli.engine.matmul_sums import FilteredSums
-from merge_cli.planning.plan import Run
+from merge_cli.planning.plan import Extent
 
 
 class Lane:
@@ -41,7 +41,7 @@ class Lane:
         self._filtered = FilteredSums(chunk_elements, num_inputs, num_outputs)
 
     def reduce(
-        self, run: Run, count: int, operations: Mapping[int, WeightedSum], setting: str, load: Callable[[int], None]
+        self, extent: Extent, count: int, operations: Mapping[int, WeightedSum], setting: str, load: Callable[[int], None]
     ) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
@@ -50,21 +50,21 @@ class Lane:
         False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for float32 where the
         average is not (masks are full of the smallest bfloat16): such elements, and only they, are summed again in float64.
         """
-        product = self._filtered.choose(run, operations, setting)
+        product = self._filtered.choose(extent, operations, setting)
         if product is not None:
             for i in sorted({i for operation in operations.values() for i in operation.inputs}):
                 load(i)
-            sources = self._rows_in.together(product.inputs, [torch_dtype(run.sources[i].dtype) for i in product.inputs], count)
-            outputs = self._rows_out.together(product.keys, [torch_dtype(run.dtype)] * len(product.keys), count)
+            sources = self._rows_in.together(product.inputs, [torch_dtype(extent.sources[i].dtype) for i in product.inputs], count)
+            outputs = self._rows_out.together(product.keys, [torch_dtype(extent.dtype)] * len(product.keys), count)
             done = self._filtered.reduce(product, sources, outputs)
             operations = {k: operation for k, operation in operations.items() if k not in done}
-        if self._reduce(run, count, operations, setting, load if product is None else None):
+        if self._reduce(extent, count, operations, setting, load if product is None else None):
             return True
-        return setting == "auto" and self._reduce(run, count, operations, "fp64", mend=True)
+        return setting == "auto" and self._reduce(extent, count, operations, "fp64", mend=True)
 
     def _reduce(
         self,
-        run: Run,
+        extent: Extent,
         count: int,
         operations: Mapping[int, WeightedSum],
         setting: str,
@@ -74,18 +74,18 @@ class Lane:
         users: dict[int, list[tuple[int, int]]] = {}  # of each input: which operations, and as which term
         dtypes = {}
         for k, operation in operations.items():
-            dtypes[k] = accumulator_dtype(setting, operation, [run.sources[i].dtype for i in operation.inputs], run.dtype)
+            dtypes[k] = accumulator_dtype(setting, operation, [extent.sources[i].dtype for i in operation.inputs], extent.dtype)
             for position, i in enumerate(operation.inputs):
                 users.setdefault(i, []).append((k, position))
         clean: list[bool] = []
-        out_dtype = torch_dtype(run.dtype)
+        out_dtype = torch_dtype(extent.dtype)
         for start in range(0, count, self._block):
             length = min(self._block, count - start)
             sums = {k: self._scratch.accumulator(k, length, dtype) for k, dtype in dtypes.items()}
             for i in sorted(users):
                 if load is not None and start == 0:
                     load(i)
-                source = elements(self.inputs[i], torch_dtype(run.sources[i].dtype), start, length)
+                source = elements(self.inputs[i], torch_dtype(extent.sources[i].dtype), start, length)
                 wide: dict[torch.dtype, torch.Tensor] = {}
                 for k, position in users[i]:
                     dtype = dtypes[k]

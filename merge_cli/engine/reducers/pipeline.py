@@ -34,7 +34,7 @@ from torch import Tensor
 from merge_cli.engine.arithmetic import WeightedSum, torch_dtype
 from merge_cli.engine.buffers import HostBuffer
 from merge_cli.engine.reducers.accumulator import Accumulator, accumulator_bytes, terms_by_input
-from merge_cli.planning.plan import Run
+from merge_cli.planning.plan import Extent
 
 STAGES = 3
 DEPTH = 2
@@ -55,7 +55,7 @@ class Queues(Protocol):
     def submit(self, queue: str, operation: Callable[[], object], after: Sequence[Event] = ()) -> Event:
         """Have `operation` run on `queue` when all before it there, and `after`, is done; does not wait for it.
 
-        May raise torch.OutOfMemoryError, when a part of the operation may run.
+        May raise torch.OutOfMemoryError, when a part of the operation may extent.
         """
 
     def wait(self, event: Event) -> None:
@@ -117,7 +117,7 @@ class Ring:
     def start(
         self,
         slot: Slot,
-        run: Run,
+        extent: Extent,
         count: int,
         operations: Mapping[int, WeightedSum],
         accumulate: str,
@@ -127,13 +127,13 @@ class Ring:
         slot.operations = tuple(operations)
         try:
             dtypes = {}
-            for i, terms in terms_by_input(run, operations, accumulate).items():
+            for i, terms in terms_by_input(extent, operations, accumulate).items():
                 dtypes.update({term.k: term.dtype for term in terms})
-                dtype = torch_dtype(run.sources[i].dtype)
+                dtype = torch_dtype(extent.sources[i].dtype)
                 stage = self._read(partial(read, i), count * dtype.itemsize)
                 source = stage.device[: count * dtype.itemsize].view(dtype)
                 stage.added = self._queues.submit(COMPUTE, partial(self._accumulator.add, source, terms), [stage.uploaded])
-            self._finish(slot, count, torch_dtype(run.dtype), operations, dtypes)
+            self._finish(slot, count, torch_dtype(extent.dtype), operations, dtypes)
         except torch.OutOfMemoryError:
             self._give_up(slot)
 

@@ -26,7 +26,7 @@ from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
 from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.error import combine_totals, error_totals
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import CodedRun, CodedSource, Part, Source
+from merge_cli.planning.plan import Location, PartLocation, QuantizedExtent, QuantizedSource
 
 BYTES_PER_VALUE = 56  # bytes read, those of the base, float32, what decode or encode needs beside, a temporary in float64
 TARGET_VALUES = 1 << 18
@@ -57,7 +57,7 @@ class Merged:
     seconds_reading: float = 0.0
 
 
-class CodedReducer:
+class QuantizedSums:
     """What one worker needs to reduce coded runs. May raise torch.OutOfMemoryError, after which the same can be asked again.
 
     Buffers have `slack_bytes` more than is read, for whole blocks of the storage.
@@ -74,23 +74,25 @@ class CodedReducer:
         self._totals: Tensor | None = None
         self.nonfinite: dict[str, int] = {}
 
-    def stats(self, run: CodedRun, chunks: Iterable[tuple[int, int]], operations: Sequence[WeightedSum]) -> list[Tensor | None]:
+    def stats(
+        self, extent: QuantizedExtent, chunks: Iterable[tuple[int, int]], operations: Sequence[WeightedSum]
+    ) -> list[Tensor | None]:
         """What `encode` must know of the whole tensor, for each operation; None where it needs nothing."""
         found: list[Tensor | None] = [None] * len(operations)
-        if run.codec is None or not run.codec.needs_stats:
+        if extent.codec is None or not extent.codec.needs_stats:
             return found
         with self._active():
             for r0, r1 in chunks:
-                sums, base = self._sums(run, r0, r1, operations)
-                for k, values in enumerate(self._finite(run, sums, r0, r1)):
-                    here = run.codec.stats(values, run.shape, r0, r1, base=base).cpu()
+                sums, base = self._sums(extent, r0, r1, operations)
+                for k, values in enumerate(self._finite(extent, sums, r0, r1)):
+                    here = extent.codec.stats(values, extent.shape, r0, r1, base=base).cpu()
                     earlier = found[k]
                     found[k] = here if earlier is None else torch.maximum(earlier, here)
         return found
 
     def reduce(
         self,
-        run: CodedRun,
+        extent: QuantizedExtent,
         r0: int,
         r1: int,
         operations: Sequence[WeightedSum],
@@ -102,14 +104,14 @@ class CodedReducer:
         merged = Merged([])
         try:
             with self._active():
-                sums, base = self._sums(run, r0, r1, operations)
-                if run.codec is None:
+                sums, base = self._sums(extent, r0, r1, operations)
+                if extent.codec is None:
                     for operation, total in zip(operations, sums, strict=True):
-                        rounded = self._rounded(run, operation, total, r0, r1)
-                        merged.writes.append([self._plain(run, rounded, r0, r1, allow_nonfinite)])
+                        rounded = self._rounded(extent, operation, total, r0, r1)
+                        merged.writes.append([self._plain(extent, rounded, r0, r1, allow_nonfinite)])
                 else:
-                    for values, stat in zip(self._finite(run, sums, r0, r1), stats, strict=True):
-                        merged.writes.append(self._encoded(run, values, r0, r1, stat, base))
+                    for values, stat in zip(self._finite(extent, sums, r0, r1), stats, strict=True):
+                        merged.writes.append(self._encoded(extent, values, r0, r1, stat, base))
         except torch.OutOfMemoryError:
             self._totals, self._bytes_read, self._seconds_reading = before, 0, 0.0
             self.nonfinite.clear()
@@ -127,25 +129,25 @@ class CodedReducer:
         return nullcontext() if self._stream is None else self._stream.active()
 
     def _sums(
-        self, run: CodedRun, r0: int, r1: int, operations: Sequence[WeightedSum], accumulate: str = ""
+        self, extent: QuantizedExtent, r0: int, r1: int, operations: Sequence[WeightedSum], accumulate: str = ""
     ) -> tuple[list[Tensor], Parts | None]:
         """The weighted sums [values], one an operation, and the base's own parts where the output is quantised like it."""
         accumulate = accumulate or self._accumulate
-        operations = [_COPY] * len(operations) if run.is_copy else operations
-        names = ["F32" if isinstance(source, CodedSource) else source.dtype for source in run.sources]
+        operations = [_COPY] * len(operations) if extent.is_copy else operations
+        names = ["F32" if isinstance(source, QuantizedSource) else source.dtype for source in extent.sources]
         dtypes = [
-            accumulator_dtype(accumulate, op, [names[i] for i in op.inputs], run.dtype if run.codec is None else "BF16")
+            accumulator_dtype(accumulate, op, [names[i] for i in op.inputs], extent.dtype if extent.codec is None else "BF16")
             for op in operations
         ]
-        count = (r1 - r0) * run.shape[-1]
+        count = (r1 - r0) * extent.shape[-1]
         sums = [torch.empty(count, dtype=dtype, device=self._device.torch) for dtype in dtypes]
         base: Parts | None = None
-        for index, source in enumerate(run.sources):
+        for index, source in enumerate(extent.sources):
             used = [k for k, operation in enumerate(operations) if index in operation.inputs]
-            is_base = run.codec is not None and index == run.base
+            is_base = extent.codec is not None and index == extent.base
             if not used and not is_base:
                 continue
-            values, parts = self._load(source, run.shape, r0, r1)
+            values, parts = self._load(source, extent.shape, r0, r1)
             base = parts if is_base else base
             wide = {dtype: values.to(dtype) for dtype in {dtypes[k] for k in used}}
             for k in used:
@@ -154,9 +156,9 @@ class CodedReducer:
             divide(operation, total)
         return sums, base
 
-    def _load(self, source: Source | CodedSource, shape: tuple[int, ...], r0: int, r1: int) -> tuple[Tensor, Parts]:
+    def _load(self, source: Location | QuantizedSource, shape: tuple[int, ...], r0: int, r1: int) -> tuple[Tensor, Parts]:
         """The values [count] of rows r0..r1 of one input, in float32 or as stored, and the parts they were decoded from."""
-        if isinstance(source, Source):
+        if isinstance(source, Location):
             item_bytes = DTYPES[source.dtype].bits // 8
             row_bytes = item_bytes * shape[-1]
             data = self._read(source, r0 * row_bytes, r1 * row_bytes, item_bytes)
@@ -164,7 +166,7 @@ class CodedReducer:
         parts = {part.role: self._read(part, *source.codec.part_range(part.role, shape, r0, r1)) for part in source.parts}
         return source.codec.decode(parts, shape, r0, r1).reshape(-1), parts
 
-    def _read(self, place: Source | Part, begin: int, end: int, item_bytes: int = 1) -> Tensor:
+    def _read(self, place: Location | PartLocation, begin: int, end: int, item_bytes: int = 1) -> Tensor:
         """Bytes `begin` to `end` of a tensor; on the CPU they begin at a multiple of `item_bytes` in memory (codecs need none)."""
         size = end - begin
 
@@ -180,83 +182,87 @@ class CodedReducer:
         fill(buffer)
         return buffer.tensor[buffer.begin : buffer.begin + size]
 
-    def _rounded(self, run: CodedRun, operation: WeightedSum, total: Tensor, r0: int, r1: int) -> Tensor:
+    def _rounded(self, extent: QuantizedExtent, operation: WeightedSum, total: Tensor, r0: int, r1: int) -> Tensor:
         """`total` in the dtype of the output; elements whose sum is too large for float32 from a sum in float64 (see `Lane`)."""
-        rounded = torch.empty(total.shape, dtype=torch_dtype(run.dtype), device=total.device)
+        rounded = torch.empty(total.shape, dtype=torch_dtype(extent.dtype), device=total.device)
         store(total, rounded)
         if self._accumulate == "auto" and total.dtype == torch.float32 and not bool(is_clean(rounded)):
-            ((wide,), _) = self._sums(run, r0, r1, [operation], "fp64")
+            ((wide,), _) = self._sums(extent, r0, r1, [operation], "fp64")
             redone = torch.empty_like(rounded)
             store(wide, redone)
             rounded = torch.where(rounded.isfinite(), rounded, redone)
         return rounded
 
-    def _plain(self, run: CodedRun, rounded: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
+    def _plain(self, extent: QuantizedExtent, rounded: Tensor, r0: int, r1: int, allow_nonfinite: bool) -> tuple[int, memoryview]:
         if not bool(is_clean(rounded)):
             if not allow_nonfinite:
-                raise self._nonfinite(run, r0, r1)
+                raise self._nonfinite(extent, r0, r1)
             rounded.masked_fill_(rounded.isnan(), float("nan"))
-            self.nonfinite[run.key] = self.nonfinite.get(run.key, 0) + int((~rounded.isfinite()).sum())
-        return run.sinks[0].offset + r0 * run.shape[-1] * rounded.itemsize, memory_of(rounded.cpu())
+            self.nonfinite[extent.key] = self.nonfinite.get(extent.key, 0) + int((~rounded.isfinite()).sum())
+        return extent.sinks[0].offset + r0 * extent.shape[-1] * rounded.itemsize, memory_of(rounded.cpu())
 
-    def _finite(self, run: CodedRun, sums: Sequence[Tensor], r0: int, r1: int) -> list[Tensor]:
+    def _finite(self, extent: QuantizedExtent, sums: Sequence[Tensor], r0: int, r1: int) -> list[Tensor]:
         """The sums as float32 [rows, columns]; raises NonFiniteError, since codes cannot hold NaN or Inf."""
-        values = [total.float().view(r1 - r0, run.shape[-1]) for total in sums]
+        values = [total.float().view(r1 - r0, extent.shape[-1]) for total in sums]
         if not all(bool(is_clean(each)) for each in values if each.numel()):
-            raise self._nonfinite(run, r0, r1)
+            raise self._nonfinite(extent, r0, r1)
         return values
 
     def _encoded(
-        self, run: CodedRun, values: Tensor, r0: int, r1: int, stats: Tensor | None, base: Parts | None
+        self, extent: QuantizedExtent, values: Tensor, r0: int, r1: int, stats: Tensor | None, base: Parts | None
     ) -> list[tuple[int, memoryview]]:
-        codec = run.codec
+        codec = extent.codec
         assert codec is not None
         stats = None if stats is None else stats.to(values.device)
-        parts = codec.encode(values, run.shape, r0, r1, stats=stats, base=base or None)
-        totals = error_totals(values, codec.decode(parts, run.shape, r0, r1))
+        parts = codec.encode(values, extent.shape, r0, r1, stats=stats, base=base or None)
+        totals = error_totals(values, codec.decode(parts, extent.shape, r0, r1))
         self._totals = totals if self._totals is None else combine_totals(self._totals, totals)
         writes = []
-        for role, offset in run.sinks:
+        for role, offset in extent.sinks:
             if r0 == 0 or role not in codec.whole:
-                begin, end = codec.part_range(role, run.shape, r0, r1)
+                begin, end = codec.part_range(role, extent.shape, r0, r1)
                 data = parts[role].contiguous().cpu()
                 assert data.numel() == end - begin
                 writes.append((offset + begin, memory_of(data)))
         return writes
 
-    def _nonfinite(self, run: CodedRun, r0: int, r1: int) -> NonFiniteError:
+    def _nonfinite(self, extent: QuantizedExtent, r0: int, r1: int) -> NonFiniteError:
         """Which inputs have NaN or Inf in rows r0..r1, or that the result overflows."""
         details = []
-        for source in run.sources:
-            bad = int((~self._load(source, run.shape, r0, r1)[0].isfinite()).sum())
-            file = source.parts[0].file if isinstance(source, CodedSource) else source.file
+        for source in extent.sources:
+            bad = int((~self._load(source, extent.shape, r0, r1)[0].isfinite()).sum())
+            file = source.parts[0].file if isinstance(source, QuantizedSource) else source.file
             if bad:
                 details.append(f"{file.path}  {bad} elements in the chunk that was read")
         if details:
-            hint = "leave that checkpoint out" + ("" if run.codec else ", or continue and have them reported:  --allow-nonfinite")
-            return NonFiniteError(f"`{run.key}` has NaN or Inf in an input", details=details, hint=hint)
-        return NonFiniteError(f"`{run.key}` overflows {run.dtype or 'float32'}", hint="write a wider dtype:  --dtype fp32")
+            hint = "leave that checkpoint out" + (
+                "" if extent.codec else ", or continue and have them reported:  --allow-nonfinite"
+            )
+            return NonFiniteError(f"`{extent.key}` has NaN or Inf in an input", details=details, hint=hint)
+        return NonFiniteError(f"`{extent.key}` overflows {extent.dtype or 'float32'}", hint="write a wider dtype:  --dtype fp32")
 
 
-class CodedReducers:
+class QuantizedReducers:
     """A worker's reducer, and one on the CPU for what finds no memory on the device even in smaller chunks."""
 
     def __init__(self, device: Device, inputs: InputFiles, accumulate: str, slack_bytes: int) -> None:
-        self._first = CodedReducer(device, inputs, accumulate, slack_bytes)
-        self._cpu = CodedReducer(CPU, inputs, accumulate, slack_bytes) if device.is_accelerator else self._first
+        self._first = QuantizedSums(device, inputs, accumulate, slack_bytes)
+        self._cpu = QuantizedSums(CPU, inputs, accumulate, slack_bytes) if device.is_accelerator else self._first
         self.done_on_cpu = 0
 
-    def stats(self, run: CodedRun, chunks: Sequence[tuple[int, int]], operations: Sequence[WeightedSum]) -> list[Tensor | None]:
-        """As that of `CodedReducer`."""
+    def stats(
+        self, extent: QuantizedExtent, chunks: Sequence[tuple[int, int]], operations: Sequence[WeightedSum]
+    ) -> list[Tensor | None]:
+        """As that of `QuantizedSums`."""
         try:
-            return self._first.stats(run, chunks, operations)
+            return self._first.stats(extent, chunks, operations)
         except torch.OutOfMemoryError:
             self.done_on_cpu += 1
-        return self._cpu.stats(run, list(rows_of(run, _STATS_VALUES)), operations)
+        return self._cpu.stats(extent, list(rows_of(extent, _STATS_VALUES)), operations)
 
     def reduce(
         self,
-        run: CodedRun,
+        extent: QuantizedExtent,
         r0: int,
         r1: int,
         operations: Sequence[WeightedSum],
@@ -265,18 +271,18 @@ class CodedReducers:
     ) -> Iterator[Merged]:
         """Rows r0..r1 in one piece, or in halves of halves where the device is out of memory."""
         try:
-            merged = self._first.reduce(run, r0, r1, operations, stats, allow_nonfinite)
+            merged = self._first.reduce(extent, r0, r1, operations, stats, allow_nonfinite)
         except torch.OutOfMemoryError:
             merged = None
         if merged is not None:
             yield merged
-        elif r1 - r0 > run.row_step:
-            middle = r0 + max(1, (r1 - r0) // 2 // run.row_step) * run.row_step
-            yield from self.reduce(run, r0, middle, operations, stats, allow_nonfinite)
-            yield from self.reduce(run, middle, r1, operations, stats, allow_nonfinite)
+        elif r1 - r0 > extent.row_step:
+            middle = r0 + max(1, (r1 - r0) // 2 // extent.row_step) * extent.row_step
+            yield from self.reduce(extent, r0, middle, operations, stats, allow_nonfinite)
+            yield from self.reduce(extent, middle, r1, operations, stats, allow_nonfinite)
         else:
             self.done_on_cpu += 1
-            yield self._cpu.reduce(run, r0, r1, operations, stats, allow_nonfinite)
+            yield self._cpu.reduce(extent, r0, r1, operations, stats, allow_nonfinite)
 
     def take_nonfinite(self) -> dict[str, int]:
         """The elements that were NaN or Inf since this was asked last, by tensor."""
@@ -316,23 +322,23 @@ def keep_freed_memory() -> None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
-def rows_of(run: CodedRun, values: int, first: int = 0, end: int | None = None) -> Iterable[tuple[int, int]]:
-    """The chunks (first row, end) of rows `first` to `end` of a run, of about `values` values each."""
-    step, end = run.rows_at_once(values), run.num_rows if end is None else end
+def rows_of(extent: QuantizedExtent, values: int, first: int = 0, end: int | None = None) -> Iterable[tuple[int, int]]:
+    """The chunks (first row, end) of rows `first` to `end` of a extent, of about `values` values each."""
+    step, end = extent.rows_at_once(values), extent.num_rows if end is None else end
     return ((r0, min(r0 + step, end)) for r0 in range(first, end, step))
 
 
-def largest_chunk(runs: Iterable[CodedRun], values: int) -> int:
+def largest_chunk(runs: Iterable[QuantizedExtent], values: int) -> int:
     """The values of the largest chunk when chunks are to have about `values`."""
     sizes: Mapping[object, int] = {
-        (run.shape, run.row_step): run.rows_at_once(values) * run.shape[-1] for run in _one_of_each(runs)
+        (extent.shape, extent.row_step): extent.rows_at_once(values) * extent.shape[-1] for extent in _one_of_each(runs)
     }
     return max(sizes.values(), default=0)
 
 
-def _one_of_each(runs: Iterable[CodedRun]) -> Iterable[CodedRun]:
-    seen: dict[object, CodedRun] = {}
-    for run in runs:
-        codecs = tuple(source.codec if isinstance(source, CodedSource) else None for source in run.sources)
-        seen.setdefault((run.shape, codecs, run.codec), run)
+def _one_of_each(runs: Iterable[QuantizedExtent]) -> Iterable[QuantizedExtent]:
+    seen: dict[object, QuantizedExtent] = {}
+    for extent in runs:
+        codecs = tuple(source.codec if isinstance(source, QuantizedSource) else None for source in extent.sources)
+        seen.setdefault((extent.shape, codecs, extent.codec), extent)
     return seen.values()
