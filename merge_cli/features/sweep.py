@@ -164,7 +164,7 @@ def plan_sweep(
         parse_amount(amount, tokens_per_step, option=option)
     candidates, notes = find_candidates(paths)
     chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, tokens_per_step)
-    spec = MergeSpec("sweep", {}, dtype=dtype, accumulate=accumulate)
+    spec = MergeSpec(dtype=dtype, accumulate=accumulate)
     inputs, merges = _plan_groups(spec, chosen)
     for checkpoint in inputs:
         notes += checkpoint.notes

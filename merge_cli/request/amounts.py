@@ -1,4 +1,4 @@
-"""Amounts as people type them: steps, and tokens where the tokens of a step are known ("500", "2k", "8B")."""
+"""Numbers as people type them: steps and tokens ("500", "2k", "8B"), counts ("4M"), sizes ("2GiB", "5GB")."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fractions import Fraction
 from merge_cli.errors import UsageError
 
 _AMOUNT = re.compile(r"\s*([0-9]{1,18}(?:_[0-9]{1,18})*(?:\.[0-9]{1,18})?)\s*([kMBT]?)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
 def is_in_tokens(amount: int | str | None) -> bool:
@@ -48,3 +49,32 @@ def parse_amount(
             hint=f"with --tokens-per-step a suffix means tokens; steps are plain numbers:  {option} {int(amount)}",
         )
     return steps
+
+
+def parse_count(value: int | str, option: str = "--tokens-per-step") -> int:
+    """A count of "4M", "2_000" or 4000000. Raises UsageError, which names `option`."""
+    return parse_amount(value, 1, option=option)
+
+
+def parse_size(value: int | str, option: str = "--memory") -> int:
+    """Bytes of "2GiB" (binary), "5GB" (decimal), "1000" or 1000, above 0. Raises UsageError, which names `option`."""
+    match = _SIZE.fullmatch(str(value))
+    if isinstance(value, bool) or not match or (match[3] and not match[2]):
+        raise UsageError(f"{option} cannot be {value!r}", details=["expected  a size such as 2GiB, 500MB or 1000000"])
+    base = 1024 if match[3] else 1000
+    size = int(Fraction(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size <= 0:
+        raise UsageError(f"{option} must be more than 0 bytes")
+    return size
+
+
+def parse_whole(value: int | str, option: str, least: int = 0, most: int | None = None) -> int:
+    """A whole number from `least` to `most`. Raises UsageError, which names `option`."""
+    if isinstance(value, bool) or not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", str(value)):
+        raise UsageError(f"{option} cannot be {value!r}", details=["expected  a whole number"])
+    number = int(value)
+    if number < least:
+        raise UsageError(f"{option} must be at least {least}, not {number}")
+    if most is not None and number > most:
+        raise UsageError(f"{option} must be at most {most}, not {number}")
+    return number

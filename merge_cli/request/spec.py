@@ -1,26 +1,137 @@
-"""The request: everything that decides the bytes of the output, apart from the inputs themselves."""
+"""The request: every option once, with its type, default, choices, help text and flag.
+
+    Selection   which checkpoints, in which order    decides the inputs and their coefficients
+    MergeSpec   how they are averaged                decides the bytes of the output, given the inputs
+    RunConfig   how the work is carried out          decides no byte
+    Processes   which processes share the work       decides no byte
+
+A new option is a field here and the code that uses it: the flags of the commands (`cli/options.py`), the keywords
+of Python calls, the record in `pmerge.json`, resuming and `verify --against-inputs` (`planning/record.py`) follow.
+The parameters of a method likewise are in `METHODS`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from merge_cli.errors import UsageError
+from merge_cli.request.amounts import parse_count, parse_size, parse_whole
+from merge_cli.request.methods import METHODS
+from merge_cli.request.option import Options, option
+
 StrPath = str | os.PathLike[str]
+MOST_PROCESSES = MOST_THREADS = 256
+
+
+def _globs(value: str | Sequence[str], _: str) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _amount(value: Any, flag: str) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UsageError(f"{flag} cannot be {value!r}", hint="amounts are numbers, or strings such as 8B")
+    return value
+
+
+def _workers(value: int | str, flag: str) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        return parse_whole(value, flag, 1, MOST_PROCESSES)
+    except UsageError as error:
+        expected = f"expected  a number from 1 to {MOST_PROCESSES}, or auto"
+        raise UsageError(f"{flag} cannot be {value!r}", details=[expected], hint="--workers 2") from error
 
 
 @dataclass(frozen=True)
-class MergeSpec:
-    """What is asked for: everything that decides the output's bytes, apart from the inputs themselves."""
+class Selection(Options):
+    """The checkpoints to average, out of those found. Amounts are steps; with `tokens_per_step`, "8B" is tokens."""
 
-    method: str
-    parameters: Mapping[str, Any]
-    dtype: str = "keep"
-    accumulate: str = "auto"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    int_policy: str = "error"
-    allow_nonfinite: bool = False
-    shard_bytes: int | None = None
-    requantize: bool = False
+    order: str = option(
+        "step",
+        "Order from oldest to newest: by step, given (as typed) or mtime.",
+        choices=("step", "given", "mtime"),
+    )
+    last: int | None = option(None, "Only the newest N.", metavar="N", read=partial(parse_whole, least=1))
+    every: int | str | None = option(None, "One every V steps (500, 2k), back from the newest.", metavar="V", read=_amount)
+    from_step: int | str | None = option(None, "From this step on.", flag="--from", metavar="STEP", read=_amount)
+    to_step: int | str | None = option(None, "Up to and including this step.", flag="--to", metavar="STEP", read=_amount)
+    before: int | str | None = option(None, "Before this step (a loss spike).", metavar="STEP", read=_amount)
+    tokens_per_step: int | None = option(
+        None,
+        "As 4M: amounts with a suffix (--every 8B) are then tokens; plain numbers stay steps.",
+        metavar="N",
+        read=parse_count,
+    )
+    base: StrPath | None = option(
+        None, "Checkpoint whose layout and side files are kept.", metavar="PATH", shown="the last in order"
+    )
+
+
+@dataclass(frozen=True)
+class MergeSpec(Options):
+    """Everything that decides the bytes of the output, apart from the inputs and their order."""
+
+    method: str = option(
+        "sma",
+        "Averaging method; pmerge methods lists them.",
+        choices=tuple(METHODS),
+        synonyms={"mean": "sma", "average": "sma", "avg": "sma", "uniform": "sma", "linear": "wma", "exponential": "ema"},
+    )
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = option(
+        "keep",
+        "Dtype of the floats in the result.",
+        choices=("keep", "bf16", "fp16", "fp32"),
+        synonyms={"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"},
+    )
+    accumulate: str = option(
+        "auto",
+        "Dtype of the sums; auto is fp32 where that is exact.",
+        choices=("auto", "fp32", "fp64"),
+        synonyms={"float32": "fp32", "float": "fp32", "float64": "fp64", "double": "fp64"},
+    )
+    include: tuple[str, ...] = option((), "Average only tensors that match this glob.", metavar="GLOB", read=_globs)
+    exclude: tuple[str, ...] = option((), "Copy tensors that match this glob from the base.", metavar="GLOB", read=_globs)
+    int_policy: str = option("error", "Integers that differ: an error, or those of the newest.", choices=("error", "newest"))
+    allow_nonfinite: bool = option(False, "Go on at NaN and Inf, and report them.")
+    shard_bytes: int | None = option(
+        None, "Split anew, as 5GB.", name="shard_size", metavar="SIZE", read=parse_size, shown="the base's shards"
+    )
+    requantize: bool = option(False, "Quantize the result as the base is; otherwise it becomes bf16.")
+
+
+@dataclass(frozen=True)
+class RunConfig(Options):
+    """How the work is carried out: none of it changes a byte of the result."""
+
+    device: str = option("auto", "cpu, cuda, cuda:K, or auto: a GPU where it is measured to be faster.", metavar="NAME")
+    memory: int = option(2 << 30, "Bound on the buffers.", metavar="SIZE", read=parse_size, shown="2GiB")
+    device_memory: int | None = option(
+        None, "Bound on a GPU's buffers.", metavar="SIZE", read=parse_size, shown="2GiB, at most 3/4 of what is free"
+    )
+    threads: int | None = option(
+        None, "Worker threads.", metavar="N", read=partial(parse_whole, least=1, most=MOST_THREADS), shown="the cores, 2 to 8"
+    )
+    chunk_size: int | None = option(
+        None, "Size of one read, as 4MiB.", metavar="SIZE", read=parse_size, shown="chosen by the filesystem"
+    )
+    direct: str = option("auto", "Read past the page cache (O_DIRECT).", choices=("auto", "on", "off"))
+    overwrite: bool = option(False, "Replace an existing result, at the end.")
+    restart: bool = option(False, "Discard the files of an unfinished run.")
+    verify_resume: bool = option(False, "Read finished files again before trusting them.")
+
+
+@dataclass(frozen=True)
+class Processes(Options):
+    """The processes that share the work, as typed: started here, or by a launcher (`ranks/launcher.py`)."""
+
+    workers: int | str = option(1, "Processes on this machine: a number, or auto.", metavar="N", read=_workers)
+    rank: int | None = option(None, "Number of this process among several that make one result.", metavar="R", read=parse_whole)
+    world_size: int | None = option(
+        None, "How many they are.", metavar="W", read=parse_whole, shown="both from the launcher's variables"
+    )
