@@ -137,6 +137,7 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     from merge_cli.output.folder import differences
     from merge_cli.output.joint import JointStaging
     from merge_cli.output.manifest import request_state
+    from merge_cli.output.schema import check_schema
     from merge_cli.system.files import read_json
 
     path = Path(destination)
@@ -147,8 +148,15 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
         if (path / MANIFEST).is_file() and not os.path.lexists(folder):
             return path
         raise UsageError(f"there is no unfinished run for {path}", details=[f"looked for  {folder / 'state.json'}"])
-    state, command = record["state"], record["command"]
-    merge = plan_of(state)
+    check_schema(record, folder / "state.json", "finalize it with that version of pmerge, or a newer one", OutputError)
+    try:
+        state, command = record["state"], record["command"]
+        merge = plan_of(state)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise OutputError(
+            f"{folder / 'state.json'} does not describe a run of this version of pmerge: {error!r:.200}",
+            hint="run the command that began it again; to throw its work away, add --restart",
+        ) from error
     now = request_state(merge)
     if changed := differences(state, json.loads(json.dumps(now))):
         raise InputError(f"the inputs of {path} have changed since its ranks began", details=first_ten(changed, "more differences"))

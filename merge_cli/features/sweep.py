@@ -30,7 +30,8 @@ from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.names import SWEEP_REPORT
 from merge_cli.output.manifest import complete
-from merge_cli.planning.plan import MergePlan, Output, WorkItem
+from merge_cli.output.schema import SCHEMA, check_schema
+from merge_cli.planning.plan import ALGORITHM, MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.amounts import is_in_tokens, parse_amount
 from merge_cli.request.discovery import find_candidates
@@ -39,6 +40,7 @@ from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import Coefficients
 from merge_cli.request.selection import check_tokens_per_step, choose, weigh
 from merge_cli.request.spec import MergeSpec, StrPath
+from merge_cli.system.files import read_json
 from merge_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -267,7 +269,8 @@ def run_sweep(
     for each in plan.outputs:
         if each.is_done:
             remove_litter(each.path)
-    content = {"pmerge": __version__, "command": list(command or sys.argv), **as_dict(plan)}
+    made_by = {"pmerge": __version__, "schema": SCHEMA, "algorithm": ALGORITHM, "command": list(command or sys.argv)}
+    content = {**made_by, **as_dict(plan)}
     write_file(plan.output / SWEEP_REPORT, json.dumps(content, indent=2, default=str).encode() + b"\n")
     seconds = time.perf_counter() - began
     return SweepResult(tuple(each.path for each in plan.outputs), plan.output / SWEEP_REPORT, seconds, total, reused)
@@ -433,10 +436,15 @@ def _layout(base: Checkpoint) -> object:
 
 
 def _check_report(path: Path) -> list[OutputError]:
-    """What would be wrong about writing the report: a file that another program wrote."""
+    """What would be wrong about writing the report: a file that another program wrote, or a newer version of this one."""
+    elsewhere = "move it away, or choose another place:  -o PATH"
+    if not os.path.lexists(path):
+        return []
+    record = read_json(path)
+    if "pmerge" not in record:
+        return [OutputError(f"{path} exists, and no sweep wrote it", hint=elsewhere)]
     try:
-        if not path.exists() or "pmerge" in json.loads(path.read_bytes()):
-            return []
-    except (OSError, ValueError, TypeError):
-        pass
-    return [OutputError(f"{path} exists, and no sweep wrote it", hint="move it away, or choose another place:  -o PATH")]
+        check_schema(record, path, elsewhere, OutputError)
+    except OutputError as error:
+        return [error]
+    return []

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import stat
 import threading
 import time
@@ -32,7 +33,7 @@ from merge_cli.formats.files import check_stays_inside, list_folder, read_exactl
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header
 from merge_cli.formats.untrusted_json import check_depth
 from merge_cli.names import MANIFEST
-from merge_cli.planning.plan import Extent, Location, MergePlan, Output, OutputFile, QuantizedExtent, WorkItem
+from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, Output, OutputFile, QuantizedExtent, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.methods import Coefficients
 from merge_cli.request.spec import MergeSpec
@@ -96,6 +97,8 @@ def verify(
         )
     began = time.perf_counter()
     manifest, state = _read_manifest(folder / MANIFEST)
+    if state == "ok":
+        _check_versions(manifest, folder, against_inputs)
     problems: list[str] = []
     weights, beside = _records(manifest, "files", problems), _records(manifest, "side_files", problems)
     plan = _plan_again(manifest, problems) if against_inputs and state == "ok" and not problems else None
@@ -137,6 +140,19 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(content, dict):
         return {}, "is not a JSON object"
     return content, "ok" if is_sealed(raw) else "does not fit the sha256 at its own end: it was changed"
+
+
+def _check_versions(manifest: Mapping[str, Any], folder: Path, against_inputs: bool) -> None:
+    """Raise InputError for a result that this version of pmerge cannot judge; 0.1.0 recorded neither number."""
+    from merge_cli.output.schema import check_schema
+
+    check_schema(manifest, folder / MANIFEST, "check it with that version of pmerge, or a newer one", InputError)
+    if against_inputs and (found := manifest.get("algorithm", 1)) != ALGORITHM:
+        raise InputError(
+            f"{folder} was computed by another version of pmerge, and its tensors cannot be computed again by this one",
+            details=[f"found     algorithm {found!r:.40}", f"expected  algorithm {ALGORITHM}"],
+            hint=f"pmerge verify {shlex.quote(str(folder))}  checks all the rest",
+        )
 
 
 def _records(manifest: Mapping[str, Any], key: str, problems: list[str]) -> dict[str, _Record]:

@@ -38,6 +38,7 @@ from typing import Any
 from merge_cli.errors import OutputError, first_ten
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.lock import Lock
+from merge_cli.output.schema import SCHEMA, check_schema, is_newer
 from merge_cli.planning.plan import OutputFile
 from merge_cli.system.durable import NOT_SUPPORTED, exchange, fsync_folder, fsync_tree, output_error, rename_to_new, write_file
 from merge_cli.system.files import files_in, read_json, sha256_of
@@ -101,6 +102,7 @@ class Staging:
             if restart:
                 self._discard()
             else:
+                self._check_schema()
                 self._check_same_request()
             done = self._finished_files(verify)
             self._remove_all_but(done)
@@ -119,6 +121,7 @@ class Staging:
         if not self._state_file.exists():
             about = "an unfinished pmerge run: run the same command again to continue it, with --restart to begin afresh"
             made_by = {
+                "schema": SCHEMA,
                 "about": about,
                 "command": shlex.join(["pmerge", *sys.argv[1:]]),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -128,9 +131,16 @@ class Staging:
     def record(self, file: OutputFile, sha256: str, nonfinite: Mapping[str, int]) -> None:
         """Note that `file` stands complete and durable in the staging folder."""
         mtime_ns = (self.checkpoint / file.name).stat().st_mtime_ns
-        entry = {"name": file.name, "file_bytes": file.file_bytes, "mtime_ns": mtime_ns, "sha256": sha256}
-        entry["request"] = self._request
-        write_file(self._record_file(file.name), json.dumps({**entry, "nonfinite": dict(nonfinite)}).encode())
+        entry = {
+            "schema": SCHEMA,
+            "name": file.name,
+            "file_bytes": file.file_bytes,
+            "mtime_ns": mtime_ns,
+            "sha256": sha256,
+            "request": self._request,
+            "nonfinite": dict(nonfinite),
+        }
+        write_file(self._record_file(file.name), json.dumps(entry).encode())
 
     def publish(self) -> None:
         """Make the checkpoint durable and give it its final name; with `overwrite` an older one is replaced only now."""
@@ -140,7 +150,12 @@ class Staging:
             with suppress(OSError):  # who knows which names were lost: nothing here is finished any more
                 _remove(self._done)
             raise output_error(error, f"cannot make {self.checkpoint} durable", self.checkpoint) from error
-        marker = {"inode": self.checkpoint.stat().st_ino, "manifest": sha256_of(self.checkpoint / MANIFEST), "state": self._state}
+        marker = {
+            "schema": SCHEMA,
+            "inode": self.checkpoint.stat().st_ino,
+            "manifest": sha256_of(self.checkpoint / MANIFEST),
+            "state": self._state,
+        }
         write_file(self._publish_file, json.dumps(marker).encode())
         try:
             if self.overwrite and is_merged(self.destination):
@@ -238,6 +253,9 @@ class Staging:
     def _recover(self) -> bool:
         """Finish or undo what a run that died while publishing began; True when it was this request and is complete."""
         marker = read_json(self._publish_file)
+        check_schema(
+            marker, self._publish_file, "let that version finish what it was publishing: run its command again", OutputError
+        )
         half_moved = bool(marker.get("by_file")) and self.checkpoint.exists()
         ours = self.destination.is_dir() and self.destination.stat().st_ino == marker.get("inode")
         if ours and not half_moved:
@@ -279,6 +297,11 @@ class Staging:
             _remove(part)
         self._state_file.unlink(missing_ok=True)
 
+    def _check_schema(self) -> None:
+        """Raise OutputError where a newer version of pmerge began the staging folder."""
+        hint = "continue with that version, or throw its work away:  --restart"
+        check_schema(read_json(self._state_file), self._state_file, hint, OutputError)
+
     def _check_same_request(self) -> None:
         """Raise OutputError unless the staging folder belongs to this very request, or nothing in it is finished."""
         if not self._state_file.exists():
@@ -290,14 +313,16 @@ class Staging:
                 details=first_ten(strange),
                 hint="look at it; to throw away what an earlier run left there, add --restart",
             )
-        was = read_json(self._state_file).get("state")
+        record = read_json(self._state_file)
+        was, schema = record.get("state"), record.get("schema", 0)
         if was == self._state:
             return
         if not any(self._done.glob("*.json")):  # nothing is finished: nothing is lost by beginning afresh
             self._state_file.unlink()
             return
+        older = ", or of an older version of pmerge" if schema < SCHEMA else ""
         raise OutputError(
-            f"{self.folder} is the unfinished run of another request or of inputs that have changed since",
+            f"{self.folder} is the unfinished run of another request or of inputs that have changed since{older}",
             details=first_ten(differences(was or {}, self._state), "more differences"),
             hint="repeat the command that began it, or throw its work away:  --restart",
         )
@@ -310,7 +335,7 @@ class Staging:
                 path, done = self.checkpoint / entry["name"], Done(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]))
                 status = path.stat()
                 found_now = (status.st_size, status.st_mtime_ns, self._request)
-                if found_now != (done.file_bytes, entry["mtime_ns"], entry["request"]):
+                if is_newer(entry) or found_now != (done.file_bytes, entry["mtime_ns"], entry["request"]):
                     continue
             except (OSError, KeyError, TypeError, ValueError):
                 continue  # a torn record, or its file is gone: that file is written again

@@ -34,6 +34,7 @@ from merge_cli.errors import OutputError, first_ten
 from merge_cli.output.folder import Done, Staging, already_there, differences
 from merge_cli.output.lock import Lock, flock
 from merge_cli.output.manifest import stands_for
+from merge_cli.output.schema import SCHEMA, is_newer
 from merge_cli.planning.plan import MergePlan, OutputFile, WorkItem
 from merge_cli.ranks.launcher import Rank
 from merge_cli.system.durable import fsync_folder, output_error, write_file
@@ -129,6 +130,8 @@ class JointStaging(Staging):
         The first of several ranks with `restart` throws away what was there before them. Without flock nobody knows who is still at
         work, so nothing is ever thrown away.
         """
+        if not (restart and self._lock.is_alone()):
+            self._check_schema()
         was = read_json(self._state_file).get("state")
         if not self._lock.has_flock and self._state_file.exists() and (restart or was != self._state):
             raise OutputError(
@@ -249,8 +252,8 @@ class JointStaging(Staging):
                 self.record(piece.file, sha256, nonfinite)
             else:
                 inode = partial_path(self.checkpoint / piece.file.name).stat().st_ino
-                entry = {"begin": piece.begin, "end": piece.end, "inode": inode, "nonfinite": dict(nonfinite)}
-                entry["request"] = self._request
+                place = {"begin": piece.begin, "end": piece.end, "inode": inode}
+                entry = {"schema": SCHEMA, **place, "nonfinite": dict(nonfinite), "request": self._request}
                 write_file(self._record_file(piece.name), json.dumps(entry).encode())
         except OutputError:
             if self._lock.is_current:
@@ -287,7 +290,8 @@ class JointStaging(Staging):
         return [record for name in names if self._speaks_of(record := read_json(self._done / name), inode)]
 
     def _speaks_of(self, record: Mapping[str, Any], inode: int | None) -> bool:
-        return inode is not None and (record.get("inode"), record.get("request")) == (inode, self._request)
+        same = (record.get("inode"), record.get("request")) == (inode, self._request)
+        return inode is not None and same and not is_newer(record)
 
     def _inode(self, file: OutputFile) -> int | None:
         """Of the file that its pieces are written into; it has its final name if a rank died before it could record that."""

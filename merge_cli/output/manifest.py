@@ -19,6 +19,7 @@ from merge_cli.formats.safetensors import read_header
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.folder import Done
+from merge_cli.output.schema import SCHEMA
 from merge_cli.planning.plan import ALGORITHM, MergePlan, Output
 from merge_cli.system.durable import write_file
 from merge_cli.system.files import sha256_of
@@ -74,6 +75,8 @@ def manifest(
     fingerprints = input_fingerprints(plan)
     return {
         "pmerge": __version__,
+        "schema": SCHEMA,
+        "algorithm": ALGORITHM,
         "method": plan.spec.method,
         "parameters": dict(plan.spec.parameters),
         "inputs": [

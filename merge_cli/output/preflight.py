@@ -11,6 +11,7 @@ from pathlib import Path
 from merge_cli.errors import OutputError, UsageError, first_ten
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.folder import already_there, is_merged
+from merge_cli.output.schema import is_newer
 from merge_cli.planning.plan import MergePlan
 from merge_cli.system.durable import output_error
 from merge_cli.system.files import files_in
@@ -109,8 +110,10 @@ def _strangers(folder: Path) -> list[str]:
     """What lies in a result of pmerge beside what its pmerge.json records."""
     try:
         recorded = json.loads((folder / MANIFEST).read_bytes())
+        if is_newer(recorded):
+            return [f"{MANIFEST} is by a newer version of pmerge, so it is not known what is whose"]
         known = {MANIFEST, *recorded["files"], *recorded["side_files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} cannot be read, so it is not known what is whose"]
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
     return [name for name in found if name not in known]
