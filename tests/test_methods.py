@@ -19,7 +19,7 @@ from merge_cli.request.methods import (
     Coefficients,
     coefficients,
     gamma_of,
-    needs_step_numbers,
+    needs_step_values,
     relative_width,
     warnings_for,
 )
@@ -253,7 +253,7 @@ def test_explicit_weights_that_are_refused(weights: list[Any], normalize: bool) 
         ("ema", {"alpha": 0.0}, "--alpha"),
         ("ema", {"alpha": 1.1}, "--alpha"),
         ("ema", {"alpha": math.nan}, "--alpha"),
-        ("ema", {"alpha": "0.1"}, "--alpha"),
+        ("ema", {"alpha": "much"}, "--alpha"),
         ("ema", {"alpha": True}, "--alpha"),
         ("ema", {"half_life": 0.0}, "--half-life"),
         ("ema", {"half_life": -3}, "--half-life"),
@@ -264,7 +264,8 @@ def test_explicit_weights_that_are_refused(weights: list[Any], normalize: bool) 
         ("power", {"sigma_rel": 0.0}, "--sigma-rel"),
         ("power", {"sigma_rel": 0.3}, "0.2887"),
         ("weights", {}, "one weight per checkpoint"),
-        ("weights", {"weights": "0.5,0.5"}, "list of numbers"),
+        ("weights", {"weights": "half,half"}, "--weights"),
+        ("weights", {"weights": 0.5}, "0.2,0.3,0.5"),
     ],
 )
 @pytest.mark.parametrize("steps", [[500], [500, 1000]])
@@ -291,9 +292,9 @@ def test_no_checkpoint_and_negative_steps_are_refused() -> None:
 
 
 def test_which_methods_need_true_steps() -> None:
-    assert [name for name in METHODS if needs_step_numbers(name)] == ["power"]
-    assert needs_step_numbers("ema", half_life=5) and not needs_step_numbers("ema", half_life=None)
-    assert [name for name, method in METHODS.items() if not method.needs_steps] == ["sma", "weights"]
+    assert [name for name in METHODS if needs_step_values(name)] == ["power"]
+    assert needs_step_values("ema", half_life=5) and not needs_step_values("ema", half_life=None)
+    assert [name for name, method in METHODS.items() if not method.needs_order] == ["sma", "weights"]
 
 
 def test_decay_over_uneven_steps_weighs_the_checkpoint_before_a_gap() -> None:

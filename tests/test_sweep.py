@@ -392,7 +392,7 @@ def test_names_speak_and_leave_out_what_was_not_given() -> None:
         ({"methods": ["weights"]}, "--list"),
         ({"methods": ["ema:0.1:0.2"]}, "does not take '0.2'"),
         ({"methods": ["sma:3"]}, "does not take"),
-        ({"methods": ["ema:x"]}, "not a number"),
+        ({"methods": ["ema:x"]}, "--alpha cannot be 'x'"),
         ({"methods": ["ema:2"]}, "--alpha is out of range"),
         ({"methods": ["sma"], "last": [0]}, "at least 1"),
         ({"methods": ["sma"], "every": ["x"]}, "--every cannot be"),

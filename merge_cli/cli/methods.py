@@ -32,7 +32,7 @@ def methods_command(
     found = []
     for method in METHODS.values() if name is None else [METHODS[name]]:
         own = given if name is not None else {k: v for k, v in given.items() if k in method.parameters}
-        weights = None if method.name == "weights" else coefficients(method.name, steps, **own)
+        weights = None if method.is_explicit else coefficients(method.name, steps, **own)
         found.append((method, weights))
     if as_json:
         console.out_json(

@@ -16,7 +16,8 @@ from typing import Any
 
 from merge_cli.errors import UsageError
 from merge_cli.names import STAGING_SUFFIX
-from merge_cli.request.methods import METHODS, coefficients
+from merge_cli.request.methods import METHOD_SYNONYMS, METHODS, check_parameters, coefficients, implied_method
+from merge_cli.request.option import not_a_choice
 
 SELECTION = {
     "last": int,
@@ -74,10 +75,10 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """The method and the parameters of "ema:0.1" or "ema:half-life=2000". Raises UsageError."""
     name, *rest = text.strip().split(":")
     method = METHODS.get(name)
-    if method is None or name == "weights":
-        known = ", ".join(each for each in METHODS if each != "weights")
-        hint = "weights are given in a list:  --list FILE" if name == "weights" else "--method sma,ema:0.1,decay:1-sqrt"
-        raise UsageError(f"--method cannot be {text!r} in a sweep", details=[f"expected  {known}"], hint=hint)
+    if method is None:
+        raise not_a_choice("--method", text, tuple(each.name for each in METHODS.values() if not each.is_explicit), METHOD_SYNONYMS)
+    if method.is_explicit:
+        raise UsageError(f"--method cannot be {text!r} in a sweep", hint="weights are given in a list:  --list FILE")
     parameters: dict[str, Any] = {}
     for position, part in enumerate(rest):
         key, is_named, value = part.partition("=")
@@ -90,7 +91,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
                 details=[f"expected  {name}" + "".join(f"[:{each.replace('_', '-')}=...]" for each in method.parameters)],
                 hint="the first parameter may go by its value alone: ema:0.1, decay:1-sqrt, power:0.2",
             )
-        parameters[key] = value if method.parameters[key].kind is str else _number(value, text)
+        parameters[key] = method.parameters[key].check(value)
     return name, parameters
 
 
@@ -109,7 +110,7 @@ def entry(given: object) -> Combination:
         raise UsageError(
             f"unknown option {', '.join(map(repr, unknown))} in the list of a sweep", details=[f"expected  {', '.join(known)}"]
         )
-    name, method = options.get("name", ""), options.get("method", "weights" if "weights" in options else "sma")
+    name, method = options.get("name", ""), options.get("method", implied_method(options))
     if not isinstance(method, str) or not isinstance(name, str):
         raise UsageError("method and name are words", hint=_EXAMPLE)
     parameters = {key: value for key, value in options.items() if key in _PARAMETERS}
@@ -118,7 +119,8 @@ def entry(given: object) -> Combination:
 
 def combination(method: str, parameters: Mapping[str, Any], selection: Mapping[str, Any], name: str = "") -> Combination:
     """A combination whose options are of the right kind and in range. Raises UsageError."""
-    if method != "weights":
+    parameters = check_parameters(method, parameters)
+    if not METHODS[method].is_explicit:
         coefficients(method, [1.0, 2.0], **parameters)
     for key, value in selection.items():
         option = f"--{_WORDS.get(key, key)}"
@@ -148,10 +150,3 @@ def _name(method: str, parameters: Mapping[str, Any], selection: Mapping[str, An
         parts += [*([] if key == first else [key.replace("_", "-")]), *shown]
     parts += [f"{_WORDS.get(key, key)}{selection[key]}" for key in SELECTION if key in selection]
     return re.sub(r"[^A-Za-z0-9_.=+-]", "_", "-".join(parts))
-
-
-def _number(text: str, method: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"--method {method}: {text!r} is not a number", hint="--method ema:0.1") from None

@@ -17,13 +17,14 @@ evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
 from typing import Any
 
 from merge_cli.errors import UsageError, first_ten
+from merge_cli.request.option import Option, not_a_choice
 
 SUM_TOLERANCE = 1e-6  # how far the sum of explicit weights may be from 1: six typed digits
 AGE_HELPS, AGE_HURTS = 0.15, 0.25  # of `age_share`: below the one every merge of the pilots helped, above the other each hurt
@@ -76,26 +77,34 @@ IDENTITY = Coefficients((1.0,), (1,), 1)  # of a single checkpoint, whatever the
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """What a method can be told: default (None: unset), kind (float, str, bool or tuple), a line of help."""
+class Parameter(Option):
+    """A parameter of a method.
 
-    default: float | str | bool | None
-    kind: type
-    help: str
-    choices: tuple[str, ...] = ()
+    `in_steps`: its unit is the step, so the checkpoints need true steps; `instead_of`: the parameter that it
+    replaces, so that only one of the two may be given.
+    """
+
+    in_steps: bool = False
+    instead_of: str = ""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One averaging method. `needs_steps`: order matters, so the checkpoints need steps or an order given."""
+    """One averaging method; `function` takes the steps and every parameter.
+
+    `needs_order`: the checkpoints need steps, or an order given; `needs_step_values`: positions in place of
+    true steps would be wrong; `is_explicit`: the user types one coefficient per checkpoint.
+    """
 
     name: str
     summary: str
     formula: str
     source: str
-    needs_steps: bool
     function: Callable[..., Coefficients]
-    parameters: dict[str, Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    needs_order: bool = True
+    needs_step_values: bool = False
+    is_explicit: bool = False
 
 
 def coefficients(method: str, steps: Sequence[float], **parameters: Any) -> Coefficients:
@@ -107,26 +116,49 @@ def coefficients(method: str, steps: Sequence[float], **parameters: Any) -> Coef
 
     Raises UsageError: unknown method or parameter, value out of range, no checkpoint, steps not increasing.
     """
-    chosen = METHODS.get(method)
-    if chosen is None:
-        raise UsageError(
-            f"unknown method `{method}`",
-            details=[f"expected  {', '.join(METHODS)}"],
-            hint="choose one: --method sma",
-        )
-    given = {name: value for name, value in parameters.items() if value is not None}
-    for name, value in given.items():
-        _check_kind(chosen, name, value)
+    given = check_parameters(method, parameters)
     if len(steps) == 0:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
-    if chosen.needs_steps:
+    chosen = METHODS[method]
+    if chosen.needs_order:
         _check_increasing(chosen.name, steps)
-    return chosen.function(tuple(steps), **given)
+    defaults = {name: parameter.default for name, parameter in chosen.parameters.items()}
+    return chosen.function(tuple(steps), **{**defaults, **given})
 
 
-def needs_step_numbers(method: str, **parameters: Any) -> bool:
-    """Whether positions 0..N-1 in place of true steps would be wrong: a parameter is measured in steps."""
-    return method == "power" or (method == "ema" and parameters.get("half_life") is not None)
+def check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The given parameters of a method, read from text where they are text; None counts as not given.
+
+    Raises UsageError: unknown method or parameter, a value of the wrong kind, two that exclude each other.
+    """
+    chosen = METHODS.get(method)
+    if chosen is None:
+        raise not_a_choice("--method", method, tuple(METHODS), METHOD_SYNONYMS)
+    given: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        parameter = chosen.parameters.get(name)
+        if parameter is None:
+            raise _unknown_parameter(chosen, name)
+        if parameters.get(parameter.instead_of) is not None:
+            other = chosen.parameters[parameter.instead_of]
+            raise UsageError(f"{other.flag} and {parameter.flag} contradict each other", hint="give one of them")
+        given[name] = parameter.check(value)
+    return given
+
+
+def needs_step_values(method: str, **parameters: Any) -> bool:
+    """Whether positions 0..N-1 in place of true steps would be wrong, for instance for a half-life in steps."""
+    chosen = METHODS[method]
+    in_steps = [name for name, parameter in chosen.parameters.items() if parameter.in_steps]
+    return chosen.needs_step_values or any(parameters.get(name) is not None for name in in_steps)
+
+
+def implied_method(parameters: Mapping[str, Any]) -> str:
+    """The method when none is named: the explicit one if weights are given, else the simple average."""
+    weights = next(iter(METHODS[EXPLICIT].parameters))
+    return EXPLICIT if parameters.get(weights) is not None else DEFAULT
 
 
 def sma(steps: Sequence[float]) -> Coefficients:
@@ -139,21 +171,17 @@ def wma(steps: Sequence[float]) -> Coefficients:
     return _rational(range(1, len(steps) + 1))
 
 
-def ema(steps: Sequence[float], alpha: float | None = None, half_life: float | None = None) -> Coefficients:
+def ema(steps: Sequence[float], alpha: float, half_life: float | None) -> Coefficients:
     """Exponential moving average `M <- a x_i + (1-a) M`, started at the oldest checkpoint (PMA Eq. 4).
 
     Closed form for one a: `c_0 = (1-a)^(N-1)`, `c_i = a (1-a)^(N-1-i)`. It sums to 1; the weights printed in
-    section 4.2 of the paper, `a (1-a)^(N-i)` for every i, do not. With `alpha` (default 0.2) one a per
-    checkpoint, whatever the spacing; with `half_life`, in the unit of `steps`, `a_i = 1 - 2^(-(T_i - T_{i-1})
-    / half_life)`.
+    section 4.2 of the paper, `a (1-a)^(N-i)` for every i, do not. With `alpha` one a per checkpoint,
+    whatever the spacing; with `half_life`, in the unit of `steps`, `a_i = 1 - 2^(-(T_i - T_{i-1}) / half_life)`.
 
-    Raises UsageError unless 0 < alpha <= 1 and 0 < half_life, or if both are given.
+    Raises UsageError unless 0 < alpha <= 1 and 0 < half_life.
     """
-    if alpha is not None and half_life is not None:
-        raise UsageError("--alpha and --half-life contradict each other", hint="give one of them")
     if half_life is not None and half_life <= 0:
         raise _out_of_range("half_life", half_life, "a number of steps above 0")
-    alpha = 0.2 if alpha is None else alpha
     if not 0 < alpha <= 1:
         raise _out_of_range("alpha", alpha, "a number above 0 and at most 1")
     values, kept = [], 1.0  # newest first; kept: what the later checkpoints leave of the earlier ones
@@ -177,17 +205,15 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {  # f(t), 0 <= t < 1, f(0) 
 }
 
 
-def decay(steps: Sequence[float], shape: str = "1-sqrt", floor: float = 0.0) -> Coefficients:
+def decay(steps: Sequence[float], shape: str, floor: float) -> Coefficients:
     """Average as if the learning rate had decayed by `shape` to the share `floor` over the window (WSM).
 
     `w_i = floor + (1-floor) f(t_i)`, `c_i = w_i - w_{i+1}`, `c_{N-1} = w_{N-1}`: `w` is the reverse
     cumulative sum of `c`. `t_i = (T_i - T_0) / (T_{N-1} - T_0 + mean gap)`, which is i/N for even spacing;
     linear without a floor is then sma and returned as such, exactly. Otherwise float64, none negative.
 
-    Raises UsageError: unknown shape, floor outside 0 <= floor < 1.
+    Raises UsageError unless 0 <= floor < 1.
     """
-    if shape not in DECAY_SHAPES:
-        raise _out_of_range("shape", shape, "one of " + ", ".join(DECAY_SHAPES))
     if not 0 <= floor < 1:
         raise _out_of_range("floor", floor, "a share of at least 0 and below 1")
     if len(steps) == 1:
@@ -222,7 +248,7 @@ def gamma_of(width: float) -> float:
     return low
 
 
-def power(steps: Sequence[float], sigma_rel: float = 0.1) -> Coefficients:
+def power(steps: Sequence[float], sigma_rel: float) -> Coefficients:
     """Power-function EMA: weigh training time t by `t^g`, of relative width `sigma_rel` (2312.02696).
 
     Each checkpoint stands for the time between the midpoints a_i, b_i to its neighbours, so c_i is in
@@ -250,7 +276,7 @@ def power(steps: Sequence[float], sigma_rel: float = 0.1) -> Coefficients:
     return _inexact([mass / total for mass in masses])
 
 
-def explicit(steps: Sequence[float], weights: Sequence[float] = (), normalize: bool = False) -> Coefficients:
+def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize: bool) -> Coefficients:
     """The `weights` as given, one per checkpoint; `normalize` divides them by their sum.
 
     Without it they must sum to 1 within 1e-6 and are not touched: what was typed is what is used. Negative
@@ -258,6 +284,7 @@ def explicit(steps: Sequence[float], weights: Sequence[float] = (), normalize: b
 
     Raises UsageError: not one weight per checkpoint, NaN or Inf, a sum that is not 1 (or 0 to normalize).
     """
+    weights = weights or ()
     if len(weights) != len(steps):
         raise UsageError(
             "--weights needs one weight per checkpoint",
@@ -282,70 +309,97 @@ def explicit(steps: Sequence[float], weights: Sequence[float] = (), normalize: b
     return _inexact([weight / total if normalize else float(weight) for weight in weights])
 
 
-METHODS: dict[str, Method] = {
-    "sma": Method(
-        name="sma",
+def _number(value: Any, flag: str) -> float:
+    """A finite number, or the text of one."""
+    try:
+        number: float = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = math.nan
+    if not _is_finite_number(number):
+        raise UsageError(f"{flag} cannot be {value!r}", details=["expected  a finite number"])
+    return number
+
+
+def _numbers(value: Any, flag: str) -> list[float]:
+    """A list of numbers, or the text of one with commas. Whether they are finite is checked with their positions."""
+    if isinstance(value, str):
+        return [_number(part, flag) for part in value.split(",")]
+    if not isinstance(value, Sequence):
+        raise UsageError(f"{flag} cannot be {value!r}", details=["expected  numbers: 0.2,0.3,0.5"])
+    return list(value)
+
+
+def _method(name: str, *, parameters: Mapping[str, Parameter] | None = None, **rest: Any) -> Method:
+    return Method(name, parameters={key: each.named(key) for key, each in (parameters or {}).items()}, **rest)
+
+
+DEFAULT, EXPLICIT = "sma", "weights"
+METHOD_SYNONYMS = {"mean": "sma", "average": "sma", "avg": "sma", "uniform": "sma", "linear": "wma", "exponential": "ema"}
+_ALL = (
+    _method(
+        DEFAULT,
         summary="simple average: all checkpoints weigh the same",
         formula="c_i = 1/N",
         source="PMA, arXiv 2505.12082, Eq. 3",
-        needs_steps=False,
+        needs_order=False,
         function=sma,
     ),
-    "wma": Method(
-        name="wma",
+    _method(
+        "wma",
         summary="weights rise linearly: the newest checkpoint weighs most",
         formula="c_i = (i+1) / (N(N+1)/2)",
         source="PMA, arXiv 2505.12082, Eq. 5",
-        needs_steps=True,
         function=wma,
     ),
-    "ema": Method(
-        name="ema",
+    _method(
+        "ema",
         summary="exponential moving average over the checkpoints, started at the oldest",
         formula="c_0 = (1-a)^(N-1), c_i = a (1-a)^(N-1-i)",
         source="PMA, arXiv 2505.12082, Eq. 4",
-        needs_steps=True,
         function=ema,
         parameters={
-            "alpha": Parameter(0.2, float, "share of each newer checkpoint, 0 < alpha <= 1"),
-            "half_life": Parameter(None, float, "instead of alpha: steps after which a weight has halved"),
+            "alpha": Parameter("share of each newer checkpoint, 0 < alpha <= 1", 0.2, read=_number),
+            "half_life": Parameter(
+                "instead of alpha: steps after which a weight has halved", read=_number, in_steps=True, instead_of="alpha"
+            ),
         },
     ),
-    "decay": Method(
-        name="decay",
+    _method(
+        "decay",
         summary="as if the learning rate had decayed over the window",
         formula="w_i = floor + (1-floor) f(t_i), c_i = w_i - w_{i+1}, c_{N-1} = w_{N-1}; t_i = i/N, or if unevenly spaced "
         "(T_i-T_0)/(T_{N-1}-T_0+mean gap), so that a checkpoint before a large gap weighs much",
         source="WSM, arXiv 2507.17634",
-        needs_steps=True,
         function=decay,
         parameters={
-            "shape": Parameter("1-sqrt", str, "the shape f of the decay", choices=tuple(DECAY_SHAPES)),
-            "floor": Parameter(0.0, float, "share of the learning rate that remains, 0 <= floor < 1"),
+            "shape": Parameter("the shape f of the decay", "1-sqrt", choices=tuple(DECAY_SHAPES)),
+            "floor": Parameter("share of the learning rate that remains, 0 <= floor < 1", 0.0, read=_number),
         },
     ),
-    "power": Method(
-        name="power",
+    _method(
+        "power",
         summary="power-function EMA: training time t weighs t^g, so the width grows with the run",
         formula="c_i ~ b_i^(g+1) - a_i^(g+1), a_i and b_i the midpoints to the neighbours",
         source="post-hoc EMA, arXiv 2312.02696",
-        needs_steps=True,
+        needs_step_values=True,
         function=power,
-        parameters={"sigma_rel": Parameter(0.1, float, "width of t^g relative to the run, 0 < s <= 0.2886")},
+        parameters={"sigma_rel": Parameter("width of t^g relative to the run, 0 < s <= 0.2886", 0.1, read=_number)},
     ),
-    "weights": Method(
-        name="weights",
+    _method(
+        EXPLICIT,
         summary="explicit weights, one per checkpoint in the order given",
         formula="c_i as given, sum c_i = 1",
         source="you",
-        needs_steps=False,
+        needs_order=False,
+        is_explicit=True,
         function=explicit,
         parameters={
-            "weights": Parameter(None, tuple, "one number per checkpoint"),
-            "normalize": Parameter(False, bool, "divide the weights by their sum"),
+            "weights": Parameter("one number per checkpoint, as 0.2,0.3,0.5", read=_numbers),
+            "normalize": Parameter("divide the weights by their sum", False),
         },
     ),
-}
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def warnings_for(coeffs: Coefficients, steps: Sequence[float] | None = None) -> list[str]:
@@ -389,34 +443,22 @@ def _is_finite_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _out_of_range(name: str, found: object, expected: str) -> UsageError:
     return UsageError(
-        f"{_option(name)} is out of range",
+        f"--{name.replace('_', '-')} is out of range",
         details=[f"found     {found}", f"expected  {expected}"],
-        hint="pmerge average --help lists the methods and their parameters",
+        hint="pmerge methods lists the methods and their parameters",
     )
 
 
-def _check_kind(method: Method, name: str, value: object) -> None:
-    parameter = method.parameters.get(name)
-    if parameter is None:
-        raise UsageError(
-            f"method {method.name} does not take {_option(name)}",
-            details=[f"expected  {', '.join(map(_option, method.parameters)) or 'no parameters'}"],
-            hint="leave it out, or choose the method that has it: "
-            + (", ".join(m.name for m in METHODS.values() if name in m.parameters) or "none does"),
-        )
-    accepted = {
-        float: _is_finite_number(value),
-        tuple: isinstance(value, Sequence) and not isinstance(value, str | bytes),
-    }
-    if not accepted.get(parameter.kind, isinstance(value, parameter.kind)):
-        expected = {float: "a finite number", str: "a word", bool: "yes or no", tuple: "a list of numbers"}
-        raise _out_of_range(name, value, expected[parameter.kind])
+def _unknown_parameter(method: Method, name: str) -> UsageError:
+    owners = [each.name for each in METHODS.values() if name in each.parameters]
+    flags = ", ".join(each.flag for each in method.parameters.values())
+    return UsageError(
+        f"method {method.name} does not take --{name.replace('_', '-')}",
+        details=[f"expected  {flags or 'no parameters'}"],
+        hint=f"leave it out, or choose a method that has it: {', '.join(owners) or 'none does'}",
+    )
 
 
 def _check_increasing(method: str, steps: Sequence[float]) -> None:

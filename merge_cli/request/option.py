@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 from merge_cli.errors import UsageError
 
@@ -49,6 +49,11 @@ class Option:
         """True for an option that may be given several times."""
         return isinstance(self.default, tuple)
 
+    def named(self, field: str) -> Self:
+        """The same option as that of the attribute or parameter `field`, with its name and flag filled in."""
+        name = self.name or field
+        return replace(self, field=field, name=name, flag=self.flag or "--" + name.replace("_", "-"))
+
     def check(self, value: Any) -> Any:
         """The value as it is kept. Raises UsageError unless it is one that the option takes."""
         if value is None and self.default is None:
@@ -75,13 +80,8 @@ def option(default: Any, help: str, **description: Any) -> Any:
 
 def options_of(spec: type[Options]) -> tuple[Option, ...]:
     """The options that are fields of the dataclass `spec`, in order."""
-    found = []
-    for each in dataclasses.fields(spec):  # type: ignore[arg-type]  # its subclasses are dataclasses
-        if described := each.metadata.get("option"):
-            name = described.name or each.name
-            flag = described.flag or "--" + name.replace("_", "-")
-            found.append(replace(described, name=name, field=each.name, flag=flag))
-    return tuple(found)
+    fields = dataclasses.fields(spec)  # type: ignore[arg-type]  # its subclasses are dataclasses
+    return tuple(each.metadata["option"].named(each.name) for each in fields if "option" in each.metadata)
 
 
 def not_a_choice(flag: str, value: object, choices: tuple[str, ...], synonyms: Mapping[str, str] | None = None) -> UsageError:

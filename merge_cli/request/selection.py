@@ -13,7 +13,7 @@ from merge_cli.errors import MismatchError, UsageError, first_ten
 from merge_cli.names import MANIFEST
 from merge_cli.request.amounts import is_in_tokens, parse_amount
 from merge_cli.request.labels import Candidate
-from merge_cli.request.methods import METHODS, Coefficients, coefficients, needs_step_numbers, warnings_for
+from merge_cli.request.methods import METHODS, Coefficients, coefficients, needs_step_values, warnings_for
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Selection:
     warnings: tuple[str, ...] = ()
 
 
-def order_candidates(candidates: Sequence[Candidate], by: str, needs_steps: bool) -> list[Candidate]:
+def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool) -> list[Candidate]:
     """Order from oldest to newest by "step", as "given", or by "mtime".
 
     By step, checkpoints without a step are an error for a method that needs an order; others then keep the order given. Two with
@@ -46,7 +46,7 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_steps: bool
     if by == "mtime":
         ordered = sorted(candidates, key=lambda candidate: (candidate.mtime_ns, str(candidate.path)))
         tied = [f"{a.path}  {b.path}" for a, b in pairwise(ordered) if a.mtime_ns == b.mtime_ns]
-        if tied and needs_steps:
+        if tied and needs_order:
             raise MismatchError(
                 "checkpoints with the same modification time have no order",
                 details=first_ten(tied),
@@ -55,7 +55,7 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_steps: bool
         return ordered
     unknown = [str(candidate.path) for candidate in candidates if candidate.step is None]
     if unknown:
-        if len(candidates) == 1 or not needs_steps:
+        if len(candidates) == 1 or not needs_order:
             return list(candidates)
         for candidate in candidates:
             if candidate.step is None and candidate.doubt is not None:
@@ -217,7 +217,7 @@ def choose(
     def steps(option: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
         return None if amount is None else parse_amount(amount, tokens_per_step, option=option, rounding=rounding)
 
-    ordered = order_candidates(candidates, order, METHODS[method].needs_steps or last is not None)
+    ordered = order_candidates(candidates, order, METHODS[method].needs_order or last is not None)
     selection = select(
         ordered,
         last=last,
@@ -248,7 +248,7 @@ def weigh(
 ) -> tuple[Coefficients, list[str]]:
     """The coefficients of `candidates`, oldest to newest, and what is known to hurt about them. Raises UsageError."""
     steps = [candidate.step for candidate in candidates]
-    places = _places(candidates, needs_step_numbers(method, **parameters))
+    places = _places(candidates, needs_step_values(method, **parameters))
     chosen = coefficients(method, places, **parameters)
     return chosen, warnings_for(chosen, places if order == "step" and steps == places else None)
 
