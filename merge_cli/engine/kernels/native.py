@@ -1,0 +1,177 @@
+"""Weighted sums by the native kernel, one call for a chunk, which gives up the interpreter's lock (no torch, no numpy).
+
+    kernel = load()                                     # None without a built library: the torch path gives the same bytes
+    job = kernel.prepare(["BF16"] * 4, [Sum("BF16", "F32", (0, 1, 2, 3), (1.0,) * 4, 4.0, mend=True)])
+    bad = job.run(inputs, outputs, count)               # addresses of memory; outputs whose results are not all finite
+
+The bits are those of the reference in torch, on every processor and in whatever state its
+floating-point unit is: products and sums in the order of the inputs, one division, one rounding.
+Results that are NaN are stored as one pattern, sign 0.
+
+The library is `average.so`, built from the C files beside it (`build.py`). It has a kernel for each
+of several instruction sets, and the fastest that this processor runs is taken; PMERGE_KERNEL=base,
+v3 (AVX2), v4 (AVX-512) or torch takes another. All give the same bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from merge_cli.engine.kernels import build
+from merge_cli.errors import UsageError
+
+VARIABLE = "PMERGE_KERNEL"
+_ABI = 1
+_DTYPES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
+
+
+class Sum(NamedTuple):
+    """One output: `factors[i]` times input `inputs[i]`, ascending, summed in `accumulator` (F32 or F64) and divided by `divisor`.
+
+    `mend`: where a float32 sum ends as NaN or infinite, that element is summed again in float64.
+    """
+
+    dtype: str
+    accumulator: str
+    inputs: tuple[int, ...]
+    factors: tuple[float, ...]
+    divisor: float | None = None
+    mend: bool = False
+
+
+class _Input(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
+
+
+class _Output(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("factors", ctypes.POINTER(ctypes.c_double)),
+        ("used", ctypes.POINTER(ctypes.c_uint8)),
+        ("divisor", ctypes.c_double),
+        ("dtype", ctypes.c_int32),
+        ("sum", ctypes.c_int32),
+        ("mend", ctypes.c_int32),
+        ("nonfinite", ctypes.c_int32),
+    )
+
+
+class Job:
+    """Sums of inputs of given dtypes, ready to be run on any number of chunks. For one thread at a time."""
+
+    def __init__(self, kernel: Kernel, dtypes: Sequence[str], sums: Sequence[Sum]) -> None:
+        self.inputs = tuple(sorted({i for each in sums for i in each.inputs}))
+        """The positions of the inputs that a sum uses, ascending. No other is read."""
+        self._kernel = kernel
+        self._inputs = (_Input * len(self.inputs))(*(_Input(None, _DTYPES[dtypes[i]]) for i in self.inputs))
+        self._outputs = (_Output * len(sums))(*map(self._output, sums))
+
+    def _output(self, each: Sum) -> _Output:
+        given = dict(zip(each.inputs, each.factors, strict=True))
+        assert list(given) == sorted(given) and each.accumulator in ("F32", "F64")
+        factors = (ctypes.c_double * len(self.inputs))(*(given.get(i, 0.0) for i in self.inputs))
+        used = (ctypes.c_uint8 * len(self.inputs))(*(i in given for i in self.inputs))
+        divisor = 1.0 if each.divisor is None else each.divisor
+        mend = each.mend and each.accumulator == "F32"
+        return _Output(None, factors, used, divisor, _DTYPES[each.dtype], _DTYPES[each.accumulator], mend)
+
+    def run(self, inputs: Sequence[int], outputs: Sequence[int], count: int) -> list[int]:
+        """Reduce `count` elements; the outputs, by position, of which a result is NaN or infinite.
+
+        `inputs` are addresses by position in the dtypes given, `outputs` by position in the sums; at any alignment. An output may
+        overlap nothing else.
+        """
+        for record, i in zip(self._inputs, self.inputs, strict=True):
+            record.data = inputs[i]
+        for output, address in zip(self._outputs, outputs, strict=True):
+            output.data = address
+        self._kernel.call(self._inputs, len(self._inputs), self._outputs, len(self._outputs), count)
+        return [k for k, output in enumerate(self._outputs) if output.nonfinite]
+
+
+class Kernel:
+    """One of the library's kernels."""
+
+    def __init__(self, library: ctypes.CDLL, number: int, name: str) -> None:
+        self.name = name
+        self.call = functools.partial(library.pmerge_average, number)
+
+    def prepare(self, dtypes: Sequence[str], sums: Sequence[Sum]) -> Job:
+        """The job of making `sums` of inputs of `dtypes`."""
+        return Job(self, dtypes, sums)
+
+
+def address_of(buffer: bytearray | memoryview | mmap.mmap) -> int:
+    """The address of a writable, contiguous buffer, which must outlive its use."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
+
+
+def load() -> Kernel | None:
+    """The kernel to use here: that of PMERGE_KERNEL, or the fastest that this processor runs. None: torch.
+
+    Raises UsageError where PMERGE_KERNEL names one that is not there.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "torch":
+        return None
+    found = kernels()
+    if not wanted:
+        return list(found.values())[-1] if found else None
+    if wanted not in found:
+        raise UsageError(
+            f"{VARIABLE} names a kernel that cannot run here: {wanted!r}",
+            details=[f"expected  {', '.join([*found, 'torch'])}", *([] if found else [f"found     {why_none()}"])],
+            hint=f"unset {VARIABLE}",
+        )
+    return found[wanted]
+
+
+def kernels() -> dict[str, Kernel]:
+    """The kernels that this processor runs, slowest first, by name. Empty where the library is missing or of other sources."""
+    library = _library()
+    if isinstance(library, str):
+        return {}
+    found: dict[str, Kernel] = {}
+    for number in range(64):
+        name = library.pmerge_name(number)
+        if name is None:
+            break
+        if library.pmerge_is_supported(number):
+            found[name.decode()] = Kernel(library, number, name.decode())
+    return found
+
+
+def why_none() -> str:
+    """Why there are no native kernels; empty where there are."""
+    library = _library()
+    return library if isinstance(library, str) else ""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why it cannot be used."""
+    if not build.LIBRARY.exists():
+        return "the native kernel was not built (no C compiler when pmerge was installed)"
+    try:
+        library = ctypes.CDLL(str(build.LIBRARY))
+        abi, sources = library.pmerge_abi(), ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "pmerge_sources")))
+    except (OSError, AttributeError, ValueError) as error:
+        return f"the native kernel cannot be loaded ({error})"
+    if abi != _ABI or sources.decode() != build.digest():
+        return "the native kernel was built from other sources than these"
+    library.pmerge_name.restype = ctypes.c_char_p
+    library.pmerge_average.restype = None
+    library.pmerge_average.argtypes = (
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+    )
+    return library
