@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 from builders import digests, nasty_run, nasty_tensors, training_run, write_checkpoint, write_run
-from faults.extents import FaultRuns
 from safetensors.torch import load_file, save_file
 from test_quantized_average import quantized_run
 
 from faults import ranks
 from faults.ground import Ground
+from faults.runs import FaultRuns
 from merge_cli import Rank, average, finalize, plan_average, run_average, run_share
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
 from merge_cli.features.share import ShareResult
