@@ -1,0 +1,152 @@
+"""An opened folder of a torch distributed checkpoint: its metadata, its files, and where the values of each chunk lie.
+
+`.metadata` is the last file that a save writes, so a folder without one is unfinished. Only metadata and envelopes are read here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from merge_cli.errors import InputError, UnsupportedError, first_ten
+from merge_cli.formats.dcp.item import Envelope, Envelopes
+from merge_cli.formats.dcp.metadata import MAX_METADATA_BYTES, Chunk, Item, Metadata, Tensor, parse_metadata
+from merge_cli.formats.files import check_stays_inside, list_folder, read_exactly, read_regular_file
+
+METADATA_FILE = ".metadata"
+
+
+class DcpFile(NamedTuple):
+    """A file of the checkpoint; `name` is its path inside it, the rest fingerprints it."""
+
+    path: Path
+    name: str
+    num_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+class Payload(NamedTuple):
+    """Where the values of a chunk lie: `num_bytes` bytes from `offset` in `file`, in the order of `strides` (elements)."""
+
+    file: str
+    offset: int
+    num_bytes: int
+    strides: tuple[int, ...]
+    envelope: Envelope
+
+
+@dataclass(frozen=True, eq=False)
+class DcpFolder:
+    """A checked folder. `notes` name files that the metadata does not know."""
+
+    path: Path
+    metadata: Metadata
+    files: Mapping[str, DcpFile]
+    notes: tuple[str, ...] = ()
+
+
+def open_folder(path: Path) -> DcpFolder:
+    """Open the folder that holds `.metadata` and its files, and check that all of them are there and long enough.
+
+    Raises InputError or UnsupportedError.
+    """
+    there = [entry.name for entry in list_folder(path)]
+    if METADATA_FILE not in there:
+        raise _without_metadata(path, there)
+    check_stays_inside(path, path / METADATA_FILE)
+    raw = read_regular_file(path / METADATA_FILE, MAX_METADATA_BYTES)
+    metadata = parse_metadata(raw, str(path / METADATA_FILE))
+    if not metadata.tensors:
+        raise InputError(f"{path / METADATA_FILE} names no tensors", hint="name the folder of the model's own checkpoint")
+    files = _open_files(path, metadata)
+    stray = [name for name in there if name.endswith(".distcp") and name not in files]
+    return DcpFolder(path, metadata, files, tuple(f"{path / name}: not named by .metadata, ignored" for name in first_ten(stray)))
+
+
+def _without_metadata(path: Path, there: list[str]) -> InputError:
+    if any(name.startswith("__") and name.endswith(".metadata") for name in there):
+        return UnsupportedError(
+            f"{path} was saved with use_collectives=False: each rank has metadata of its own",
+            hint="save it with collectives (the default), so that there is one .metadata",
+        )
+    return InputError(
+        f"{path} has no .metadata",
+        details=["a save writes it last, so this one is unfinished or was copied in part"],
+        hint="wait for the save, copy the file, or leave the checkpoint out",
+    )
+
+
+def items_of(metadata: Metadata) -> Iterator[tuple[str, Item]]:
+    """Each entry's name with each of its items."""
+    yield from metadata.blobs.items()
+    for fqn, tensor in metadata.tensors.items():
+        for chunk in tensor.chunks:
+            yield fqn, chunk.item
+
+
+def _open_files(path: Path, metadata: Metadata) -> dict[str, DcpFile]:
+    ends: dict[str, tuple[int, str]] = {}
+    for fqn, item in items_of(metadata):
+        ends[item.file] = max(ends.get(item.file, (0, "")), (item.offset + item.length, fqn))
+    missing = [name for name in sorted(ends) if not os.path.lexists(path / name)]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(ends)} files are missing in {path}",
+            details=first_ten(missing),
+            hint="the checkpoint was copied in part: copy the missing files, or leave it out",
+        )
+    files = {}
+    for name, (end, fqn) in sorted(ends.items()):
+        check_stays_inside(path, path / name)
+        if not (path / name).is_file():
+            raise InputError(f"not a regular file: {path / name}")
+        status = (path / name).stat()
+        if status.st_size < end:
+            raise InputError(
+                f"{path / name} ends before `{fqn[:200]}` does",
+                details=[f"found     {status.st_size} bytes", f"expected  at least {end} bytes"],
+                hint="the file is truncated or belongs to another save; copy or save it again",
+            )
+        files[name] = DcpFile(path / name, name, status.st_size, status.st_mtime_ns, status.st_ino)
+    return files
+
+
+def locate(
+    folder: DcpFolder, wanted: Iterable[tuple[str, Tensor, Chunk]], envelopes: Envelopes
+) -> Iterator[tuple[str, Chunk, Payload]]:
+    """The payload of each wanted (name, tensor, chunk), file by file. `envelopes` may be shared between checkpoints."""
+    by_file: dict[str, list[tuple[str, Tensor, Chunk]]] = {}
+    for each in wanted:
+        by_file.setdefault(each[2].item.file, []).append(each)
+    for name, entries in by_file.items():
+        path = folder.files[name].path
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise InputError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            for fqn, tensor, chunk in sorted(entries, key=lambda each: each[2].item.offset):
+                yield fqn, chunk, _payload(fd, path, fqn, tensor, chunk, envelopes)
+        finally:
+            os.close(fd)
+
+
+def _payload(fd: int, path: Path, fqn: str, tensor: Tensor, chunk: Chunk, envelopes: Envelopes) -> Payload:
+    item = chunk.item
+
+    def read(offset: int, length: int) -> bytes:
+        try:
+            raw = read_exactly(fd, length, item.offset + offset)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        if len(raw) < length:
+            raise InputError(f"the file ended while it was read: {path}")
+        return raw
+
+    what = f"{path}, `{fqn[:200]}` at byte {item.offset}"
+    found = envelopes.find(read, item.length, tensor.dtype, tuple(chunk.sizes), what)
+    return Payload(item.file, item.offset + len(found.head), found.num_bytes, found.tensor.strides, found)
