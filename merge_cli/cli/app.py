@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli.average import average_command
+from merge_cli.cli.evaluate import evaluate_command
 from merge_cli.cli.finalize import finalize_command
+from merge_cli.cli.forecast import forecast_command
 from merge_cli.cli.inspect import inspect_command
 from merge_cli.cli.methods import methods_command
 from merge_cli.cli.sweep import sweep_command
@@ -23,7 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("average")(average_command)
+app.command("evaluate")(evaluate_command)
 app.command("finalize")(finalize_command)
+app.command("forecast")(forecast_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
 app.command("sweep")(sweep_command)

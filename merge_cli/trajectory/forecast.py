@@ -140,7 +140,7 @@ class Forecast:
     schema: int = SCHEMA
 
 
-def forecast(
+def forecast_rows(
     rows: Sequence[Row],
     *,
     metric: str | None = None,

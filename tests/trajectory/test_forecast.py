@@ -13,7 +13,7 @@ from merge_cli.errors import UsageError
 from merge_cli.request.methods import coefficients
 from merge_cli.trajectory.analysis import analyze_grams
 from merge_cli.trajectory.findings import Finding
-from merge_cli.trajectory.forecast import CONDITIONS, Forecast, forecast
+from merge_cli.trajectory.forecast import CONDITIONS, Forecast, forecast_rows
 from merge_cli.trajectory.gram import Gram
 from merge_cli.trajectory.groups import Group
 from merge_cli.trajectory.ledger import Document, Part, Row, key_of
@@ -55,7 +55,7 @@ SINGLES = (900, 600, 300, 0)
 
 def test_white_noise_and_drift_are_recovered_exactly() -> None:
     a, s, spacing = 0.13, 4e-5, 50
-    found = forecast(rows_of(white(a, s), 10_000, spacing, singles=SINGLES), steps=range(0, 10_001, spacing), anneal=1000)
+    found = forecast_rows(rows_of(white(a, s), 10_000, spacing, singles=SINGLES), steps=range(0, 10_001, spacing), anneal=1000)
     assert found.refusals == ()
     assert found.noises[0].a.value == pytest.approx(a) and found.slope.value == pytest.approx(s)
     assert found.now.value == pytest.approx(2.0) and found.now.step == 10_000
@@ -90,7 +90,7 @@ def test_optimal_n_of_autoregressive_noise_with_a_river_is_that_of_brute_force(s
         noise = sum(hh * p * (c @ r**lag @ c) for hh, p, r in zip(h, power, rho, strict=True)) / 2
         return float(2 + noise + slope * (c @ (100_000 - np.array(steps))))
 
-    found = forecast(rows_of(loss, 100_000, spacing, singles=SINGLES), steps=range(0, 100_001, spacing))
+    found = forecast_rows(rows_of(loss, 100_000, spacing, singles=SINGLES), steps=range(0, 100_001, spacing))
     brute = {n: loss([100_000 - spacing * i for i in reversed(range(n))], [1 / n] * n) for n in range(1, 41)}
     n_star = min(brute, key=lambda n: brute[n])
     assert 3 <= n_star < 40
@@ -102,10 +102,10 @@ def test_optimal_n_of_autoregressive_noise_with_a_river_is_that_of_brute_force(s
 
 
 def test_drift_only_has_no_noise_and_noise_only_takes_all() -> None:
-    drift = forecast(rows_of(white(0.0, 1e-4), 10_000, 50, singles=SINGLES), steps=range(0, 10_001, 50))
+    drift = forecast_rows(rows_of(white(0.0, 1e-4), 10_000, 50, singles=SINGLES), steps=range(0, 10_001, 50))
     assert [each.name for each in drift.refusals] in (["no noise"], ["noise not measured"])
     assert drift.now is None and drift.choices == () and drift.results
-    noise = forecast(rows_of(white(0.1, 0.0), 10_000, 50, singles=SINGLES), steps=range(9000, 10_001, 50))
+    noise = forecast_rows(rows_of(white(0.1, 0.0), 10_000, 50, singles=SINGLES), steps=range(9000, 10_001, 50))
     assert noise.best_sma is None and noise.choice.n == 21
 
 
@@ -132,7 +132,7 @@ def test_a_quadratic_loss_is_predicted_exactly_where_its_checkpoints_are_measure
 
 def test_every_number_is_a_weighted_sum_of_rows() -> None:
     rows = rows_of(white(0.13, 4e-5), 10_000, 50, singles=SINGLES)
-    found = forecast(rows, anneal=500)
+    found = forecast_rows(rows, anneal=500)
     losses = {each.key: each.metrics["loss"] for each in rows}
     for quantity in (found.level, found.slope, found.noises[0].a, found.noises[1].a, found.now.quantity, found.ahead.quantity):
         assert quantity.value == pytest.approx(sum(weight * losses[key] for key, weight in quantity.rows.items()))
@@ -153,7 +153,7 @@ def pilot(newest: int, singles: Sequence[int], merges: Sequence[tuple[int, int]]
 @pytest.mark.parametrize(("start", "newest"), [(2240, 2800), (1680, 2240)])
 def test_real_annealing_lies_in_the_band_and_gains_are_predicted(start: int, newest: int) -> None:
     real = PILOT["annealed"][f"{start}-{newest}"]
-    found = forecast(pilot(newest, (196, 140, 84, 0)), steps=[s for s in LOSSES if s <= newest])
+    found = forecast_rows(pilot(newest, (196, 140, 84, 0)), steps=[s for s in LOSSES if s <= newest])
     drop = found.level.value - real
     assert found.now.low < real < found.now.high
     assert abs(found.now.value - real) < 0.15 * drop
@@ -171,7 +171,7 @@ def test_real_annealing_lies_in_the_band_and_gains_are_predicted(start: int, new
 
 
 def test_the_forecast_ahead_covers_the_real_annealing() -> None:
-    found = forecast(pilot(2240, range(0, 896, 28)), anneal=560)
+    found = forecast_rows(pilot(2240, range(0, 896, 28)), anneal=560)
     assert found.ahead.low < PILOT["annealed"]["2240-2800"] < found.ahead.high
     assert found.ahead.high - found.ahead.low > 2 * (found.now.high - found.now.low)
 
@@ -179,10 +179,10 @@ def test_the_forecast_ahead_covers_the_real_annealing() -> None:
 def test_a_real_annealing_in_the_ledger_calibrates() -> None:
     real = PILOT["annealed"]["2240-2800"]
     annealed = row([2800], [1.0], real, annealed_from=2240)
-    found = forecast([*pilot(2800, (280, 196, 84, 0)), annealed])
+    found = forecast_rows([*pilot(2800, (280, 196, 84, 0)), annealed])
     assert found.calibration.drop_over_a == pytest.approx((found.level.value - real) / found.noises[0].a.value)
     assert found.calibration.value == pytest.approx(real)
-    assert found.now.value == pytest.approx(forecast(pilot(2800, (280, 196, 84, 0))).now.value)  # it enters nothing else
+    assert found.now.value == pytest.approx(forecast_rows(pilot(2800, (280, 196, 84, 0))).now.value)  # it enters nothing else
 
 
 def names(found: Forecast) -> tuple[list[str], list[str]]:
@@ -204,54 +204,54 @@ def analysis(*findings: Finding, log: Sequence[LogRow] = ()) -> object:
 @pytest.mark.parametrize("name", ["decay", "warm-up", "stages", "restart", "ramp", "spike", "schedule", "learning rate"])
 def test_a_window_that_touches_one_of_these_is_refused(name: str) -> None:
     rows = rows_of(GOOD, 10_000, 50, singles=SINGLES)
-    assert names(forecast(rows, analysis=analysis(Finding(name, "because", 9500, 9600))))[0] == [name]
-    assert names(forecast(rows, analysis=analysis(Finding(name, "because", 8000, 9000))))[0] == []
+    assert names(forecast_rows(rows, analysis=analysis(Finding(name, "because", 9500, 9600))))[0] == [name]
+    assert names(forecast_rows(rows, analysis=analysis(Finding(name, "because", 8000, 9000))))[0] == []
 
 
 def test_other_refusals_and_warnings_by_name() -> None:
     rows = rows_of(GOOD, 10_000, 50, singles=SINGLES)
-    assert names(forecast(rows)) == ([], ["no analysis"])
-    assert names(forecast(rows, analysis=analysis(Finding("equal", "e", 9500, 9600)))) == ([], ["equal"])
-    assert names(forecast(rows[:4]))[0] == ["no merge"]
-    assert names(forecast(rows[3:]))[0] == ["too few checkpoints"]
-    assert names(forecast(rows[2:]))[1] == ["no analysis", "few checkpoints"]
-    assert names(forecast(rows[:5]))[1] == ["no analysis", "one spacing"]
-    assert names(forecast(rows, steps=[10_050]))[1] == ["no analysis", "newer checkpoints"]
-    assert names(forecast(rows, anneal=20_000))[1] == ["no analysis", "too far ahead"]
-    assert names(forecast(rows, anneal=500))[1] == ["no analysis", "short reach"]
+    assert names(forecast_rows(rows)) == ([], ["no analysis"])
+    assert names(forecast_rows(rows, analysis=analysis(Finding("equal", "e", 9500, 9600)))) == ([], ["equal"])
+    assert names(forecast_rows(rows[:4]))[0] == ["no merge"]
+    assert names(forecast_rows(rows[3:]))[0] == ["too few checkpoints"]
+    assert names(forecast_rows(rows[2:]))[1] == ["no analysis", "few checkpoints"]
+    assert names(forecast_rows(rows[:5]))[1] == ["no analysis", "one spacing"]
+    assert names(forecast_rows(rows, steps=[10_050]))[1] == ["no analysis", "newer checkpoints"]
+    assert names(forecast_rows(rows, anneal=20_000))[1] == ["no analysis", "too far ahead"]
+    assert names(forecast_rows(rows, anneal=500))[1] == ["no analysis", "short reach"]
     unknown = row([None, None], [0.5, 0.5], 2.0)
-    assert names(forecast([*rows, unknown]))[1] == ["unknown steps", "no analysis"]
-    assert names(forecast([unknown]))[0] == ["unknown steps"]
+    assert names(forecast_rows([*rows, unknown]))[1] == ["unknown steps", "no analysis"]
+    assert names(forecast_rows([unknown]))[0] == ["unknown steps"]
     lagging = rows_of(GOOD, 10_000, 50, singles=SINGLES, merges=((8, 1), (8, 16)))
-    assert names(forecast(lagging))[1] == ["age", "no analysis", "one spacing"]
+    assert names(forecast_rows(lagging))[1] == ["age", "no analysis", "one spacing"]
     above = rows_of(white(-0.01, 4e-5), 10_000, 50, singles=SINGLES)
-    assert names(forecast(above))[0] == ["no noise"]
+    assert names(forecast_rows(above))[0] == ["no noise"]
     steep = rows_of(white(0.13, 2e-4), 10_000, 50, singles=SINGLES)
-    assert "early" in names(forecast(steep))[1]
+    assert "early" in names(forecast_rows(steep))[1]
 
 
 def test_steps_count_from_where_the_learning_rate_became_constant() -> None:
     rows = rows_of(GOOD, 10_000, 50, singles=SINGLES)
     log = [LogRow(step, 1e-3 if step < 9200 else 3e-4, None) for step in range(0, 10_001, 50)]
-    found = forecast(rows, analysis=analysis(log=log))  # type: ignore[arg-type]
+    found = forecast_rows(rows, analysis=analysis(log=log))  # type: ignore[arg-type]
     assert "age" in names(found)[1] and len(found.noises) == 1  # the merge at 2V lags 350 of 800 steps
 
 
 def test_a_benchmark_shows_measured_values_only() -> None:
     rows = [row([step], [1.0], value, "hellaswag.acc,none") for step, value in ((9900, 0.3), (10_000, 0.35))]
-    found = forecast(rows)
+    found = forecast_rows(rows)
     assert names(found)[0] == ["benchmark"] and found.now is None and not found.lower_is_better
     assert [(each.name, each.value, each.gain) for each in found.results] == [
         ("step-10000", 0.35, 0.0),
         ("step-9900", 0.3, pytest.approx(-0.05)),
     ]
     numbers = [row([step], [1.0], value, "value") for step, value in ((9900, 2.0), (10_000, 1.9))]
-    assert names(forecast(numbers))[0] == ["benchmark"]
-    assert names(forecast(numbers, assume_loss=True))[0] == ["no merge"]
+    assert names(forecast_rows(numbers))[0] == ["benchmark"]
+    assert names(forecast_rows(numbers, assume_loss=True))[0] == ["no merge"]
     with pytest.raises(UsageError, match="no row has the metric loss"):
-        forecast(numbers, metric="loss")
+        forecast_rows(numbers, metric="loss")
     with pytest.raises(UsageError, match="no rows"):
-        forecast([])
+        forecast_rows([])
 
 
 def test_the_band_spans_both_values_of_a_where_spacings_differ() -> None:
@@ -259,7 +259,7 @@ def test_the_band_spans_both_values_of_a_where_spacings_differ() -> None:
         lag = np.abs(np.subtract.outer(steps, steps))
         return float(2 + 0.13 * np.array(values) @ 0.99**lag @ np.array(values))
 
-    found = forecast(rows_of(loss, 10_000, 50, singles=SINGLES))
+    found = forecast_rows(rows_of(loss, 10_000, 50, singles=SINGLES))
     (fine, wide) = (each.a.value for each in found.noises)
     assert fine < 0.85 * wide < 0.13 and "spacings differ" in names(found)[1]
     assert found.now.low == pytest.approx(2.13 - wide - 0.15 * fine)
@@ -268,7 +268,7 @@ def test_the_band_spans_both_values_of_a_where_spacings_differ() -> None:
 
 
 def test_the_band_ends_at_the_best_merge() -> None:
-    found = forecast(rows_of(white(0.13, 1e-6), 10_000, 50, singles=SINGLES, merges=((32, 1), (16, 2))))
+    found = forecast_rows(rows_of(white(0.13, 1e-6), 10_000, 50, singles=SINGLES, merges=((32, 1), (16, 2))))
     assert found.now.high == min(each.value for each in found.results) < 2.0 + 0.15 * 0.13
 
 
@@ -276,7 +276,7 @@ def test_noise_below_two_standard_errors_gives_no_forecast() -> None:
     rows = rows_of(white(0.001, 4e-5), 10_000, 50, singles=SINGLES)
     jitter = [each.metrics["loss"] + 0.01 * (-1) ** i for i, each in enumerate(rows[:4])]
     rows[:4] = [row([each.parts[0].step], [1.0], loss) for each, loss in zip(rows[:4], jitter, strict=True)]
-    found = forecast(rows)
+    found = forecast_rows(rows)
     assert names(found)[0] in (["noise not measured"], ["no noise"]) and found.now is None
 
 
@@ -289,13 +289,13 @@ def test_sampling_of_the_text_enters_the_band_paired() -> None:
         documents = tuple(Document(float(x), 10, 40) for x in nats)
         loss = math.fsum(x.nats for x in documents) / 500
         rows.append(Row(**{**each.__dict__, "metrics": {"loss": loss}, "documents": documents}))
-    found = forecast(rows)
+    found = forecast_rows(rows)
     assert found.noises[0].a.sampling < 0.01 < found.level.sampling  # hard documents cancel in a difference
     assert found.now.quantity.sampling_source == "paired by document"
 
 
 def test_a_forecast_survives_json_and_names_its_conditions() -> None:
-    found = forecast(rows_of(GOOD, 10_000, 50, singles=SINGLES), steps=range(9000, 10_001, 50), anneal=500)
+    found = forecast_rows(rows_of(GOOD, 10_000, 50, singles=SINGLES), steps=range(9000, 10_001, 50), anneal=500)
     text = json.dumps(encode(found), allow_nan=False)
     assert decode(Forecast, json.loads(text), "forecast") == found
     assert found.conditions == CONDITIONS and "equivalent" not in text

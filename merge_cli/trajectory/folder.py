@@ -1,0 +1,94 @@
+"""The folder in which everything about a run is kept, and what lies in it: ledger, analysis, the list of checkpoints.
+
+    RUN.pmerge/ledger.jsonl     rows of this rank; ledger-N.jsonl those of rank N
+    RUN.pmerge/run.json         the run's path, names and steps of its checkpoints
+    RUN.pmerge/analysis.json    what `pmerge analyze` found
+    RUN.pmerge/outputs/         what evaluations printed and wrote
+    RUN.pmerge/merges/          merges that are kept
+
+It is made in the current folder, or beside the run when the current folder lies in it: a run is never written to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from merge_cli.errors import InputError, UsageError
+from merge_cli.formats.files import read_regular_file
+from merge_cli.system.durable import write_file
+from merge_cli.trajectory.analysis import Analysis
+from merge_cli.trajectory.records import decode, encode
+
+SUFFIX = ".pmerge"
+ANALYSIS, RUN, OUTPUTS, MERGES = "analysis.json", "run.json", "outputs", "merges"
+MAX_FILE_BYTES = 256 << 20
+T = TypeVar("T")
+
+
+class Stop(NamedTuple):
+    """A checkpoint of the run."""
+
+    name: str
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that a folder is about, as it was last seen."""
+
+    path: str
+    checkpoints: tuple[Stop, ...]
+    schema: int = 1
+
+    @property
+    def steps(self) -> list[float]:
+        """The known steps, ascending."""
+        return sorted(float(each.step) for each in self.checkpoints if each.step is not None)
+
+
+def folder_of(paths: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """The folder for the run at `paths` (one run folder, or the checkpoints of one). Raises UsageError for an empty `output`."""
+    if output is not None:
+        if not str(output):
+            raise UsageError("-o is empty", hint="name the folder of the results:  -o evals")
+        return Path(output)
+    run = Path(paths[0]).resolve()
+    if len(paths) > 1 or run.is_file():
+        run = run.parent
+    here = Path.cwd()
+    beside = run.parent if here == run or run in here.parents else here
+    return beside / (run.name + SUFFIX)
+
+
+def write_run(folder: Path, run: Run) -> None:
+    """Note which run the folder is about. Raises OutputError."""
+    write_file(folder / RUN, json.dumps(encode(run), indent=1).encode() + b"\n")
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run that the folder is about, if it is noted. Raises InputError."""
+    return _read(folder / RUN, Run)
+
+
+def write_analysis(folder: Path, analysis: Analysis) -> None:
+    """Keep an analysis. Raises OutputError."""
+    write_file(folder / ANALYSIS, json.dumps(encode(analysis), indent=1).encode() + b"\n")
+
+
+def read_analysis(folder: Path) -> Analysis | None:
+    """The analysis of the run, if there is one. Raises InputError."""
+    return _read(folder / ANALYSIS, Analysis)
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(read_regular_file(path, MAX_FILE_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", hint=f"rm {path}, and make it again") from error
+    return decode(kind, value, str(path))
