@@ -126,7 +126,7 @@ def plan_evaluation(
         raise UsageError(f"--batch must be at least 1, not {batch}")
     folder = folder_of(given, None if output is None else str(output))
     found, notes = find_candidates(given)
-    candidates = order_candidates(found, "step", needs_steps=True)
+    candidates = order_candidates(found, "step", needs_order=True)
     if isinstance(plan, str):
         analysis = read_analysis(folder)
         since = (analysis.constant_since if analysis is not None else None) or 0.0
