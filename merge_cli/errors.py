@@ -7,6 +7,7 @@
     |   `-- UnsupportedError       exit 2   understood, but refused (GPTQ, pickles, ...)
     |-- NonFiniteError             exit 1   NaN or Inf in an input, overflow in the output
     |-- ChangedError               exit 1   an input changed while it was being read
+    |-- StoreError                 exit 1   the storage of an input failed, or did not answer
     |-- OutputError                exit 1   the destination cannot be written (space, permission, lock)
     `-- Interrupted                exit 130, 143 or 129   SIGINT, SIGTERM or SIGHUP
 
@@ -62,8 +63,20 @@ class NonFiniteError(PmergeError):
     """NaN or Inf in an input, or a result that the output dtype cannot hold."""
 
 
-class ChangedError(PmergeError):
+class _ReadError(PmergeError):
+    """Reading an input failed; `offset` is the byte of its file, None where none is to blame."""
+
+    def __init__(self, message: str, *, details: Sequence[str] = (), hint: str = "", offset: int | None = None) -> None:
+        super().__init__(message, details=details, hint=hint)
+        self.offset = offset
+
+
+class ChangedError(_ReadError):
     """An input was truncated, replaced or rewritten while it was being read."""
+
+
+class StoreError(_ReadError):
+    """The storage of an input failed, or did not answer; the same command may work later."""
 
 
 class OutputError(PmergeError):

@@ -120,7 +120,7 @@ def payloads_of(folder: DcpFolder, names: Sequence[str] | None = None) -> dict[I
 
 
 def read_values(folder: DcpFolder, payload: Payload) -> bytes:
-    with folder.files[payload.file].path.open("rb") as file:
+    with Path(folder.files[payload.file].path).open("rb") as file:
         file.seek(payload.offset)
         return file.read(payload.num_bytes)
 
@@ -141,7 +141,7 @@ def write_clone(folder: DcpFolder, out: Path, training_state: str, change: Trans
                 written += envelope.head + values + envelope.trailer(zlib.crc32(values))
             else:
                 assert len(written) == part.offset
-                raw = folder.files[part.item.file].path.read_bytes()
+                raw = Path(folder.files[part.item.file].path).read_bytes()
                 written += raw[part.item.offset : part.item.offset + part.item.length]
         assert len(written) == file.num_bytes
         (out / file.name).write_bytes(written)

@@ -29,7 +29,7 @@ INPUTS = "inputs"  # the row of the runs themselves: a generator that has change
 Digests = dict[str, str]  # file name -> sha256
 
 # fields of pmerge.json and sweep.json that are another thing in another place, at another time or in another version
-_VOLATILE = frozenset({"path", "base", "mtime_ns", "inode", "command", "pmerge", "schema", "versions", "reason"})
+_VOLATILE = frozenset({"path", "base", "version", "command", "pmerge", "schema", "versions", "reason"})
 
 
 class Row(NamedTuple):

@@ -22,7 +22,7 @@ def written(path: Path, **files: str) -> None:
 
 def found(path: Path) -> tuple[str, str]:
     place = find_dcp(path)
-    assert place is not None and is_dcp(path) and not is_unfinished(path) and (place.folder / ".metadata").is_file()
+    assert place is not None and is_dcp(path) and not is_unfinished(path) and Path(place.folder, ".metadata").is_file()
     return place.trainer, place.inside
 
 

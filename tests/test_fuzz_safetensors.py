@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from merge_cli.errors import InputError
 from merge_cli.formats.checkpoint import read_index
-from merge_cli.formats.safetensors import DTYPES, Header, read_header
+from merge_cli.formats.safetensors import DTYPES, Header, read_header_at
 
 CASES = int(os.environ.get("PMERGE_FUZZ_CASES", "1500"))
 STRICTER = re.compile(r"occurs twice|expected an object with exactly|__metadata__ must be an object|is larger than any file")
@@ -58,7 +58,7 @@ def library(path: Path) -> Seen | None:
 def pmerge(path: Path) -> tuple[Header | None, str]:
     """The header as pmerge reads it, or None and why it refuses it."""
     try:
-        return read_header(path), ""
+        return read_header_at(str(path)), ""
     except InputError as error:
         assert str(path) in error.message
         assert len(str(error)) < 2000
@@ -316,7 +316,7 @@ def run_index(path: Path, tally: Counter[str], ascii_only: bool, seed: int) -> N
         text = rng.choice(MUTATIONS)(text, rng) or bytearray(b"\0")
     path.write_bytes(text)
     try:
-        weight_map, metadata = read_index(path)
+        weight_map, metadata = read_index(str(path))
     except InputError as error:
         assert str(path) in error.message and len(str(error)) < 2000
         tally["both refuse"] += 1

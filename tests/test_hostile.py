@@ -263,11 +263,25 @@ INDEX_ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "must be a JSON object"),
     "config is cut": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     "sparse config of 1 TB": (lambda folder: os.truncate(folder / "config.json", 1 << 40), "too large"),
+}  # fmt: skip
+SIDE_FILE_ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer links out": (replace("tokenizer.json", outside), "leads outside the checkpoint"),
     "tokenizer links to nothing": (replace("tokenizer.json", lambda path: path.symlink_to("nothing")), "is not there"),
     "tokenizer links to itself": (replace("tokenizer.json", lambda path: path.symlink_to("tokenizer.json")), "tokenizer.json"),
     "folder of templates links out": (lambda folder: (folder / "chat_templates").symlink_to("/etc"), "leads outside"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SIDE_FILE_ATTACKS)
+def test_a_link_is_refused_where_it_would_be_copied_and_stops_nothing_elsewhere(tmp_path: Path, case: str) -> None:
+    attack, text = SIDE_FILE_ATTACKS[case]
+    run = [write_checkpoint(tmp_path / f"ckpt_{i}", tensors(), shards=2) for i in (1, 2)]
+    attack(run[0])
+    out = average(run, tmp_path / "out").output
+    assert not any(path.is_symlink() for path in out.rglob("*")) and not (out / "chat_templates").exists()
+    attack(run[1])
+    error = refused(run, tmp_path / "out2")
+    assert text in str(error) and str(run[1]) in error.message
 
 
 @pytest.mark.parametrize("newest", [True, False], ids=["base", "other"])
@@ -295,20 +309,25 @@ def test_a_pipe_beside_the_weights_is_left_out(tmp_path: Path) -> None:
     assert "tokenizer.json" in plan_average(run, tmp_path / "out").merge.inputs[0].side_files.skipped
 
 
-def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other_disk", [False, True])
+@pytest.mark.parametrize("subfolder", ["", "checkpoint-10"])
+def test_links_of_a_hub_cache_are_followed(subfolder: str, other_disk: bool, tmp_path: Path) -> None:
     real = write_checkpoint(tmp_path / "real", tensors(2.0), shards=2)
     cache = tmp_path / "models--a--b"
-    snapshot = cache / "snapshots" / "0123abc"
+    snapshot = cache / "snapshots" / "0123abc" / subfolder
     (cache / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, path in enumerate(sorted(real.iterdir())):
         path.rename(cache / "blobs" / f"{number:040x}")
-        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+        (snapshot / path.name).symlink_to(f"../../{'../' * (subfolder != '')}blobs/{number:040x}")
+    if other_disk:
+        (cache / "blobs").rename(tmp_path / "disk")
+        (cache / "blobs").symlink_to(tmp_path / "disk")
     average([snapshot], tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     (snapshot / "tokenizer.json").unlink()
-    (snapshot / "tokenizer.json").symlink_to("../../../secret")
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("x")
     assert "leads outside" in refused([snapshot], tmp_path / "out2").message
 

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "merge_cli"
 LAYERS = [
     {"errors", "version", "names"},
     {"system"},
+    {"stores"},
     {"formats"},
     {"request"},
     {"planning"},

@@ -201,6 +201,6 @@ def test_stages_steps_and_orders_that_do_not_fit_are_refused(tmp_path: Path) -> 
     ):
         with pytest.raises(PmergeError, match=text):
             plan_average([tmp_path / name for name in names], method="ema")
-        assert plan_average([tmp_path / name for name in names], method="ema", order="given").candidates[0].path.name == names[0]
+        assert plan_average([tmp_path / name for name in names], method="ema", order="given").candidates[0].path.endswith(names[0])
     with pytest.raises(UsageError, match="is defined over steps"):
         plan_average([tmp_path / "a", tmp_path / "step_100"], method="power", order="given")

@@ -18,10 +18,10 @@ from merge_cli.engine import storage
 from merge_cli.engine.budget import fit_memory
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
-from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
 from merge_cli.errors import ChangedError, UsageError
 from merge_cli.features.average import plan_average
 from merge_cli.formats.checkpoint import WeightFile, open_checkpoint
+from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 from merge_cli.tuning import direct
 
 
@@ -44,7 +44,7 @@ def test_what_was_read_stays_cached_unless_told_otherwise(keep: bool, tmp_path: 
     os.fsync(fd)  # only clean pages can be given back
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if cached(file.path, 8 << 20):
+        if cached(Path(file.path), 8 << 20):
             pytest.skip("this filesystem is memory (tmpfs): nothing can be dropped")
     except OSError as error:
         pytest.skip(f"this filesystem cannot say what is cached: {error.strerror}")
@@ -52,7 +52,7 @@ def test_what_was_read_stays_cached_unless_told_otherwise(keep: bool, tmp_path: 
         os.close(fd)
     with InputFiles(keep_cached=keep) as inputs:
         inputs.read_into(file, 0, memoryview(bytearray(file.file_bytes)))
-    assert cached(file.path, 8 << 20) == keep
+    assert cached(Path(file.path), 8 << 20) == keep
 
 
 # -- O_DIRECT -----------------------------------------------------------------------------------------------------------------
@@ -87,8 +87,13 @@ def test_direct_reads_equal_buffered_reads(odd_file: WeightFile, data: st.DataOb
     with InputFiles(direct=direct) as inputs:
         start = inputs.read_block(odd_file, begin, end - begin, item_bytes, block)
     assert start % item_bytes == 0
-    assert block[start : start + end - begin] == odd_file.path.read_bytes()[begin:end]
-    if direct and has_direct(odd_file.path) and end - begin >= DIRECT_BLOCK_BYTES and begin % DIRECT_BLOCK_BYTES % item_bytes == 0:
+    assert block[start : start + end - begin] == Path(odd_file.path).read_bytes()[begin:end]
+    if (
+        direct
+        and has_direct(Path(odd_file.path))
+        and end - begin >= DIRECT_BLOCK_BYTES
+        and begin % DIRECT_BLOCK_BYTES % item_bytes == 0
+    ):
         assert start == begin % DIRECT_BLOCK_BYTES
 
 
@@ -111,7 +116,7 @@ def test_storage_without_direct_reads_is_read_through_the_cache(
         for begin in (100, 5000):
             block = block_for(9000)
             assert inputs.read_block(odd_file, begin, 9000, 1, block) == 0
-            assert block[:9000] == odd_file.path.read_bytes()[begin : begin + 9000]
+            assert block[:9000] == Path(odd_file.path).read_bytes()[begin : begin + 9000]
 
 
 def without_direct(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
@@ -190,7 +195,7 @@ def quantized_run(folder: Path, rows: int, **file_options: Any) -> Path:
 @pytest.mark.parametrize("requantize", [False, True])
 def test_quantized_tensors_go_past_the_page_cache_too(requantize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = quantized_run(tmp_path / "run", 1 << 10)
-    if not has_direct(open_checkpoint(run / "step_1").files[0].path):
+    if not has_direct(Path(open_checkpoint(run / "step_1").files[0].path)):
         pytest.skip("this filesystem has no O_DIRECT")
     through_the_cache = []
     read_into = InputFiles.read_into
@@ -260,7 +265,7 @@ def test_chunks_are_small_where_data_is_local_and_large_where_it_may_not_be(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge = plan_average([run], tmp_path / "out").merge
-    big = replace(merge, files=tuple(replace(file, runs=tuple(map(lengthen, file.runs))) for file in merge.files))
+    big = replace(merge, files=tuple(replace(file, extents=tuple(map(lengthen, file.extents))) for file in merge.files))
     cpu = Device("cpu")
     chunks = [fit_memory(big, 1 << 30, cpu, chunk_bytes=size).chunk_bytes for size in (None, 1 << 20, 5000)]
     assert chunks == [(1 << 18) * 8, 1 << 20, 4096 * 8]  # the widest input has 8 bytes an element
@@ -268,5 +273,5 @@ def test_chunks_are_small_where_data_is_local_and_large_where_it_may_not_be(
     assert fit_memory(big, 1 << 30, cpu).chunk_bytes == 4 << 20
 
 
-def lengthen(run: Any) -> Any:
-    return replace(run, num_elements=1 << 24)
+def lengthen(extent: Any) -> Any:
+    return replace(extent, num_elements=1 << 24)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from merge_cli.errors import InputError, MismatchError, UsageError
 from merge_cli.request.amounts import is_in_tokens, parse_amount
-from merge_cli.request.discovery import discover, is_checkpoint, read_candidate
+from merge_cli.request.discovery import discover, find_candidates, is_checkpoint, read_candidate
 from merge_cli.request.labels import Candidate, parse_label
 from merge_cli.request.selection import check_doubts, order_candidates, select
+from merge_cli.stores.store import name_of
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_names_in_the_wild(name: str, step: int | None, stage: str | None, ingre
 
 
 def run(*steps: int) -> list[Candidate]:
-    return [Candidate(Path(f"ckpt_{step}"), step, None, None, -step) for step in steps]
+    return [Candidate(f"ckpt_{step}", step, None, None, -step) for step in steps]
 
 
 def steps_of(candidates: object) -> list[int | None]:
@@ -98,22 +99,22 @@ def test_only_a_suffix_means_tokens() -> None:
 
 
 def test_order_refuses_what_has_none() -> None:
-    final = Candidate(Path("final"), None, None, None, 0)
+    final = Candidate("final", None, None, None, 0)
     assert order_candidates([final, final], "step", False) == [final, final]
     assert steps_of(order_candidates([*run(10, 9), final], "step", False)) == [10, 9, None]
     with pytest.raises(MismatchError, match="no step is known for 1 of 3"):
         order_candidates([*run(10, 9), final], "step", True)
     with pytest.raises(MismatchError, match="same modification time"):
-        order_candidates([final, Candidate(Path("best"), None, None, None, 0)], "mtime", True)
+        order_candidates([final, Candidate("best", None, None, None, 0)], "mtime", True)
 
 
 @pytest.mark.parametrize("order", ["step", "mtime"])
 def test_stages_and_ingredients_are_mixed_only_when_told_to(order: str) -> None:
-    first, second = Candidate(Path("a"), 1, "stage1", None, 0), Candidate(Path("b"), 2, "stage2", None, 1)
+    first, second = Candidate("a", 1, "stage1", None, 0), Candidate("b", 2, "stage2", None, 1)
     with pytest.raises(MismatchError, match="different stages: stage1, stage2"):
         order_candidates([first, second], order, False)
     with pytest.raises(MismatchError, match="different ingredients"):
-        order_candidates([first, Candidate(Path("c"), 2, "stage1", "ingredient1", 1)], order, False)
+        order_candidates([first, Candidate("c", 2, "stage1", "ingredient1", 1)], order, False)
     assert order_candidates([second, first], "given", True) == [second, first]
 
 
@@ -155,8 +156,8 @@ def test_every_is_quick_and_exact_for_far_apart_steps() -> None:
 
 
 def test_selection_without_steps_is_by_position() -> None:
-    unnamed = [Candidate(Path(name), None, None, None, 0) for name in "abc"]
-    assert [str(c.path) for c in select(unnamed, last=2).candidates] == ["b", "c"]
+    unnamed = [Candidate(name, None, None, None, 0) for name in "abc"]
+    assert [c.path for c in select(unnamed, last=2).candidates] == ["b", "c"]
     for option in ("every", "from_step", "to_step", "before"):
         with pytest.raises(UsageError, match="need the step"):
             select(unnamed, **{option: 1})
@@ -178,7 +179,7 @@ def checkpoint(folder: Path, *files: str) -> Path:
 
 
 def found_in(*paths: Path, skipped: list[str] | None = None) -> list[str]:
-    return [path.name for path in discover(paths, None if skipped is None else skipped.append)]
+    return [name_of(path) for path in discover(paths, None if skipped is None else skipped.append)]
 
 
 @pytest.mark.parametrize(
@@ -243,8 +244,8 @@ def test_folders_and_files_inside_a_checkpoint_are_not_checkpoints(tmp_path: Pat
 def test_files_named_by_step_are_checkpoints(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "files", *(f"model_step_{step}.safetensors" for step in (10, 9)))
     files = [folder / "model_step_9.safetensors", folder / "model_step_10.safetensors"]
-    assert discover([folder]) == files
-    assert discover([folder, checkpoint(tmp_path / "other")]) == [*files, tmp_path / "other"]
+    assert discover([folder]) == [str(path) for path in files]
+    assert discover([folder, checkpoint(tmp_path / "other")]) == [str(path) for path in (*files, tmp_path / "other")]
     assert [read_candidate(path).step for path in files] == [9, 10]
 
 
@@ -280,7 +281,26 @@ def test_trainer_state_outranks_the_name(tmp_path: Path) -> None:
     assert "step 700 by its trainer_state.json, not 500 as in its name" in str(read_candidate(folder).doubt)
     state.write_text('{"epoch": 1.0}')
     assert read_candidate(folder).step == 500 and read_candidate(folder).doubt is None
-    assert read_candidate(folder).mtime_ns == folder.stat().st_mtime_ns
+
+
+def test_the_time_of_a_checkpoint_is_that_of_its_newest_weights(tmp_path: Path) -> None:
+    names = {
+        "a": ["model.safetensors"],
+        "b": ["x-1.safetensors", "x-2.safetensors"],
+        "c": ["tp_0/x.safetensors", "tp_1/x.safetensors"],
+    }
+    for number, (name, files) in enumerate(names.items()):
+        for path in (checkpoint(tmp_path / name), tmp_path / name):
+            for file in files:
+                (path / file).parent.mkdir(exist_ok=True)
+                (path / file).write_bytes(b"")
+                os.utime(path / file, (1_700_000_000 + number, 1_700_000_000 + number))
+        os.utime(tmp_path / name / files[0], (1, 1) if len(files) > 1 else (1_700_000_000, 1_700_000_000))
+    (tmp_path / "a" / "eval_results.json").write_text("{}")  # the folder of the oldest is the newest
+    found, _ = find_candidates([tmp_path / name for name in "cba"], "mtime")
+    assert [candidate.path for candidate in order_candidates(found, "mtime", True)] == [str(tmp_path / name) for name in "abc"]
+    assert [candidate.mtime_ns // 10**9 - 1_700_000_000 for candidate in found] == [2, 1, 0]
+    assert {candidate.mtime_ns for candidate in find_candidates([tmp_path / "a"])[0]} == {0}
 
 
 @pytest.mark.parametrize(

@@ -389,10 +389,9 @@ def _as_json(plan: AveragePlan) -> dict[str, Any]:
         "method": merge.spec.method,
         "parameters": dict(merge.spec.parameters),
         "inputs": [
-            {"path": str(c.path), "step": c.step, "coefficient": value}
-            for c, value in zip(plan.candidates, chosen.values, strict=True)
+            {"path": c.path, "step": c.step, "coefficient": value} for c, value in zip(plan.candidates, chosen.values, strict=True)
         ],
-        "base": str(plan.candidates[merge.base].path),
+        "base": plan.candidates[merge.base].path,
         "effective_sample_size": chosen.effective_sample_size,
         "mean_age": chosen.mean_age(),
         "bytes_to_read": merge.bytes_to_read,

@@ -118,7 +118,7 @@ def _text_evaluator(checkpoints: list[str], text: Path | None, *options: Any) ->
     candidates, _ = find_candidates([Path(path) for path in checkpoints])
     newest = order_candidates(candidates, "step", needs_order=True)[-1].path
     return TextEvaluator(
-        text or Path(), newest, tokenizer=tokenizer, context=context, stride=stride, device=device, local_rank=local_rank
+        text or Path(), Path(newest), tokenizer=tokenizer, context=context, stride=stride, device=device, local_rank=local_rank
     )
 
 

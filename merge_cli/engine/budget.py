@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from merge_cli.engine.device import CPU_BLOCK_ELEMENTS, Device
 from merge_cli.engine.reducers.pipeline import ring_device_bytes, ring_host_bytes
 from merge_cli.engine.reducers.quantized import ACCELERATOR_VALUES, TARGET_VALUES, bytes_for, host_bytes_for, largest_chunk
-from merge_cli.engine.storage import DIRECT_BLOCK_BYTES, LARGE_REQUEST_BYTES, are_local
+from merge_cli.engine.storage import LARGE_REQUEST_BYTES, are_local
 from merge_cli.errors import UsageError
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent
+from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 
 DEFAULT_MEMORY_BYTES = 2 << 30
 DEFAULT_DEVICE_BYTES = 2 << 30

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 
 from merge_cli.planning.plan import MergePlan
+from merge_cli.stores.local import LocalSource
 
 LARGE_REQUEST_BYTES = 4 << 20
-DIRECT_BLOCK_BYTES = 4096
 CACHED_SHARE = 0.25  # of the memory: larger inputs are not left in the page cache
 _LOCAL = {  # linux/magic.h; what is not here may be far away
     0xEF53: "ext4",
@@ -36,8 +36,10 @@ def is_local(path: Path) -> bool:
 
 def are_local(plan: MergePlan) -> bool:
     """Whether all inputs are on such filesystems."""
-    folders = {file.path.parent for checkpoint in plan.inputs for file in checkpoint.files}
-    return all(is_local(folder) for folder in folders)
+    sources = [file.source for checkpoint in plan.inputs for file in checkpoint.files]
+    if not all(isinstance(source, LocalSource) for source in sources):
+        return False
+    return all(is_local(folder) for folder in {Path(source.path).parent for source in sources})
 
 
 def is_larger_than_cache(plan: MergePlan) -> bool:

@@ -27,7 +27,7 @@ from merge_cli.engine.budget import REDONE_ELEMENTS, Budget, fit_memory
 from merge_cli.engine.buffers import HostBuffer, elements
 from merge_cli.engine.device import Device
 from merge_cli.engine.nonfinite import describe_nonfinite
-from merge_cli.engine.reader import InputFiles, check_header_unchanged, check_unchanged
+from merge_cli.engine.reader import InputFiles, check_unchanged
 from merge_cli.engine.reducers.cpu import Lane
 from merge_cli.engine.reducers.pipeline import DEPTH, Ring, Slot
 from merge_cli.engine.reducers.quantized import QuantizedReducers, keep_freed_memory, rows_of
@@ -510,4 +510,3 @@ def check_inputs_unchanged(plan: MergePlan) -> None:
     for checkpoint in plan.inputs:
         for file in checkpoint.files:
             check_unchanged(file)
-            check_header_unchanged(file)

@@ -29,6 +29,7 @@ from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import METHODS
 from merge_cli.request.selection import check_tokens_per_step, choose, weigh
 from merge_cli.request.spec import MergeSpec, StrPath
+from merge_cli.stores.store import as_path, name_of, resolve
 
 if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
@@ -140,7 +141,7 @@ def plan_average(
         "normalize": normalize,
     }
     given = {name: value for name, value in parameters.items() if value is not None}
-    found, skipped = find_candidates(paths)
+    found, skipped = find_candidates(paths, order)
     check_tokens_per_step(tokens_per_step, (every, from_step, to_step, before))
     selection = choose(
         found,
@@ -293,18 +294,18 @@ def check_choices(dtype: str, accumulate: str, int_policy: str, order: str, meth
 def _find_base(candidates: Sequence[Candidate], base: StrPath | None) -> int:
     if base is None:
         return len(candidates) - 1  # the last in the order: the newest by step, the last one typed by --order given
-    wanted = Path(base).resolve()
+    wanted = resolve(as_path(base))
     for position, candidate in enumerate(candidates):
-        if candidate.path.resolve() == wanted:
+        if resolve(candidate.path) == wanted:
             return position
     raise UsageError(
         f"--base {base} is not one of the checkpoints that are averaged",
-        details=[str(candidate.path) for candidate in candidates[:10]],
+        details=[candidate.path for candidate in candidates[:10]],
         hint=f"--base {candidates[-1].path}",
     )
 
 
 def _default_name(method: str, candidates: Sequence[Candidate]) -> str:
     ends = [candidates[0], candidates[-1]]
-    labels = [str(c.step) if c.step is not None else c.path.name.removesuffix(".safetensors") for c in ends]
+    labels = [str(c.step) if c.step is not None else name_of(c.path).removesuffix(".safetensors") for c in ends]
     return f"merged-{method}-{labels[0]}-{labels[1]}"

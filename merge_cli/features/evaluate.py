@@ -30,6 +30,7 @@ from merge_cli.request.grid import Combination
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates
 from merge_cli.request.spec import StrPath
+from merge_cli.stores.store import name_of
 from merge_cli.trajectory.evaluators import EvaluationError, Evaluator, Subject
 from merge_cli.trajectory.folder import MERGES, Run, Stop, folder_of, read_analysis, read_run, write_run
 from merge_cli.trajectory.ledger import Ledger, Part, Row, key_of
@@ -53,7 +54,7 @@ class EvaluationPlan:
     """A planned evaluation: `targets` are this rank's, `known` the rows that the ledger has for some of them, by key."""
 
     run: Run
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     folder: Path
     targets: tuple[Target, ...]
     known: Mapping[str, Row]
@@ -137,7 +138,7 @@ def plan_evaluation(
     rows = {} if redo else {row.key: row for row in Ledger(folder, rank.rank).rows()}
     root = given[0] if len(given) == 1 else given[-1].absolute().parent
     return EvaluationPlan(
-        run=Run(str(root.absolute()), tuple(Stop(each.path.name, each.step) for each in candidates)),
+        run=Run(str(root.absolute()), tuple(Stop(name_of(each.path), each.step) for each in candidates)),
         paths=tuple(candidate.path for candidate in candidates),
         folder=folder,
         targets=tuple(share),
@@ -239,8 +240,8 @@ class _Planning:
         return self._single(candidate, f"annealed-{start}-{candidate.step}", start)
 
     def _single(self, candidate: Candidate, name: str, annealed_from: int | None = None) -> Target:
-        part = Part(candidate.path.name, candidate.step, version_of(open_checkpoint(candidate.path)), 1.0)
-        return Target(self._claim(name, (part,), "keep", annealed_from), candidate.path, None)
+        part = Part(name_of(candidate.path), candidate.step, version_of(open_checkpoint(candidate.path)), 1.0)
+        return Target(self._claim(name, (part,), "keep", annealed_from), Path(candidate.path), None)
 
     def _claim(self, name: str, parts: tuple[Part, ...], dtype: str, annealed_from: int | None = None) -> Row:
         evaluator = self._evaluator
@@ -267,13 +268,13 @@ def _made(plan: EvaluationPlan, targets: Sequence[Target], command: Sequence[str
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _versions(swept: SweepPlan) -> dict[Path, str]:
+def _versions(swept: SweepPlan) -> dict[str, str]:
     return {checkpoint.path: version_of(checkpoint) for checkpoint in swept.inputs}
 
 
-def _parts(output: SweepOutput, versions: Mapping[Path, str]) -> tuple[Part, ...]:
+def _parts(output: SweepOutput, versions: Mapping[str, str]) -> tuple[Part, ...]:
     return tuple(
-        Part(candidate.path.name, candidate.step, versions[candidate.path], value)
+        Part(name_of(candidate.path), candidate.step, versions[candidate.path], value)
         for candidate, value in zip(output.candidates, output.coefficients.values, strict=True)
     )
 

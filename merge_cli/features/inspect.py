@@ -77,7 +77,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
         try:
             checkpoint = open_checkpoint(candidate.path, seen=seen)
         except InputError as error:
-            broken[str(candidate.path)] = error
+            broken[candidate.path] = error
             continue
         unreadable = ""
         try:
@@ -92,7 +92,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
 def _inspect(seen: View, step: int | None, unreadable: str) -> Inspection:
     checkpoint = seen.checkpoint
     return Inspection(
-        path=str(checkpoint.path),
+        path=checkpoint.path,
         step=step,
         layout=checkpoint.layout,
         num_tensors=len(checkpoint.tensors),

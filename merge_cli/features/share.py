@@ -134,7 +134,7 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     Raises OutputError, naming what is missing, where something is; InputError where inputs have changed since.
     """
     from merge_cli.engine.stream import check_inputs_unchanged
-    from merge_cli.output.folder import differences
+    from merge_cli.output.folder import differences, with_fingerprints
     from merge_cli.output.joint import JointStaging
     from merge_cli.output.manifest import request_state
     from merge_cli.output.schema import check_schema
@@ -150,7 +150,7 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
         raise UsageError(f"there is no unfinished run for {path}", details=[f"looked for  {folder / 'state.json'}"])
     check_schema(record, folder / "state.json", "finalize it with that version of pmerge, or a newer one", OutputError)
     try:
-        state, command = record["state"], record["command"]
+        state, command = with_fingerprints(record["state"]), record["command"]
         merge = plan_of(state)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise OutputError(
@@ -183,7 +183,7 @@ def plan_of(state: Mapping[str, Any]) -> MergePlan:
     request: dict[str, Any] = {**state["request"]}
     request |= {key: tuple(request[key]) for key in ("include", "exclude")}
     seen: dict[str, Header] = {}
-    inputs = [open_checkpoint(Path(path), seen=seen) for path in state["inputs"]]
+    inputs = [open_checkpoint(path, seen=seen) for path in state["inputs"]]
     values, (numerators, denominator) = state["coefficients"][0], state["rational"][0]
     chosen = Coefficients(tuple(values), None if numerators is None else tuple(numerators), denominator)
     base = list(state["inputs"]).index(state["base"])

@@ -288,10 +288,10 @@ def as_dict(plan: SweepPlan) -> dict[str, Any]:
                 **asked(each.combination),
                 "path": str(each.path),
                 "inputs": [
-                    {"path": str(candidate.path), "step": candidate.step, "coefficient": value}
+                    {"path": candidate.path, "step": candidate.step, "coefficient": value}
                     for candidate, value in zip(each.candidates, each.coefficients.values, strict=True)
                 ],
-                "base": str(each.candidates[-1].path),
+                "base": each.candidates[-1].path,
                 "effective_sample_size": each.coefficients.effective_sample_size,
                 "mean_age": each.coefficients.mean_age(),
                 "plan": each.merge.fingerprint(),
@@ -407,7 +407,7 @@ def _plan_groups(spec: MergeSpec, chosen: Sequence[_Chosen]) -> tuple[list[Check
     if all(candidate.step is not None for candidate in used.values()):
         used = dict(sorted(used.items(), key=lambda item: item[1].step or 0))
     opened = {path: open_checkpoint(path, seen=seen) for path in used}
-    groups: dict[tuple[object, tuple[Path, ...] | None], list[_Chosen]] = {}
+    groups: dict[tuple[object, tuple[str, ...] | None], list[_Chosen]] = {}
     for each in chosen:
         own = [candidate.path for candidate in each.candidates]
         order = None if own == [path for path in used if path in own] else tuple(own)  # weights, in the order given

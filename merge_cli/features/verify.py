@@ -28,15 +28,17 @@ from typing import Any
 
 from merge_cli.errors import ChangedError, InputError, MismatchError, NonFiniteError, PmergeError, UsageError
 from merge_cli.features.average import Progress
-from merge_cli.formats.checkpoint import INDEX_SUFFIX, open_checkpoint, read_index
-from merge_cli.formats.files import check_stays_inside, list_folder, read_exactly, read_regular_file
-from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header
+from merge_cli.formats.checkpoint import INDEX_SUFFIX, open_checkpoint, read_index, recorded_fingerprint
+from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header_at
 from merge_cli.formats.untrusted_json import check_depth
 from merge_cli.names import MANIFEST
 from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, Output, OutputFile, QuantizedExtent, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.methods import Coefficients
 from merge_cli.request.spec import MergeSpec
+from merge_cli.stores.local import STORE as LOCAL
+from merge_cli.stores.store import join, read_file
+from merge_cli.system.files import read_up_to
 
 MAX_MANIFEST_BYTES = 64 << 20
 _PIECE_BYTES = 4 << 20
@@ -129,8 +131,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     from merge_cli.output.manifest import is_sealed
 
     try:
-        check_stays_inside(path.parent, path)
-        raw = read_regular_file(path, MAX_MANIFEST_BYTES)
+        LOCAL.check_inside(str(path.parent), str(path))
+        raw = read_file(str(path), MAX_MANIFEST_BYTES)
         content = json.loads(raw)
         check_depth(content, str(path))
     except (ValueError, RecursionError) as error:
@@ -192,12 +194,12 @@ def _check_files(folder: Path, weights: Mapping[str, _Record], beside: Mapping[s
 
     def check(name: str, record: _Record) -> str:
         try:
-            check_stays_inside(folder, folder / name)
+            LOCAL.check_inside(str(folder), str(folder / name))
             found = _digest(folder / name, record.file_bytes, meter, stopped)
             if found != record.sha256:
                 return f"its sha256 is {found}, not {record.sha256}"
             if name in weights:
-                read_header(folder / name)
+                read_header_at(str(folder / name))
             return "ok"
         except InputError as error:
             return error.message
@@ -244,13 +246,13 @@ def _check_index(folder: Path, weights: Mapping[str, _Record], indexes: Sequence
     headers: dict[str, Header] = {}
     for name in weights:
         try:
-            headers[name] = read_header(folder / name)
+            headers[name] = read_header_at(str(folder / name))
         except InputError:
             return []  # already reported
     if not indexes:
         return []
     try:
-        weight_map, metadata = read_index(folder / indexes[0])
+        weight_map, metadata = read_index(str(folder / indexes[0]))
     except InputError as error:
         return [error.message]
     counts = Counter(tensor for header in headers.values() for tensor in header.tensors)
@@ -278,11 +280,12 @@ def _look_around(folder: Path, recorded: set[str]) -> tuple[list[str], list[str]
 
 
 def _names_in(folder: Path, prefix: str) -> Iterator[str]:
-    for entry in list_folder(folder / prefix):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _names_in(folder, f"{prefix}{entry.name}/")
-        else:
-            yield prefix + entry.name
+    with os.scandir(folder / prefix) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _names_in(folder, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name
 
 
 def _plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan | None:
@@ -292,10 +295,10 @@ def _plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan |
         inputs = []
         for entry in manifest["inputs"]:
             checkpoint = open_checkpoint(entry["path"], seen=seen)
-            now = {f.name: [f.file_bytes, f.mtime_ns, f.inode, f.header.sha256] for f in checkpoint.files}
-            then = {f["name"]: [f["file_bytes"], f["mtime_ns"], f["inode"], f["header_sha256"]] for f in entry["files"]}
+            now = {file.name: {"name": file.name, **file.fingerprint} for file in checkpoint.files}
+            then = {file["name"]: recorded_fingerprint(file) for file in entry["files"]}
             problems += [
-                f"{checkpoint.path / name}: this input has changed since it was averaged, so nothing can be computed again"
+                f"{join(checkpoint.path, name)}: this input has changed since it was averaged, so nothing can be computed again"
                 for name in sorted(now.keys() | then.keys())
                 if now.get(name) != then.get(name)
             ]
@@ -410,7 +413,7 @@ class _Comparer:
 
     def write(self, offset: int, data: memoryview) -> bool:
         if self._fd >= 0:
-            there = memoryview(read_exactly(self._fd, len(data), offset))
+            there = memoryview(read_up_to(self._fd, len(data), offset))
             if there != data:
                 end = offset + len(data)
                 found = {
@@ -432,7 +435,7 @@ class _Comparer:
 
 def _places(file: OutputFile) -> list[tuple[str, int, int]]:
     """The tensors of an output file and where their bytes begin and end in it."""
-    header = parse_header(file.header[8:], file.file_bytes, Path(file.name))
+    header = parse_header(file.header[8:], file.file_bytes, file.name)
     return [(name, header.data_start + info.start, header.data_start + info.end) for name, info in header.tensors.items()]
 
 

@@ -13,19 +13,19 @@ A tensor is known by its key: its name, or "file:name" in the `ranks` layout, wh
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError, first_ten
-from merge_cli.formats.files import check_stays_inside, list_folder, read_regular_file
 from merge_cli.formats.safetensors import Header, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
 from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
+from merge_cli.stores.local import version_of_time
+from merge_cli.stores.store import Entry, Source, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_NUMBER = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
@@ -36,17 +36,30 @@ MAX_CONFIG_BYTES = 16 << 20
 
 @dataclass(frozen=True, eq=False)
 class WeightFile:
-    """One safetensors file of a checkpoint; `name` is its path inside the checkpoint, the rest fingerprints it."""
+    """One safetensors file of a checkpoint; `name` is its path inside the checkpoint."""
 
-    path: Path
+    source: Source
     name: str
     header: Header
-    mtime_ns: int
-    inode: int
+
+    @property
+    def path(self) -> str:
+        return self.source.path
 
     @property
     def file_bytes(self) -> int:
         return self.header.file_bytes
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the file's content, on every host and after a remount: size, version and hash of the header."""
+        return {"file_bytes": self.file_bytes, "version": self.source.version, "header_sha256": self.header.sha256}
+
+
+def recorded_fingerprint(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's fingerprint out of a record; before there were stores it had a time and an inode instead of a version."""
+    kept = {key: value for key, value in record.items() if key not in ("mtime_ns", "inode")}
+    return {"version": version_of_time(record["mtime_ns"]), **kept} if "mtime_ns" in record else kept
 
 
 class Stored(NamedTuple):
@@ -66,8 +79,8 @@ class Stored(NamedTuple):
 class Checkpoint:
     """An opened checkpoint. `root` is the folder of the side files (None for a single file given by itself)."""
 
-    path: Path
-    root: Path | None
+    path: str
+    root: str | None
     layout: str
     files: tuple[WeightFile, ...]
     tensors: Mapping[str, Stored]
@@ -83,43 +96,47 @@ class Checkpoint:
         return sum(stored.info.end - stored.info.start for stored in self.tensors.values())
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, seen: dict[str, Header] | None = None) -> Checkpoint:
+def open_checkpoint(path: StrPath, *, seen: dict[str, Header] | None = None) -> Checkpoint:
     """Open the checkpoint at `path` (a folder, or one `.safetensors` file) and check that it is complete.
 
     `seen` shares parsed headers between checkpoints (see `read_header`). Raises InputError when a file is missing, broken or
     reaches outside the checkpoint, or when the index and the shards disagree.
     """
-    path = Path(path)
+    path = as_path(path)
+    store = open_store(path)
+    status = store.stat(path)
     seen = {} if seen is None else seen
-    if path.is_file():
-        file = _weight_file(path, path.name, seen)
+    if status is not None and status.kind == "file":
+        file = _weight_file(store, path, name_of(path), seen)
         tensors = {name: Stored(file, name, info) for name, info in file.header.tensors.items()}
         return Checkpoint(path, None, "single", (file,), tensors)
-    if not path.is_dir():
-        raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {path.parent}/*")
-    entries = [entry.name for entry in list_folder(path)]
-    found = [name for name in entries if name.endswith(".safetensors")]
-    index_name = _choose_index(path, [name for name in entries if name.endswith(INDEX_SUFFIX)], found)
+    if status is None or status.kind != "folder":
+        raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {folder_of(path)}/*" if is_local(path) else "")
+    entries = store.list(path)
+    names = [entry.name for entry in entries]
+    found = [name for name in names if name.endswith(".safetensors")]
+    index_name = _choose_index(path, [name for name in names if name.endswith(INDEX_SUFFIX)], found)
     notes: list[str] = []
     index_metadata: Mapping[str, Any] = {}
     if index_name:
-        check_stays_inside(path, path / index_name)
-        weight_map, index_metadata = read_index(path / index_name)
-        names = sorted(set(weight_map.values()))
-        stray = sorted(set(found) - set(names))
-        notes += [f"{path / name}: not named by {index_name}, ignored" for name in stray]
-        files = _open_files(path, names, seen)
+        index = join(path, index_name)
+        store.check_inside(path, index)
+        weight_map, index_metadata = read_index(index)
+        wanted = sorted(set(weight_map.values()))
+        stray = sorted(set(found) - set(wanted))
+        notes += [f"{join(path, name)}: not named by {index_name}, ignored" for name in stray]
+        files = _open_files(store, path, wanted, names, seen)
         tensors, more_notes = _by_index(path, index_name, weight_map, files)
         notes += more_notes
         layout = "index"
     else:
-        names = found or _rank_files(path, entries)
-        if not names:
-            raise InputError(f"no safetensors files in {path}", hint=_what_is_there(entries))
-        _check_numbering(path, names)
-        files = _open_files(path, names, seen)
+        wanted = found or _rank_files(store, path, entries)
+        if not wanted:
+            raise InputError(f"no safetensors files in {path}", hint=_what_is_there(names))
+        _check_numbering(path, wanted)
+        files = _open_files(store, path, wanted, names, seen)
         layout, tensors = _without_index(files)
-    check_stays_inside(path, path / "config.json")
+    store.check_inside(path, join(path, "config.json"))
     return Checkpoint(
         path=path,
         root=path,
@@ -128,15 +145,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, seen: dict[str, Header] | N
         tensors=tensors,
         index_name=index_name,
         index_metadata=index_metadata,
-        config=read_config(path / "config.json"),
+        config=read_config(join(path, "config.json")),
         side_files=list_side_files(path, {file.name for file in files} | {index_name} | set(found)),
         notes=tuple(notes),
     )
 
 
-def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def read_index(path: str) -> tuple[dict[str, str], dict[str, Any]]:
     """The `weight_map` (tensor name -> file name) and `metadata` of an index file, checked to be of that shape."""
-    weight_map, metadata = _parse_index(read_regular_file(path, MAX_INDEX_BYTES), path)
+    weight_map, metadata = _parse_index(read_file(path, MAX_INDEX_BYTES), path)
     if not weight_map:
         raise InputError(f"{path}: `weight_map` must be an object that maps tensors to files, and not empty")
     names = set(weight_map.values())
@@ -147,7 +164,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata
 
 
-def _parse_index(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], dict[str, Any]]:
     weight_map: dict[str, str] = {}
     members: dict[str, Any] = {}
     names: dict[str, str] = {}  # each file name once, however many tensors it holds
@@ -188,19 +205,19 @@ def _parse_index(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, Any]
     return weight_map, metadata
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
     """The parsed `config.json`, {} where there is none."""
-    if not os.path.lexists(path):
+    if open_store(path).stat(path) is None:
         return {}
     try:
-        config = json.loads(read_regular_file(path, MAX_CONFIG_BYTES))
+        config = json.loads(read_file(path, MAX_CONFIG_BYTES))
     except RecursionError:
         raise InputError(f"{path} is nested too deeply") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must be a JSON object")
-    check_depth(config, str(path))
+    check_depth(config, path)
     return config
 
 
@@ -215,7 +232,7 @@ def _is_plain_path(name: str) -> bool:
     )
 
 
-def _choose_index(folder: Path, indexes: Sequence[str], found: Sequence[str]) -> str:
+def _choose_index(folder: str, indexes: Sequence[str], found: Sequence[str]) -> str:
     if "model" + INDEX_SUFFIX in indexes:
         return "model" + INDEX_SUFFIX
     if len(indexes) > 1:
@@ -225,9 +242,11 @@ def _choose_index(folder: Path, indexes: Sequence[str], found: Sequence[str]) ->
     return indexes[0] if indexes else ""
 
 
-def _open_files(folder: Path, names: Sequence[str], seen: dict[str, Header]) -> tuple[WeightFile, ...]:
-    there = {entry.name for entry in list_folder(folder)}
-    missing = [name for name in names if name.split("/")[0] not in there or not os.path.lexists(folder / name)]
+def _open_files(
+    store: Store, folder: str, names: Sequence[str], listed: Sequence[str], seen: dict[str, Header]
+) -> tuple[WeightFile, ...]:
+    there = set(listed)
+    missing = [n for n in names if n.split("/")[0] not in there or ("/" in n and store.stat(join(folder, n)) is None)]
     if missing:
         raise InputError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder}",
@@ -235,18 +254,17 @@ def _open_files(folder: Path, names: Sequence[str], seen: dict[str, Header]) -> 
             hint="the checkpoint is still being written or was copied in part: copy the missing files, or leave it out",
         )
     for name in names:
-        check_stays_inside(folder, folder / name)
-    return tuple(_weight_file(folder / name, name, seen) for name in names)
+        store.check_inside(folder, join(folder, name))
+    return tuple(_weight_file(store, join(folder, name), name, seen) for name in names)
 
 
-def _weight_file(path: Path, name: str, seen: dict[str, Header]) -> WeightFile:
-    header = read_header(path, seen)
-    status = path.stat()
-    return WeightFile(path, name, header, status.st_mtime_ns, status.st_ino)
+def _weight_file(store: Store, path: str, name: str, seen: dict[str, Header]) -> WeightFile:
+    with closing(store.open(path)) as source:
+        return WeightFile(source, name, read_header(source, seen))
 
 
 def _by_index(
-    folder: Path, index_name: str, weight_map: Mapping[str, str], files: Sequence[WeightFile]
+    folder: str, index_name: str, weight_map: Mapping[str, str], files: Sequence[WeightFile]
 ) -> tuple[dict[str, Stored], list[str]]:
     """Tensors in file order. Every name of the index must be in its shard; a tensor that the index forgot is kept, and reported;
     a copy in a shard that the index does not give for it is ignored, and reported."""
@@ -268,7 +286,7 @@ def _by_index(
     absent = [f"`{name}` in {file_name}" for name, file_name in weight_map.items() if name not in tensors]
     if absent:
         raise InputError(
-            f"{folder / index_name} names {len(absent)} tensors that are not in their shards",
+            f"{join(folder, index_name)} names {len(absent)} tensors that are not in their shards",
             details=first_ten(absent),
             hint="the shards belong to another save than the index: save or copy the checkpoint again",
         )
@@ -277,13 +295,14 @@ def _by_index(
     return tensors, notes
 
 
-def _rank_files(folder: Path, entries: Sequence[str]) -> list[str]:
+def _rank_files(store: Store, folder: str, entries: Sequence[Entry]) -> list[str]:
     """The safetensors files in folders that are named like ranks, as paths relative to `folder`."""
-    ranks = [name for name in entries if RANK_FOLDER.match(name) and (folder / name).is_dir()]
-    return sorted(f"{rank}/{e.name}" for rank in ranks for e in list_folder(folder / rank) if e.name.endswith(".safetensors"))
+    ranks = [entry.name for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
+    inside = [f"{rank}/{entry.name}" for rank in ranks for entry in store.list(join(folder, rank))]
+    return sorted(name for name in inside if name.endswith(".safetensors"))
 
 
-def _check_numbering(folder: Path, names: Sequence[str]) -> None:
+def _check_numbering(folder: str, names: Sequence[str]) -> None:
     """Files named `x-00001-of-00003.safetensors` must be all there."""
     numbered = [match for match in map(SHARD_NUMBER.match, names) if match]
     for stem, count in sorted({(match["stem"], match["count"]) for match in numbered}):

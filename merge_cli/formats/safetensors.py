@@ -3,8 +3,7 @@
 A file is 8 bytes (little-endian header length), a JSON header, then the tensors' bytes. Two things happen here and nothing else:
 `read_header` turns a file's first bytes into a `Header`, refusing whatever the format's own library refuses (holes, overlaps,
 trailing bytes, wrong sizes) and duplicate names; `lay_out` computes the header of a file to be written, and every offset in it,
-before a byte is written. No tensor data is read here, and files are never mapped into memory: a fault on a network file system
-would kill the process instead of raising an error.
+before a byte is written. No more of a file is read than its first 32 KiB or its header.
 
 A header is walked tensor by tensor rather than parsed whole: the first entry that is not one ends the walk, so that a hostile
 header of 100 MB costs little more memory than its own text.
@@ -16,17 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError
-from merge_cli.formats.files import read_exactly
 from merge_cli.formats.untrusted_json import DECODER, may_hold_surrogates, walk_object
+from merge_cli.stores.store import Source, open_store, read_bytes
 
 
 class DType(NamedTuple):
@@ -66,6 +63,7 @@ DTYPES: dict[str, DType] = {
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit when reading
 MAX_WRITTEN_HEADER_BYTES = 25_000_000  # the Hub refuses larger ones
 DATA_ALIGNMENT = 4096  # the data of a written file begins on a page, so that it can be read and written directly
+_FIRST_BYTES = 32 << 10  # most headers are shorter: one read brings them whole
 _U64 = 1 << 64
 _ENTRY = re.compile(r"\{[^{}]{0,4096}\}")  # a tensor's entry: nothing nested, and short
 _FIELDS = "expected an object with exactly the fields dtype, shape and data_offsets"
@@ -103,59 +101,51 @@ def num_elements(shape: Iterable[int]) -> int:
     return product
 
 
-def read_header(path: Path, seen: dict[str, Header] | None = None) -> Header:
-    """Read and check the header of the safetensors file `path`.
+def read_header(source: Source, seen: dict[str, Header] | None = None) -> Header:
+    """Read and check the header of a safetensors file.
 
     `seen` maps a header's sha256 to its parsed form, so that the many checkpoints of one run, whose headers are often the same
-    bytes, are parsed once. Raises InputError, naming the file and the field.
+    bytes, are parsed once. Raises InputError, naming the file and the field; ChangedError and StoreError where reading fails.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot open {path}: {getattr(error, 'strerror', error)}") from error
-    try:
-        status = os.fstat(fd)
-        return _read_open_header(fd, status, path, seen if seen is not None else {})
-    except OSError as error:
-        raise InputError(f"cannot read the header of {path}: {error.strerror}") from error
-    finally:
-        os.close(fd)
-
-
-def _read_open_header(fd: int, status: os.stat_result, path: Path, seen: dict[str, Header]) -> Header:
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"not a regular file: {path}")
-    file_bytes = status.st_size
+    file_bytes = source.num_bytes
     if not file_bytes:
-        raise InputError(f"not a complete safetensors file: {path}", details=["found     an empty file"], hint="save it again")
-    prefix = read_exactly(fd, 8, 0)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or 8 + length > file_bytes or length > MAX_HEADER_BYTES or length < 2:
         raise InputError(
-            f"not a complete safetensors file: {path}",
+            f"not a complete safetensors file: {source.path}", details=["found     an empty file"], hint="save it again"
+        )
+    first = read_bytes(source, 0, min(file_bytes, _FIRST_BYTES))
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or 8 + length > file_bytes or length > MAX_HEADER_BYTES or length < 2:
+        raise InputError(
+            f"not a complete safetensors file: {source.path}",
             details=[
                 f"found     a file of {file_bytes} bytes whose first 8 say that the header has {length} bytes",
                 f"expected  a header of 2 to {min(MAX_HEADER_BYTES, max(file_bytes - 8, 2))} bytes",
             ],
             hint="the file is truncated or of another format; copy or save it again",
         )
-    raw = read_exactly(fd, length, 8)
-    if len(raw) < length:
-        raise InputError(f"the file ended while its header was read: {path}")
-    hashed = hashlib.sha256(prefix)
-    hashed.update(raw)
-    digest = hashed.hexdigest()
+    raw = memoryview(bytearray(8 + length))
+    raw[: len(first)] = first[: len(raw)]
+    if len(raw) > len(first):
+        source.read_into(len(first), raw[len(first) :])
+    digest = hashlib.sha256(raw).hexdigest()
+    seen = {} if seen is None else seen
     header = seen.get(digest)
     if header is None or header.file_bytes != file_bytes:
-        header = parse_header(raw, file_bytes, path, digest)
+        header = parse_header(raw[8:], file_bytes, source.path, digest)
         seen[digest] = header
     return header
 
 
-def parse_header(raw: bytes, file_bytes: int, path: Path, digest: str = "") -> Header:
+def read_header_at(path: str) -> Header:
+    """Open the safetensors file at `path` and read its header. Raises what `read_header` raises."""
+    with closing(open_store(path).open(path)) as source:
+        return read_header(source)
+
+
+def parse_header(raw: bytes | memoryview, file_bytes: int, path: str, digest: str = "") -> Header:
     """Parse the JSON header `raw` of a file of `file_bytes` bytes; `path` is only named in errors."""
     try:
-        metadata, tensors = _read_entries(raw.decode("utf-8"), path)
+        metadata, tensors = _read_entries(str(raw, "utf-8"), path)
     except RecursionError:
         raise InputError(f"the header of {path} is nested too deeply") from None
     except ValueError as error:  # also UnicodeError and json.JSONDecodeError
@@ -182,7 +172,7 @@ def parse_header(raw: bytes, file_bytes: int, path: Path, digest: str = "") -> H
     return Header(tensors, metadata, data_start, file_bytes, digest)
 
 
-def _read_entries(text: str, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+def _read_entries(text: str, path: str) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """The metadata and the tensors of a header. Raises ValueError where `text` is not JSON, InputError for what is not a header."""
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorInfo] = {}
@@ -222,7 +212,7 @@ def _read_entries(text: str, path: Path) -> tuple[dict[str, str], dict[str, Tens
     return metadata, tensors
 
 
-def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, path: str) -> TensorInfo:
     def refuse(what: str) -> InputError:
         return InputError(f"the header of {path}: tensor `{name[:200]}`: {what}")
 

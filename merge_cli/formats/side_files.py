@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from merge_cli.formats.files import check_stays_inside, list_folder, read_regular_file
+from merge_cli.errors import InputError
 from merge_cli.names import MANIFEST
+from merge_cli.stores.store import Store, join, open_store, read_file
 
 SKIPPED = (
     # training state
@@ -42,38 +41,45 @@ class SideFiles:
     skipped: tuple[str, ...] = ()
 
 
-def list_side_files(folder: Path, weights: set[str]) -> SideFiles:
-    """Sort everything in `folder` but its weight files and index (`weights`) into kept and skipped.
-
-    Raises InputError for a link among the kept files that is broken or leaves the checkpoint.
-    """
+def list_side_files(folder: str, weights: set[str]) -> SideFiles:
+    """Sort everything in `folder` but its weight files and index (`weights`) into kept and skipped, by name, kind and size."""
+    store = open_store(folder)
     kept: list[str] = []
     skipped: list[str] = []
     holders = {name.split("/")[0] for name in weights if "/" in name}
-    for entry in list_folder(folder):
+    for entry in store.list(folder):
         if entry.name in weights:
             continue
-        if (folder / entry.name).is_dir():
+        if entry.kind == "folder":
             if entry.name not in holders and entry.name not in KEPT_FOLDERS:
                 skipped.append(entry.name + "/")
                 continue
-            check_stays_inside(folder, folder / entry.name)
-            inside = [f"{entry.name}/{inner.name}" for inner in list_folder(folder / entry.name)]
+            inside = [f"{entry.name}/{inner.name}" for inner in store.list(join(folder, entry.name))]
             if entry.name in holders:
                 skipped += [name for name in inside if name not in weights]
             else:
-                kept += [name for name in inside if _is_small_file(folder, name)]
-        elif _is_kept(entry.name) and _is_small_file(folder, entry.name):
+                kept += [name for name in inside if _can_be_copied(store, join(folder, name))]
+        elif _is_kept(entry.name) and _can_be_copied(store, join(folder, entry.name)):
             kept.append(entry.name)
         else:
             skipped.append(entry.name)
     return SideFiles(tuple(kept), tuple(skipped))
 
 
-def _is_small_file(root: Path, name: str) -> bool:
-    """Whether `name` in the checkpoint `root` is a regular file that is small enough to be copied."""
-    check_stays_inside(root, root / name)
-    return (root / name).is_file() and (root / name).stat().st_size <= MAX_SIDE_FILE_BYTES
+def check_side_files(root: str, names: Sequence[str]) -> None:
+    """Raise InputError for a link among the side files `names` of the checkpoint `root` that is broken or leaves it.
+
+    Only those of the base are copied, so a link in another checkpoint does no harm.
+    """
+    store = open_store(root)
+    for name in names:
+        store.check_inside(root, join(root, name))
+
+
+def _can_be_copied(store: Store, path: str) -> bool:
+    """Whether `path` is a file that is small enough; a broken link would be one, and is an error where it is to be copied."""
+    status = store.stat(path)
+    return status is not None and status.kind in ("file", "broken link") and status.num_bytes <= MAX_SIDE_FILE_BYTES
 
 
 def _is_kept(name: str) -> bool:
@@ -82,7 +88,7 @@ def _is_kept(name: str) -> bool:
     return not name.startswith(".") and not any(fnmatch.fnmatchcase(name, pattern) for pattern in SKIPPED)
 
 
-def differing_files(folders: Sequence[Path], kept: Sequence[str], base: Path) -> list[str]:
+def differing_files(folders: Sequence[str], kept: Sequence[str], base: str) -> list[str]:
     """For each side file of `base` that decides what tokens and weights mean, the checkpoints where it differs, as warnings.
 
     Documentation and generation settings may differ freely; `config.json` is compared by content elsewhere.
@@ -91,10 +97,10 @@ def differing_files(folders: Sequence[Path], kept: Sequence[str], base: Path) ->
     for name in kept:
         if not _gives_meaning(name):
             continue
-        expected = _digest(base / name)
-        others = [folder for folder in folders if folder != base and _digest(folder / name) != expected]
+        expected = _digest(join(base, name))
+        others = [folder for folder in folders if folder != base and _digest(join(folder, name)) != expected]
         if others:
-            shown = ", ".join(str(folder) for folder in others[:3]) + (" ..." if len(others) > 3 else "")
+            shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
             warnings.append(f"{name} differs between {base} (which is kept) and {shown}")
     return warnings
 
@@ -112,7 +118,10 @@ def _gives_meaning(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _digest(path: Path) -> str:
-    if not os.path.lexists(path):
+def _digest(path: str) -> str:
+    if open_store(path).stat(path) is None:
         return "absent"
-    return hashlib.sha256(read_regular_file(path, MAX_SIDE_FILE_BYTES)).hexdigest()
+    try:
+        return hashlib.sha256(read_file(path, MAX_SIDE_FILE_BYTES)).hexdigest()
+    except InputError:
+        return "unreadable"

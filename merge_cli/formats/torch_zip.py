@@ -9,17 +9,16 @@ Tensors may share a storage (tied weights, views): each is reported with its own
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError, UnsupportedError
-from merge_cli.formats.files import read_exactly
 from merge_cli.formats.inert_pickle import Allowed, Global, Refused, loads
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.formats.stored_zip import Member, list_members
 from merge_cli.formats.torch_pickle import TENSORS, PickledTensor, is_dense
+from merge_cli.stores.store import Source, StrPath, as_path, open_store, read_bytes
 
 MAX_PICKLE_BYTES = 64 << 20
 MAX_ENTRIES = 1 << 20
@@ -53,35 +52,27 @@ def _shape(values: Any = ()) -> tuple[int, ...]:
 _ALLOWED: Allowed = {**TENSORS, Global("torch", "Size"): _shape}
 
 
-def list_tensors(path: Path) -> dict[str, LocatedTensor]:
+def list_tensors(path: StrPath) -> dict[str, LocatedTensor]:
     """The tensors of the file `path` by name. Raises InputError, or UnsupportedError for what is not plain."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputError(f"cannot open {path}: {error.strerror}") from error
-    try:
-        return _list(fd, path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    finally:
-        os.close(fd)
+    path = as_path(path)
+    with closing(open_store(path).open(path)) as source:
+        return _list(source)
 
 
-def _list(fd: int, path: Path) -> dict[str, LocatedTensor]:
+def _list(source: Source) -> dict[str, LocatedTensor]:
+    path = source.path
+
     def read(offset: int, length: int) -> bytes:
-        raw = read_exactly(fd, length, offset)
-        if len(raw) < length:
-            raise InputError(f"the file ended while it was read: {path}")
-        return raw
+        if offset + length > source.num_bytes:
+            raise InputError(f"{path} ends before what it promises", hint="the file is truncated; copy or save it again")
+        return bytes(read_bytes(source, offset, length))
 
-    if not path.is_file():
-        raise InputError(f"not a regular file: {path}")
-    if read_exactly(fd, 4, 0) != b"PK\x03\x04":
+    if source.num_bytes < 4 or read(0, 4) != b"PK\x03\x04":
         raise UnsupportedError(
             f"{path} is not an archive of torch.save, or older than torch 1.6",
             hint="load it with torch and save it again, or as safetensors",
         )
-    members = list_members(read, os.fstat(fd).st_size, str(path))
+    members = list_members(read, source.num_bytes, path)
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
     if root is None or members[root + "data.pkl"].size > MAX_PICKLE_BYTES or root + "constants.pkl" in members:
         raise UnsupportedError(f"{path} is no archive of tensors", hint="name a file that torch.save wrote, not a TorchScript one")
@@ -89,14 +80,14 @@ def _list(fd: int, path: Path) -> dict[str, LocatedTensor]:
     if order is not None and (order.size != 6 or read(order.data, 6) != b"little"):
         raise UnsupportedError(f"{path} holds big-endian values", hint="save it on a little-endian machine")
     pickled = members[root + "data.pkl"]
-    value = loads(read(pickled.data, pickled.size), _ALLOWED, str(path))
+    value = loads(read(pickled.data, pickled.size), _ALLOWED, path)
     found = {name: _locate(tensor, name, members, root, path) for name, tensor in _tensors_in(value, path).items()}
     if not found:
         raise InputError(f"{path} holds no tensors")
     return found
 
 
-def _tensors_in(value: Any, path: Path) -> dict[str, PickledTensor]:
+def _tensors_in(value: Any, path: str) -> dict[str, PickledTensor]:
     """The tensors in dicts, lists and tuples, in order, by the keys that lead to them."""
     found: dict[str, PickledTensor] = {}
     pending: list[tuple[tuple[str, ...], Any]] = [((), value)]
@@ -123,7 +114,7 @@ def _key(key: Any) -> str:
     return key if type(key) is str else str(key) if type(key) is int else "?"
 
 
-def _locate(tensor: PickledTensor, name: str, members: Mapping[str, Member], root: str, path: Path) -> LocatedTensor:
+def _locate(tensor: PickledTensor, name: str, members: Mapping[str, Member], root: str, path: str) -> LocatedTensor:
     member = members.get(f"{root}data/{tensor.key}")
     if member is None or member.size != tensor.storage_bytes:
         raise InputError(

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import OutputError, first_ten
+from merge_cli.formats.checkpoint import recorded_fingerprint
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.lock import Lock
 from merge_cli.output.schema import SCHEMA, check_schema, is_newer
@@ -115,7 +116,15 @@ class Staging:
 
     def _set_state(self, state: Mapping[str, Any]) -> None:
         self._state = json.loads(json.dumps(state))
-        self._request = hashlib.sha256(json.dumps(self._state, sort_keys=True).encode()).hexdigest()
+        self._request = _hash_of(self._state)
+
+    def _recorded_state(self) -> dict[str, Any]:
+        """The state that the staging folder was made for, {} where it has none."""
+        recorded = read_json(self._state_file).get("state")
+        state = with_fingerprints(recorded)
+        if state == self._state:
+            self._request = _hash_of(recorded)  # what the records of this request were made for, in the form of that time
+        return state
 
     def _write_state(self) -> None:
         if not self._state_file.exists():
@@ -313,8 +322,7 @@ class Staging:
                 details=first_ten(strange),
                 hint="look at it; to throw away what an earlier run left there, add --restart",
             )
-        record = read_json(self._state_file)
-        was, schema = record.get("state"), record.get("schema", 0)
+        was, schema = self._recorded_state(), read_json(self._state_file).get("schema", 0)
         if was == self._state:
             return
         if not any(self._done.glob("*.json")):  # nothing is finished: nothing is lost by beginning afresh
@@ -323,7 +331,7 @@ class Staging:
         older = ", or of an older version of pmerge" if schema < SCHEMA else ""
         raise OutputError(
             f"{self.folder} is the unfinished run of another request or of inputs that have changed since{older}",
-            details=first_ten(differences(was or {}, self._state), "more differences"),
+            details=first_ten(differences(was, self._state), "more differences"),
             hint="repeat the command that began it, or throw its work away:  --restart",
         )
 
@@ -365,6 +373,18 @@ def remove_litter(destination: Path) -> None:
     if staging.folder.is_dir() and not any((staging.folder / name).exists() for name in ("state.json", "publish.json")):
         with suppress(OutputError), staging:
             staging.clean()
+
+
+def with_fingerprints(state: Any) -> dict[str, Any]:
+    """A recorded state with the inputs' fingerprints in the form of today, {} where there is none."""
+    if not isinstance(state, dict) or not isinstance(state.get("inputs"), dict):
+        return {}
+    inputs = {path: {name: recorded_fingerprint(file) for name, file in files.items()} for path, files in state["inputs"].items()}
+    return {**state, "inputs": inputs}
+
+
+def _hash_of(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def differences(was: Any, now: Any, where: str = "") -> list[str]:

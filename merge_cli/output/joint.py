@@ -132,11 +132,11 @@ class JointStaging(Staging):
         """
         if not (restart and self._lock.is_alone()):
             self._check_schema()
-        was = read_json(self._state_file).get("state")
+        was = self._recorded_state()
         if not self._lock.has_flock and self._state_file.exists() and (restart or was != self._state):
             raise OutputError(
                 f"{self.folder} holds unfinished work, and without flock nobody knows whose",
-                details=first_ten(differences(was or {}, self._state), "more differences"),
+                details=first_ten(differences(was, self._state), "more differences"),
                 hint=f"when no rank is at work any more:  rm -r {shlex.quote(str(self.folder))}",
             )
         if was == self._state and not (restart and self._lock.is_alone()):
@@ -144,7 +144,7 @@ class JointStaging(Staging):
         if self._state_file.exists() and was != self._state and not self._lock.is_alone():
             raise OutputError(
                 f"other ranks are writing {self.destination}, and not by the same request",
-                details=first_ten(differences(was or {}, self._state), "more differences"),
+                details=first_ten(differences(was, self._state), "more differences"),
                 hint="give all ranks the same command, or write somewhere else:  -o PATH",
             )
         if not restart:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import InputError, OutputError
-from merge_cli.formats.checkpoint import Checkpoint
-from merge_cli.formats.files import check_stays_inside, read_regular_file
+from merge_cli.formats.checkpoint import Checkpoint, recorded_fingerprint
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
-from merge_cli.formats.safetensors import read_header
-from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES
+from merge_cli.formats.safetensors import read_header_at
+from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES, check_side_files
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.folder import Done
 from merge_cli.output.schema import SCHEMA
 from merge_cli.planning.plan import ALGORITHM, MergePlan, Output
+from merge_cli.stores.store import join, read_file, resolve
 from merge_cli.system.durable import write_file
 from merge_cli.system.files import sha256_of
 from merge_cli.system.process import process_start
@@ -30,20 +30,11 @@ _SEAL = b',\n  "sha256": "%s"\n}\n'
 
 
 def input_fingerprints(plan: MergePlan) -> list[dict[str, Any]]:
-    """What identifies each input: its files with size, modification time, inode and header hash."""
+    """What identifies each input: its files with size, version and header hash."""
     return [
         {
-            "path": str(checkpoint.path.resolve()),
-            "files": [
-                {
-                    "name": file.name,
-                    "file_bytes": file.file_bytes,
-                    "mtime_ns": file.mtime_ns,
-                    "inode": file.inode,
-                    "header_sha256": file.header.sha256,
-                }
-                for file in checkpoint.files
-            ],
+            "path": resolve(checkpoint.path),
+            "files": [{"name": file.name, **file.fingerprint} for file in checkpoint.files],
         }
         for checkpoint in plan.inputs
     ]
@@ -54,7 +45,7 @@ def request_state(plan: MergePlan) -> dict[str, Any]:
     return {
         "algorithm": ALGORITHM,
         "request": dataclasses.asdict(plan.spec),
-        "base": str(plan.inputs[plan.base].path.resolve()),
+        "base": resolve(plan.inputs[plan.base].path),
         "coefficients": [list(output.coefficients.values) for output in plan.outputs],
         "rational": [[output.coefficients.numerators, output.coefficients.denominator] for output in plan.outputs],
         "steps": list(plan.steps),
@@ -90,7 +81,7 @@ def manifest(
         ],
         "numerators": output.coefficients.numerators,
         "denominator": output.coefficients.denominator,
-        "base": str(plan.inputs[plan.base].path.resolve()),
+        "base": resolve(plan.inputs[plan.base].path),
         "dtype": plan.spec.dtype,
         "accumulate": plan.spec.accumulate,
         "include": list(plan.spec.include),
@@ -132,9 +123,9 @@ def stands(path: Path, merge: MergePlan) -> bool:
     try:
         raw = (path / MANIFEST).read_bytes()
         content = json.loads(raw) if is_sealed(raw) else {}
-        same = content["plan"] == merge.fingerprint() and [each["files"] for each in content["inputs"]] == [
-            each["files"] for each in input_fingerprints(merge)
-        ]
+        same = content["plan"] == merge.fingerprint() and [
+            [recorded_fingerprint(file) for file in each["files"]] for each in content["inputs"]
+        ] == [each["files"] for each in input_fingerprints(merge)]
         files = {**content["files"], **content["side_files"]}
         return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -188,9 +179,8 @@ def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bo
     for name in base.side_files.kept:
         if dequantized and name in QUANTIZATION_SIDE_FILES:
             continue
-        source = base.root / name
-        check_stays_inside(base.root, source)
-        data = read_regular_file(source, MAX_SIDE_FILE_BYTES)
+        check_side_files(base.root, [name])
+        data = read_file(join(base.root, name), MAX_SIDE_FILE_BYTES)
         if name == "config.json" and dtype != "keep":
             config = without_quantization(base.config) if dequantized else base.config
             data = json.dumps(with_dtype(config, dtype), indent=2).encode() + b"\n"
@@ -233,7 +223,7 @@ def _check_complete(merge: MergePlan, folder: Path) -> None:
     """Read back every header: each planned tensor must be in its file, or nothing is published."""
     for file in merge.files:
         try:
-            header = read_header(folder / file.name)
+            header = read_header_at(str(folder / file.name))
         except InputError as error:
             raise OutputError(f"cannot read back what was written: {error.message}", details=error.details) from error
         if tuple(header.tensors) != file.names and set(header.tensors) != set(file.names):

@@ -13,6 +13,7 @@ from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.folder import already_there, is_merged
 from merge_cli.output.schema import is_newer
 from merge_cli.planning.plan import MergePlan
+from merge_cli.stores.store import is_local
 from merge_cli.system.durable import output_error
 from merge_cli.system.files import files_in
 
@@ -30,7 +31,9 @@ def _check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> l
     problems: list[UsageError | OutputError] = []
     real = destination.resolve()
     for checkpoint in plan.inputs:
-        source = checkpoint.path.resolve()
+        if not is_local(checkpoint.path):
+            continue
+        source = Path(checkpoint.path).resolve()
         if real == source or real.is_relative_to(source) or (checkpoint.root and source.is_relative_to(real)):
             problems.append(
                 UsageError(

@@ -4,7 +4,8 @@ Each record has its number under "schema". The number rises when an older versio
 may be ignored does not raise it. Version 0.1.0 wrote no number, which counts as 0.
 
     0   0.1.0
-    1   as 0, with "schema" in every record and "algorithm" in pmerge.json and sweep.json
+    1   as 0, with "schema" in every record and "algorithm" in pmerge.json and sweep.json; files of inputs have a "version" in
+        place of "mtime_ns" and "inode", which is not compared
 
 Older records are read as long as their meaning is known. Newer ones are refused by name: they are not damaged, and they are not
 overwritten unasked.

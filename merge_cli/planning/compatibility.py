@@ -6,13 +6,13 @@ Everything here works on headers and config files; what cannot be averaged is re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import MismatchError, first_ten
 from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
 from merge_cli.formats.logical import Logical, dtype_of, file_of, kind_of, shape_of
 from merge_cli.formats.side_files import differing_files
+from merge_cli.stores.store import join
 
 _VOLATILE = {"transformers_version", "_name_or_path", "use_cache", "_commit_hash"}
 
@@ -109,7 +109,7 @@ def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, L
     warnings = _mixed_dtypes(tensors, base, inputs[base])
     warnings += config_differences(inputs, inputs[base])
     without = [
-        checkpoint for checkpoint in inputs if checkpoint.root is not None and not (checkpoint.root / "config.json").exists()
+        checkpoint for checkpoint in inputs if checkpoint.root is not None and "config.json" not in checkpoint.side_files.kept
     ]
     if inputs[base] in without and len(without) < len(inputs):
         has = next(checkpoint for checkpoint in inputs if checkpoint not in without)
@@ -117,7 +117,7 @@ def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, L
     if (root := inputs[base].root) is not None:
         folders = [checkpoint.root for checkpoint in inputs if checkpoint.root is not None]
         warnings += differing_files(folders, inputs[base].side_files.kept, root)
-        if (root / "adapter_config.json").exists():
+        if "adapter_config.json" in inputs[base].side_files.kept:
             warnings.append(
                 f"{root} is a LoRA adapter: averaging its A and B is not averaging the products B A that they stand for"
             )
@@ -125,12 +125,12 @@ def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, L
     return warnings
 
 
-def _adapter_differences(folders: Sequence[Path], base: Path) -> list[str]:
+def _adapter_differences(folders: Sequence[str], base: str) -> list[str]:
     """Where `adapter_config.json` differs (alpha, rank, target modules): the same A and B then stand for other products."""
-    expected = _flatten(read_config(base / "adapter_config.json"))
+    expected = _flatten(read_config(join(base, "adapter_config.json")))
     warnings = []
     for folder in folders:
-        found = _flatten(read_config(folder / "adapter_config.json"))
+        found = _flatten(read_config(join(folder, "adapter_config.json")))
         keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
         if keys:
             shown = "; ".join(f"{k}: {found.get(k, 'absent')!r} against {expected.get(k, 'absent')!r}" for k in keys[:3])

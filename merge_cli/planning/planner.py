@@ -18,6 +18,7 @@ from merge_cli.formats.checkpoint import Checkpoint, Stored
 from merge_cli.formats.experts import as_dialect_of
 from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, shape_of, view
 from merge_cli.formats.safetensors import DTYPES, Header, lay_out
+from merge_cli.formats.side_files import check_side_files
 from merge_cli.planning.compatibility import check_same_ranks, check_same_tensors, disagreements
 from merge_cli.planning.plan import (
     ExtentBuilder,
@@ -69,6 +70,8 @@ def build_plan(
     views = [view(checkpoint, seen) for checkpoint in inputs]
     notes: list[str] = []
     tensors = [_in_base_dialect(views[base], other, notes) for other in views]
+    for used in {base, *(output.base for output in outputs)}:
+        check_side_files(inputs[used].path, inputs[used].side_files.kept)
     check_same_ranks(inputs, base)
     check_same_tensors(inputs, tensors, steps, base)
     if spec.requantize and not views[base].owner:

@@ -1,7 +1,7 @@
 """Find checkpoints: from the paths that were typed to candidates with their steps.
 
-Lists folders and reads `trainer_state.json`; never a weight. The step of a checkpoint is `global_step` of its trainer state, else
-the number in its name.
+Lists folders and reads `trainer_state.json`, through a store; never a weight. The step of a checkpoint is `global_step` of its
+trainer state, else the number in its name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,18 @@ from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, parse_label
 from merge_cli.request.spec import StrPath
+from merge_cli.stores.store import (
+    Entry,
+    Store,
+    as_path,
+    folder_of,
+    is_local,
+    join,
+    name_of,
+    open_store,
+    read_file,
+    resolve,
+)
 
 _UNFINISHED = re.compile(r"^(?:tmp|temp|incomplete|partial)[-_.]|[-_.](?:tmp|temp|incomplete|partial)$", re.IGNORECASE)
 _LARGEST_STEP = 10**18
@@ -24,28 +36,30 @@ _MAX_TRAINER_STATE_BYTES = 256 << 20
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf", ".npz", ".msgpack")
 
 
-def read_candidate(path: Path) -> Candidate:
+def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
     """The checkpoint at `path` with its step; a file without a step in its name is told by the folder it lies in.
 
     A name that says nothing (`latest`, `.`) may be a link to one that does. A folder `stage1` above the checkpoint is its stage.
-    The step of `trainer_state.json` outranks the name's; where it cannot be read, `doubt` says so.
+    The step of `trainer_state.json` outranks the name's; where it cannot be read, `doubt` says so. `with_time` looks at every
+    weight file for the newest modification time; without it there is none (0).
 
     Raises InputError for a missing path.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise no_such_checkpoint(path) from error
-    named = path.absolute()
-    if path.is_file() and parse_label(path.name).step is None:
-        named = named.parent
-    label = parse_label(named.name)
+    path = as_path(path)
+    store = open_store(path)
+    status = store.stat(path)
+    if status is None:
+        raise no_such_checkpoint(path)
+    named = str(Path(path).absolute()) if is_local(path) else path
+    if status.kind == "file" and parse_label(name_of(path)).step is None:
+        named = folder_of(named)
+    label = parse_label(name_of(named))
     if label.step is None:
-        label = parse_label(named.resolve().name)
-    above = parse_label(named.parent.name)
+        label = parse_label(name_of(store.resolve(named)))
+    above = parse_label(name_of(folder_of(named)))
     doubt = step = None
     try:
-        step = _trainer_step(named / "trainer_state.json")
+        step = _trainer_step(store, join(named, "trainer_state.json"))
     except InputError as error:
         doubt = error
     if step is not None and label.step not in (None, step):
@@ -55,34 +69,46 @@ def read_candidate(path: Path) -> Candidate:
         label.step if step is None else step,
         label.stage or above.stage,
         label.ingredient or above.ingredient,
-        status.st_mtime_ns,
+        _weights_time(store, path) if with_time else 0,
         doubt,
+        is_merged=store.stat(join(path, MANIFEST)) is not None,
     )
 
 
-def no_such_checkpoint(path: Path) -> InputError:
+def no_such_checkpoint(path: str) -> InputError:
     """The error for a path where nothing is; a glob in it means that the shell found nothing either."""
-    parent = next((above for above in path.parents if above.exists() and not _is_glob(above)), Path())
+    if not is_local(path):
+        return InputError(f"no such checkpoint: {path}")
+    parent = next((above for above in Path(path).parents if above.exists() and not _is_glob(str(above))), Path())
     hint = f"look what is there:  ls {parent}"
     if _is_glob(path):
         return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=hint)
     return InputError(f"no such checkpoint: {path}", hint=hint)
 
 
-def _is_glob(path: Path) -> bool:
-    return any(character in str(path) for character in "*?[")
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
 
 
-def _trainer_step(path: Path) -> int | None:
-    if not path.is_file():
+def _weights_time(store: Store, path: str) -> int:
+    """When the newest weight file was modified; the time of a folder is another: it changes with any file that is added."""
+    found = store.stat(path)
+    if found is None or found.kind != "folder":
+        return 0 if found is None else found.mtime_ns
+    entries = _entries(path)
+    weights = [join(path, entry.name) for entry in entries if entry.name.endswith(".safetensors")]
+    ranks = [join(path, entry.name) for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
+    return max((_weights_time(store, each) for each in [*weights, *ranks]), default=0)
+
+
+def _trainer_step(store: Store, path: str) -> int | None:
+    if (status := store.stat(path)) is None or status.kind != "file":
         return None
     remedy = "mend or remove it; the name then gives the step"
+    if status.num_bytes > _MAX_TRAINER_STATE_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_TRAINER_STATE_BYTES >> 20} MiB", hint=remedy)
     try:
-        if path.stat().st_size > _MAX_TRAINER_STATE_BYTES:
-            raise InputError(f"{path} is larger than {_MAX_TRAINER_STATE_BYTES >> 20} MiB", hint=remedy)
-        state = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        state = json.loads(read_file(path, _MAX_TRAINER_STATE_BYTES))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a valid trainer state: {error}", hint=remedy) from error
     step = state.get("global_step") if isinstance(state, dict) else state
@@ -92,19 +118,20 @@ def _trainer_step(path: Path) -> int | None:
     return step
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: StrPath) -> bool:
     """Whether `folder` holds the safetensors files of one checkpoint, directly or in folders named like ranks.
 
     Files each named by a step of its own (`model_step_10.safetensors`) are several checkpoints, so their folder is not one.
     """
+    folder = as_path(folder)
     entries = _entries(folder)
     if any(entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in entries):
         return len(_step_files(entries)) < 2
-    ranks = [entry for entry in entries if RANK_FOLDER.match(entry.name) and entry.is_dir()]
-    return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(rank))
+    ranks = [entry.name for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
+    return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(join(folder, rank)))
 
 
-def discover(paths: Sequence[str | os.PathLike[str]], on_skip: Callable[[str], None] | None = None) -> list[Path]:
+def discover(paths: Sequence[StrPath], on_skip: Callable[[str], None] | None = None) -> list[str]:
     """The checkpoints that `paths` mean: themselves, and those inside every run folder, by number.
 
     A folder given alone is a run when it holds at least two checkpoints named by step, even if a final model was saved
@@ -114,21 +141,16 @@ def discover(paths: Sequence[str | os.PathLike[str]], on_skip: Callable[[str], N
 
     Raises InputError where nothing is found or one shard of several is given alone, UsageError when one checkpoint is named twice.
     """
-    found: list[Path] = []
+    found: list[str] = []
     for given in paths:
         if not os.fspath(given):
             raise UsageError("a checkpoint's path is empty", hint="is a variable of the shell unset?")
-        path = Path(given)
-        if not path.exists():
+        path = as_path(given)
+        status = open_store(path).stat(path)
+        if status is None or status.kind == "broken link":
             raise no_such_checkpoint(path)
-        if path.is_file():
-            if path.suffix != ".safetensors":
-                raise InputError(f"not a safetensors file: {path}", hint="pmerge reads safetensors; convert other formats first")
-            shard = SHARD_NUMBER.match(path.name)
-            if shard and int(shard["count"]) > 1:
-                raise InputError(
-                    f"{path} is one of {int(shard['count'])} shards of a checkpoint", hint=f"name its folder:  {path.parent}"
-                )
+        if status.kind == "file":
+            _check_whole_file(path)
             found.append(path)
             continue
         inside, skipped = _checkpoints_in(path)
@@ -143,80 +165,100 @@ def discover(paths: Sequence[str | os.PathLike[str]], on_skip: Callable[[str], N
                     on_skip(line)
         else:
             raise _nothing_found(path)
-    places: dict[Path, Path] = {}
+    places: dict[str, str] = {}
     for path in found:
-        other = places.setdefault(path.resolve(), path)
+        other = places.setdefault(resolve(path), path)
         if other is not path:
             raise UsageError(f"the same checkpoint is named twice: {other} and {path}", hint="name it once")
     return found
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir(), key=lambda entry: (parse_label(entry.name).step or 0, entry.name))
-    except OSError as error:
-        raise InputError(f"cannot list {folder}: {error.strerror}", hint=f"ls -ld {folder}") from error
+def _check_whole_file(path: str) -> None:
+    """Raise InputError for a file that is no checkpoint by itself."""
+    if not path.endswith(".safetensors"):
+        raise InputError(f"not a safetensors file: {path}", hint="pmerge reads safetensors; convert other formats first")
+    shard = SHARD_NUMBER.match(name_of(path))
+    if shard and int(shard["count"]) > 1:
+        raise InputError(
+            f"{path} is one of {int(shard['count'])} shards of a checkpoint", hint=f"name its folder:  {folder_of(path)}"
+        )
 
 
-def _is_named_by_step(path: Path) -> bool:
-    return parse_label(path.name).step is not None or (path / "trainer_state.json").is_file()
+def _entries(folder: str) -> list[Entry]:
+    return sorted(open_store(folder).list(folder), key=lambda entry: (parse_label(entry.name).step or 0, entry.name))
 
 
-def _step_files(entries: Sequence[Path]) -> list[Path]:
+def _is_named_by_step(path: str) -> bool:
+    if parse_label(name_of(path)).step is not None:
+        return True
+    status = open_store(path).stat(join(path, "trainer_state.json"))
+    return status is not None and status.kind == "file"
+
+
+def _step_files(entries: Sequence[Entry]) -> list[str]:
     """The safetensors files that are a checkpoint each. A bare number is the number of a shard, and an index unites its files."""
     if any(entry.name.endswith(".safetensors.index.json") for entry in entries):
         return []
-    files = [entry for entry in entries if entry.suffix == ".safetensors" and not entry.name.startswith(".")]
-    return [f for f in files if not BARE_NUMBER.fullmatch(f.stem) and parse_label(f.name).step is not None and not f.is_dir()]
+    names = [e.name for e in entries if e.name.endswith(".safetensors") and not e.name.startswith(".") and e.kind != "folder"]
+    numbers = [name for name in names if BARE_NUMBER.fullmatch(name.removesuffix(".safetensors"))]
+    return [name for name in names if name not in numbers and parse_label(name).step is not None]
 
 
-def _checkpoints_in(run: Path) -> tuple[list[Path], list[str]]:
+def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
     """The checkpoints directly inside `run`, and a line for each thing that looks like one and is none."""
-    entries, home = _entries(run), run.resolve()
-    found, skipped = _step_files(entries), []
+    store, entries, home = open_store(run), _entries(run), resolve(run)
+    found, skipped = [join(run, name) for name in _step_files(entries)], []
     for entry in entries:
-        if RANK_FOLDER.match(entry.name) or not entry.is_dir():
+        path = join(run, entry.name)
+        if RANK_FOLDER.match(entry.name) or entry.kind != "folder":
             continue
         if entry.name.startswith(".") or entry.name.endswith(STAGING_SUFFIX):
             continue
         if _UNFINISHED.search(entry.name):
-            skipped.append(f"{entry} is left out: its name says that it is unfinished")
-        elif (entry / MANIFEST).exists():
-            skipped.append(f"{entry} is left out: a result of pmerge; name it to average it")
-        elif entry.is_symlink() and entry.resolve().parent == home:
-            skipped.append(f"{entry} is left out: a link to {entry.resolve().name}")
-        elif is_checkpoint(entry):
-            found.append(entry)
-        elif _is_named_by_step(entry):
-            skipped.append(f"{entry} is left out: it holds no safetensors files")
+            skipped.append(f"{path} is left out: its name says that it is unfinished")
+        elif store.stat(join(path, MANIFEST)) is not None:
+            skipped.append(f"{path} is left out: a result of pmerge; name it to average it")
+        elif (real := store.resolve(path)) != join(home, entry.name) and folder_of(real) == home:
+            skipped.append(f"{path} is left out: a link to {name_of(real)}")
+        elif is_checkpoint(path):
+            found.append(path)
+        elif _is_named_by_step(path):
+            skipped.append(f"{path} is left out: it holds no safetensors files")
     return found, skipped
 
 
-def _nothing_found(path: Path) -> InputError:
+def _nothing_found(path: str) -> InputError:
     entries = _entries(path)
-    folders = [entry for entry in entries if entry.is_dir()]
+    folders = [join(path, entry.name) for entry in entries if entry.kind == "folder"]
     runs = [folder for folder in folders if _checkpoints_in(folder)[0]]
-    deeper = [entry for folder in folders for entry in _entries(folder)]
-    other = next((entry for entry in [*entries, *deeper] if entry.name.endswith(_OTHER_FORMATS)), None)
+    names = [entry.name for entry in entries]
+    deeper = [f"{name_of(folder)}/{entry.name}" for folder in folders for entry in _entries(folder)]
+    other = next((name for name in [*names, *deeper] if name.endswith(_OTHER_FORMATS)), None)
     hint = "name a folder with *.safetensors files, or a run folder that contains such folders"
     if runs:
         hint = f"the checkpoints are one folder down:  pmerge average {runs[0]}"
     elif other is not None:
         way = "transformers' save_pretrained"
-        if other.suffix == ".distcp":
-            way = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {other.parent} model.pt, then safetensors"
-        hint = f"pmerge reads safetensors; convert {other.relative_to(path)} first (for example with {way})"
-    names = ", ".join(entry.name for entry in entries[:10])
+        if other.endswith(".distcp"):
+            place = folder_of(join(path, other))
+            way = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} model.pt, then safetensors"
+        hint = f"pmerge reads safetensors; convert {other} first (for example with {way})"
     return InputError(
         f"no checkpoints in {path}",
-        details=[f"found     {names or 'an empty folder'}", "expected  *.safetensors, or folders that hold them"],
+        details=[
+            f"found     {', '.join(names[:10]) or 'an empty folder'}",
+            "expected  *.safetensors, or folders that hold them",
+        ],
         hint=hint,
     )
 
 
-def find_candidates(paths: Sequence[StrPath]) -> tuple[list[Candidate], list[str]]:
-    """The checkpoints that `paths` mean, and a line for each thing there that is left out. Raises InputError or UsageError."""
+def find_candidates(paths: Sequence[StrPath], order: str = "step") -> tuple[list[Candidate], list[str]]:
+    """The checkpoints that `paths` mean, and a line for each thing there that is left out. Raises InputError or UsageError.
+
+    Their times are looked up only where `order` is "mtime".
+    """
     if not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
     skipped: list[str] = []
-    return [read_candidate(path) for path in discover(paths, skipped.append)], skipped
+    return [read_candidate(path, with_time=order == "mtime") for path in discover(paths, skipped.append)], skipped

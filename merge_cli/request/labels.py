@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from merge_cli.errors import InputError
 
@@ -30,17 +29,18 @@ class StepLabel:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that may be averaged; `path` is as it was given.
+    """A checkpoint that may be averaged; `path` is as it was given, `is_merged` when it is itself a result of pmerge.
 
     `doubt` is why the step may be wrong: another number in the name, or a broken `trainer_state.json`.
     """
 
-    path: Path
+    path: str
     step: int | None
     stage: str | None
     ingredient: str | None
     mtime_ns: int
     doubt: InputError | None = None
+    is_merged: bool = False
 
 
 def parse_label(name: str) -> StepLabel:

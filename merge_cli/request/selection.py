@@ -10,7 +10,6 @@ from itertools import islice, pairwise
 from typing import Any
 
 from merge_cli.errors import MismatchError, UsageError, first_ten
-from merge_cli.names import MANIFEST
 from merge_cli.request.amounts import is_in_tokens, parse_amount
 from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import METHODS, Coefficients, coefficients, needs_step_values, warnings_for
@@ -40,11 +39,11 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
         if len(values) > 1:
             raise MismatchError(
                 f"the checkpoints belong to different {what}s: {', '.join(sorted(str(value or 'none') for value in values))}",
-                details=first_ten([str(candidate.path) for candidate in candidates]),
+                details=first_ten([candidate.path for candidate in candidates]),
                 hint=f"name the checkpoints of one {what}, or say that you mean it:  --order given",
             )
     if by == "mtime":
-        ordered = sorted(candidates, key=lambda candidate: (candidate.mtime_ns, str(candidate.path)))
+        ordered = sorted(candidates, key=lambda candidate: (candidate.mtime_ns, candidate.path))
         tied = [f"{a.path}  {b.path}" for a, b in pairwise(ordered) if a.mtime_ns == b.mtime_ns]
         if tied and needs_order:
             raise MismatchError(
@@ -53,7 +52,7 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
                 hint="type them from oldest to newest:  --order given",
             )
         return ordered
-    unknown = [str(candidate.path) for candidate in candidates if candidate.step is None]
+    unknown = [candidate.path for candidate in candidates if candidate.step is None]
     if unknown:
         if len(candidates) == 1 or not needs_order:
             return list(candidates)
@@ -72,7 +71,7 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
         if len(same) > 1:
             raise MismatchError(
                 f"{len(same)} checkpoints have step {step}",
-                details=first_ten([str(candidate.path) for candidate in same]),
+                details=first_ten([candidate.path for candidate in same]),
                 hint="leave one of them out, or say that the order is right as typed:  --order given",
             )
     return [by_step[step][0] for step in sorted(by_step)]
@@ -94,7 +93,7 @@ def select(
     """
     chosen = list(candidates)
     if any(option is not None for option in (every, from_step, to_step, before)):
-        unknown = [str(candidate.path) for candidate in chosen if candidate.step is None]
+        unknown = [candidate.path for candidate in chosen if candidate.step is None]
         if unknown:
             raise UsageError(
                 "--every, --from, --to and --before need the step of every checkpoint",
@@ -235,7 +234,7 @@ def choose(
     steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
     if order == "given" and steps_known != sorted(steps_known):
         notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
-    merged = [str(candidate.path) for candidate in chosen if (candidate.path / MANIFEST).exists()]
+    merged = [candidate.path for candidate in chosen if candidate.is_merged]
     if merged:
         warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
     if len(chosen) == 1:

@@ -36,3 +36,13 @@ def sha256_of(path: Path) -> str:
     except OSError:
         return ""
     return digest.hexdigest()
+
+
+def read_up_to(fd: int, length: int, offset: int) -> bytes:
+    """`length` bytes from `offset`; fewer only at the end of the file. Raises OSError."""
+    pieces = []
+    while length > 0 and (piece := os.pread(fd, length, offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        length -= len(piece)
+    return b"".join(pieces)

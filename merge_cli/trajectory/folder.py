@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from merge_cli.errors import InputError, UsageError
-from merge_cli.formats.files import read_regular_file
+from merge_cli.stores.store import read_file
 from merge_cli.system.durable import write_file
 from merge_cli.trajectory.analysis import Analysis
 from merge_cli.trajectory.records import decode, encode
@@ -88,7 +88,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
     if not path.exists():
         return None
     try:
-        value = json.loads(read_regular_file(path, MAX_FILE_BYTES))
+        value = json.loads(read_file(str(path), MAX_FILE_BYTES))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", hint=f"rm {path}, and make it again") from error
     return decode(kind, value, str(path))

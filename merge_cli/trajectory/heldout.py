@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import read_config
-from merge_cli.formats.files import read_regular_file
+from merge_cli.stores.store import read_file
 from merge_cli.trajectory.evaluators import EvaluationError, Subject
 from merge_cli.trajectory.ledger import Document
 from merge_cli.trajectory.results import Result
@@ -86,7 +86,7 @@ class TextEvaluator:
             if importlib.util.find_spec(package) is None:
                 raise UsageError(f"--text needs {package}", hint="pip install 'pmerge[eval]'")
         self._documents = read_documents(text)
-        self._config = read_config(model / "config.json")
+        self._config = read_config(str(model / "config.json"))
         if "auto_map" in self._config:
             raise UsageError(
                 f"{model} needs code of its own, which is never run",
@@ -238,7 +238,7 @@ def read_documents(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         return _read_parquet(path)
     try:
-        text = read_regular_file(path, MAX_TEXT_BYTES).decode("utf-8", "replace")
+        text = read_file(str(path), MAX_TEXT_BYTES).decode("utf-8", "replace")
     except InputError as error:
         raise UsageError(f"--text: {error.message}", hint=f"ls -l {path}") from error
     documents = [text]
@@ -291,7 +291,7 @@ def _digest(folder: Path) -> str:
     if not names:
         raise UsageError(f"there is no tokenizer in {folder}", hint="--tokenizer FOLDER with a tokenizer.json")
     for name in names:
-        digest.update(name.encode() + hashlib.sha256(read_regular_file(folder / name, MAX_TEXT_BYTES)).digest())
+        digest.update(name.encode() + hashlib.sha256(read_file(str(folder / name), MAX_TEXT_BYTES)).digest())
     return digest.hexdigest()[:16]
 
 

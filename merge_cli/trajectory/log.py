@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError, UsageError
-from merge_cli.formats.files import read_regular_file
+from merge_cli.stores.store import read_file
 from merge_cli.trajectory.findings import Finding
 
 MAX_LOG_BYTES = 256 << 20
@@ -52,7 +52,7 @@ class Schedule:
 
 def read_log(path: Path) -> list[LogRow]:
     """The rows of a `trainer_state.json` or a CSV file, as they are ordered there. Raises InputError or UsageError."""
-    text = read_regular_file(path, MAX_LOG_BYTES).decode("utf-8", "replace")
+    text = read_file(str(path), MAX_LOG_BYTES).decode("utf-8", "replace")
     if path.suffix == ".json":
         try:
             state = json.loads(text)

@@ -122,7 +122,7 @@ def check_different(row: Row, others: Sequence[Row]) -> None:
 
 def version_of(checkpoint: Checkpoint) -> str:
     """The version of a checkpoint's weights, as far as it can be seen without reading them: names, sizes, times, headers."""
-    files = [(file.name, file.file_bytes, file.mtime_ns, file.header.sha256) for file in checkpoint.files]
+    files = [(file.name, file.fingerprint) for file in checkpoint.files]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import PmergeError
-from merge_cli.formats.files import read_regular_file
+from merge_cli.stores.store import read_file
 from merge_cli.trajectory.ledger import Document
 
 MAX_RESULT_BYTES = 64 << 20
@@ -42,10 +42,10 @@ class Result:
 def read_result(result_file: Path, out: Path, stdout: str) -> Result:
     """The result of one evaluation. Raises ResultError."""
     if result_file.exists():
-        return _result(_parse(read_regular_file(result_file, MAX_RESULT_BYTES), "PMERGE_RESULT"), "PMERGE_RESULT")
+        return _result(_parse(read_file(str(result_file), MAX_RESULT_BYTES), "PMERGE_RESULT"), "PMERGE_RESULT")
     written = sorted(out.rglob("results*.json"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
     if written:
-        return _result(_parse(read_regular_file(written[-1], MAX_RESULT_BYTES), written[-1].name), written[-1].name)
+        return _result(_parse(read_file(str(written[-1]), MAX_RESULT_BYTES), written[-1].name), written[-1].name)
     for line in reversed(stdout.splitlines()):
         value = _value_of(line)
         if value is not None:

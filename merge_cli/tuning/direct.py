@@ -10,13 +10,13 @@ import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import closing
 from typing import NamedTuple
 
-from merge_cli.engine.storage import DIRECT_BLOCK_BYTES, LARGE_REQUEST_BYTES, is_larger_than_cache
+from merge_cli.engine.storage import LARGE_REQUEST_BYTES, is_larger_than_cache
 from merge_cli.errors import UsageError
-from merge_cli.formats.checkpoint import WeightFile
 from merge_cli.planning.plan import MergePlan
+from merge_cli.stores.local import DIRECT_BLOCK_BYTES, LocalSource
 
 SAMPLE_BYTES = 64 << 20
 _SAMPLE_THREADS = 4
@@ -41,17 +41,20 @@ def choose_direct(plan: MergePlan, setting: str) -> Direct:
     files = [max(checkpoint.files, key=lambda file: file.file_bytes) for checkpoint in plan.inputs if checkpoint.files]
     if setting == "off" or not files or (setting == "auto" and not is_larger_than_cache(plan)):
         return Direct(False, "")
-    for file in files:
+    sources = [file.source for file in files if isinstance(file.source, LocalSource)]
+    if len(sources) < len(files):
+        return Direct(False, "inputs are not all on this machine, so O_DIRECT is not used" if setting == "on" else "")
+    for source in sources:
         try:
-            _probe(file)
+            _probe(source)
         except OSError as error:
-            return Direct(False, f"inputs are read through the page cache: O_DIRECT fails for {file.path}: {error.strerror}")
+            return Direct(False, f"inputs are read through the page cache: O_DIRECT fails for {source.path}: {error.strerror}")
     if setting == "on":
         return Direct(True, "")
-    largest = max(files, key=lambda file: file.file_bytes)
-    size = min(SAMPLE_BYTES, largest.file_bytes // 2)
+    largest = max(sources, key=lambda source: source.num_bytes)
+    size = min(SAMPLE_BYTES, largest.num_bytes // 2)
     try:
-        direct, buffered = _bytes_per_s(largest.path, 0, size, os.O_DIRECT), _bytes_per_s(largest.path, size, size, 0)
+        direct, buffered = _bytes_per_s(largest, 0, size, os.O_DIRECT), _bytes_per_s(largest, size, size, 0)
     except OSError as error:
         return Direct(False, f"inputs are read through the page cache: O_DIRECT fails for {largest.path}: {error.strerror}")
     use = direct >= _WORTHWHILE * buffered
@@ -60,19 +63,16 @@ def choose_direct(plan: MergePlan, setting: str) -> Direct:
     return Direct(use, f"inputs are read {way}: the first {2 * size >> 20} MiB gave {figures} (--direct)")
 
 
-def _probe(file: WeightFile) -> None:
-    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    try:
-        os.preadv(fd, [mmap.mmap(-1, DIRECT_BLOCK_BYTES)], 0)
-    finally:
-        os.close(fd)
+def _probe(source: LocalSource) -> None:
+    with closing(source):
+        os.preadv(source.descriptor(os.O_DIRECT), [mmap.mmap(-1, DIRECT_BLOCK_BYTES)], 0)
 
 
-def _bytes_per_s(path: Path, begin: int, size: int, flags: int) -> float:
+def _bytes_per_s(source: LocalSource, begin: int, size: int, flags: int) -> float:
     """Time `size` bytes from `begin`, read by several threads; what the page cache holds of them is dropped first."""
     request, begin = LARGE_REQUEST_BYTES, begin // LARGE_REQUEST_BYTES * LARGE_REQUEST_BYTES
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
+    with closing(source):
+        fd = source.descriptor(flags)
         os.posix_fadvise(fd, begin, size, os.POSIX_FADV_DONTNEED)
         with ThreadPoolExecutor(_SAMPLE_THREADS) as pool:
             buffers = [mmap.mmap(-1, request) for _ in range(_SAMPLE_THREADS)]
@@ -84,5 +84,3 @@ def _bytes_per_s(path: Path, begin: int, size: int, flags: int) -> float:
             began = time.perf_counter()
             done = sum(pool.map(read, range(_SAMPLE_THREADS)))
         return max(done, 1) / max(time.perf_counter() - began, 1e-9)
-    finally:
-        os.close(fd)

@@ -103,7 +103,7 @@ def test_wrong_inputs_are_named(model: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"text": 5}\n')
     for path, error, message in (
-        ("missing.txt", UsageError, "cannot read"),
+        ("missing.txt", UsageError, "cannot open"),
         ("empty.txt", UsageError, "is empty"),
         ("one.txt", UsageError, "no token that could be predicted"),
         ("bad.jsonl", InputError, "line 1 has no text"),

@@ -22,11 +22,11 @@ from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, add_term
 from merge_cli.engine.buffers import HostBuffer
 from merge_cli.engine.device import CPU, Device
 from merge_cli.engine.reader import InputFiles
-from merge_cli.engine.storage import DIRECT_BLOCK_BYTES
 from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.error import combine_totals, error_totals
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Location, PartLocation, QuantizedExtent, QuantizedSource
+from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 
 BYTES_PER_VALUE = 56  # bytes read, those of the base, float32, what decode or encode needs beside, a temporary in float64
 TARGET_VALUES = 1 << 18

@@ -5,28 +5,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from merge_cli.errors import InputError, UnsupportedError, first_ten
 from merge_cli.formats.dcp.item import Envelope, Envelopes
 from merge_cli.formats.dcp.metadata import MAX_METADATA_BYTES, Chunk, Item, Metadata, Tensor, parse_metadata
-from merge_cli.formats.files import check_stays_inside, list_folder, read_exactly, read_regular_file
+from merge_cli.stores.store import Source, StrPath, as_path, join, open_store, read_bytes, read_file
 
 METADATA_FILE = ".metadata"
 
 
 class DcpFile(NamedTuple):
-    """A file of the checkpoint; `name` is its path inside it, the rest fingerprints it."""
+    """A file of the checkpoint; `name` is its path inside it."""
 
-    path: Path
+    source: Source
     name: str
-    num_bytes: int
-    mtime_ns: int
-    inode: int
+
+    @property
+    def path(self) -> str:
+        return self.source.path
+
+    @property
+    def num_bytes(self) -> int:
+        return self.source.num_bytes
 
 
 class Payload(NamedTuple):
@@ -43,31 +47,35 @@ class Payload(NamedTuple):
 class DcpFolder:
     """A checked folder. `notes` name files that the metadata does not know."""
 
-    path: Path
+    path: str
     metadata: Metadata
     files: Mapping[str, DcpFile]
     notes: tuple[str, ...] = ()
 
 
-def open_folder(path: Path) -> DcpFolder:
+def open_folder(path: StrPath) -> DcpFolder:
     """Open the folder that holds `.metadata` and its files, and check that all of them are there and long enough.
 
     Raises InputError or UnsupportedError.
     """
-    there = [entry.name for entry in list_folder(path)]
+    path = as_path(path)
+    store = open_store(path)
+    there = [entry.name for entry in store.list(path)]
     if METADATA_FILE not in there:
         raise _without_metadata(path, there)
-    check_stays_inside(path, path / METADATA_FILE)
-    raw = read_regular_file(path / METADATA_FILE, MAX_METADATA_BYTES)
-    metadata = parse_metadata(raw, str(path / METADATA_FILE))
+    metadata_file = join(path, METADATA_FILE)
+    store.check_inside(path, metadata_file)
+    metadata = parse_metadata(read_file(metadata_file, MAX_METADATA_BYTES), metadata_file)
     if not metadata.tensors:
-        raise InputError(f"{path / METADATA_FILE} names no tensors", hint="name the folder of the model's own checkpoint")
+        raise InputError(f"{metadata_file} names no tensors", hint="name the folder of the model's own checkpoint")
     files = _open_files(path, metadata)
     stray = [name for name in there if name.endswith(".distcp") and name not in files]
-    return DcpFolder(path, metadata, files, tuple(f"{path / name}: not named by .metadata, ignored" for name in first_ten(stray)))
+    return DcpFolder(
+        path, metadata, files, tuple(f"{join(path, name)}: not named by .metadata, ignored" for name in first_ten(stray))
+    )
 
 
-def _without_metadata(path: Path, there: list[str]) -> InputError:
+def _without_metadata(path: str, there: list[str]) -> InputError:
     if any(name.startswith("__") and name.endswith(".metadata") for name in there):
         return UnsupportedError(
             f"{path} was saved with use_collectives=False: each rank has metadata of its own",
@@ -88,11 +96,12 @@ def items_of(metadata: Metadata) -> Iterator[tuple[str, Item]]:
             yield fqn, chunk.item
 
 
-def _open_files(path: Path, metadata: Metadata) -> dict[str, DcpFile]:
+def _open_files(path: str, metadata: Metadata) -> dict[str, DcpFile]:
     ends: dict[str, tuple[int, str]] = {}
     for fqn, item in items_of(metadata):
         ends[item.file] = max(ends.get(item.file, (0, "")), (item.offset + item.length, fqn))
-    missing = [name for name in sorted(ends) if not os.path.lexists(path / name)]
+    store = open_store(path)
+    missing = [name for name in sorted(ends) if store.stat(join(path, name)) is None]
     if missing:
         raise InputError(
             f"{len(missing)} of {len(ends)} files are missing in {path}",
@@ -101,17 +110,15 @@ def _open_files(path: Path, metadata: Metadata) -> dict[str, DcpFile]:
         )
     files = {}
     for name, (end, fqn) in sorted(ends.items()):
-        check_stays_inside(path, path / name)
-        if not (path / name).is_file():
-            raise InputError(f"not a regular file: {path / name}")
-        status = (path / name).stat()
-        if status.st_size < end:
+        store.check_inside(path, join(path, name))
+        with closing(store.open(join(path, name))) as source:
+            files[name] = DcpFile(source, name)
+        if source.num_bytes < end:
             raise InputError(
-                f"{path / name} ends before `{fqn[:200]}` does",
-                details=[f"found     {status.st_size} bytes", f"expected  at least {end} bytes"],
+                f"{source.path} ends before `{fqn[:200]}` does",
+                details=[f"found     {source.num_bytes} bytes", f"expected  at least {end} bytes"],
                 hint="the file is truncated or belongs to another save; copy or save it again",
             )
-        files[name] = DcpFile(path / name, name, status.st_size, status.st_mtime_ns, status.st_ino)
     return files
 
 
@@ -123,30 +130,19 @@ def locate(
     for each in wanted:
         by_file.setdefault(each[2].item.file, []).append(each)
     for name, entries in by_file.items():
-        path = folder.files[name].path
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise InputError(f"cannot open {path}: {error.strerror}") from error
-        try:
+        with closing(folder.files[name].source) as source:
             for fqn, tensor, chunk in sorted(entries, key=lambda each: each[2].item.offset):
-                yield fqn, chunk, _payload(fd, path, fqn, tensor, chunk, envelopes)
-        finally:
-            os.close(fd)
+                yield fqn, chunk, _payload(source, fqn, tensor, chunk, envelopes)
 
 
-def _payload(fd: int, path: Path, fqn: str, tensor: Tensor, chunk: Chunk, envelopes: Envelopes) -> Payload:
+def _payload(source: Source, fqn: str, tensor: Tensor, chunk: Chunk, envelopes: Envelopes) -> Payload:
     item = chunk.item
 
     def read(offset: int, length: int) -> bytes:
-        try:
-            raw = read_exactly(fd, length, item.offset + offset)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        if len(raw) < length:
-            raise InputError(f"the file ended while it was read: {path}")
-        return raw
+        if item.offset + offset + length > source.num_bytes:
+            raise InputError(f"{source.path} ends before `{fqn[:200]}` does", hint="the file is truncated; copy or save it again")
+        return bytes(read_bytes(source, item.offset + offset, length))
 
-    what = f"{path}, `{fqn[:200]}` at byte {item.offset}"
+    what = f"{source.path}, `{fqn[:200]}` at byte {item.offset}"
     found = envelopes.find(read, item.length, tensor.dtype, tuple(chunk.sizes), what)
     return Payload(item.file, item.offset + len(found.head), found.num_bytes, found.tensor.strides, found)

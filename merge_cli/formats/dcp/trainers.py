@@ -11,15 +11,15 @@ No pickle is opened: files that hold one are copied as bytes, and only where the
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from merge_cli.errors import InputError
 from merge_cli.formats.dcp.entries import DROP
 from merge_cli.formats.dcp.folder import METADATA_FILE, DcpFolder, locate
 from merge_cli.formats.dcp.item import Envelopes
-from merge_cli.formats.files import list_folder, read_exactly, read_regular_file
+from merge_cli.stores.store import Kind, StrPath, as_path, join, open_store, read_bytes, read_file
 
 _INSIDE = {"model_and_optim": "olmo-core", "weights": "nemo"}
 _MAX_SMALL_BYTES = 1 << 20
@@ -30,43 +30,50 @@ _STEP_ENTRIES = ("train_state.step",)
 class DcpPlace:
     """A checkpoint: `folder` holds `.metadata`, and is `inside` of `path` ("" if it is `path` itself)."""
 
-    path: Path
+    path: str
     inside: str
     trainer: str
 
     @property
-    def folder(self) -> Path:
-        return self.path / self.inside
+    def folder(self) -> str:
+        return join(self.path, self.inside) if self.inside else self.path
 
 
-def find_dcp(path: Path) -> DcpPlace | None:
+def find_dcp(path: StrPath) -> DcpPlace | None:
     """The distributed checkpoint at the folder `path`, None if it is none."""
-    if (path / METADATA_FILE).is_file():
+    path = as_path(path)
+    if _is(join(path, METADATA_FILE), "file"):
         return DcpPlace(path, "", "megatron" if _is_megatron(path) else "torch")
     for inside, trainer in _INSIDE.items():
-        if (path / inside / METADATA_FILE).is_file():
+        if _is(join(path, f"{inside}/{METADATA_FILE}"), "file"):
             return DcpPlace(path, inside, trainer)
     return None
 
 
-def is_dcp(path: Path) -> bool:
+def is_dcp(path: StrPath) -> bool:
     """Whether the folder `path` is a distributed checkpoint."""
     return find_dcp(path) is not None
 
 
-def is_unfinished(path: Path) -> bool:
+def is_unfinished(path: StrPath) -> bool:
     """Whether `path` has files of a distributed checkpoint and no metadata: a save that is under way, or broke off."""
-    if not path.is_dir() or is_dcp(path):
+    path = as_path(path)
+    if not _is(path, "folder") or is_dcp(path):
         return False
-    folders = [path, *(path / inside for inside in _INSIDE)]
-    return any(entry.name.endswith(".distcp") for folder in folders if folder.is_dir() for entry in list_folder(folder))
+    folders = [folder for folder in (path, *(join(path, inside) for inside in _INSIDE)) if _is(folder, "folder")]
+    return any(entry.name.endswith(".distcp") for folder in folders for entry in open_store(path).list(folder))
 
 
-def _is_megatron(path: Path) -> bool:
-    if not (path / "metadata.json").is_file():
+def _is(path: str, kind: Kind) -> bool:
+    status = open_store(path).stat(path)
+    return status is not None and status.kind == kind
+
+
+def _is_megatron(path: str) -> bool:
+    if not _is(join(path, "metadata.json"), "file"):
         return False
     try:
-        content = json.loads(read_regular_file(path / "metadata.json", _MAX_SMALL_BYTES))
+        content = json.loads(read_file(join(path, "metadata.json"), _MAX_SMALL_BYTES))
     except (InputError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("sharded_backend") == "torch_dist"
@@ -84,26 +91,30 @@ def files_beside(place: DcpPlace, training_state: str) -> list[str]:
         "megatron": ("metadata.json", "common.pt"),
         "nemo": ("weights/metadata.json", "weights/common.pt"),
     }
-    names = [name for name in wanted[place.trainer] if (place.path / name).is_file()]
-    if place.trainer == "olmo-core" and training_state != DROP and (place.path / "train").is_dir():
-        names += [f"train/{entry.name}" for entry in list_folder(place.path / "train") if entry.name.endswith(".pt")]
-    if place.trainer == "nemo" and (place.path / "context").is_dir():
+    names = [name for name in wanted[place.trainer] if _is(join(place.path, name), "file")]
+    if place.trainer == "olmo-core" and training_state != DROP and _is(join(place.path, "train"), "folder"):
+        names += [name for name in _below(place.path, "train") if name.endswith(".pt") and name.count("/") == 1]
+    if place.trainer == "nemo" and _is(join(place.path, "context"), "folder"):
         names += _below(place.path, "context")
     return names
 
 
-def _below(root: Path, folder: str) -> list[str]:
-    return sorted(
-        (Path(parent) / name).relative_to(root).as_posix() for parent, _, names in os.walk(root / folder) for name in names
-    )
+def _below(root: str, folder: str) -> Iterator[str]:
+    """The files below a folder, links to folders not followed: they may lead in circles."""
+    store, here = open_store(root), join(root, folder)
+    for entry in store.list(here):
+        if entry.kind != "folder":
+            yield f"{folder}/{entry.name}"
+        elif store.resolve(join(here, entry.name)) == join(store.resolve(here), entry.name):
+            yield from _below(root, f"{folder}/{entry.name}")
 
 
-def latest_iteration(run: Path) -> int | None:
+def latest_iteration(run: StrPath) -> int | None:
     """The last complete iteration of Megatron's run folder, by its own record; None if there is none."""
-    path = run / "latest_checkpointed_iteration.txt"
-    if not path.is_file():
+    path = join(as_path(run), "latest_checkpointed_iteration.txt")
+    if not _is(path, "file"):
         return None
-    text = read_regular_file(path, _MAX_SMALL_BYTES).strip()
+    text = read_file(path, _MAX_SMALL_BYTES).strip()
     return int(text) if text.isdigit() and len(text) <= 18 else None
 
 
@@ -114,6 +125,6 @@ def recorded_step(folder: DcpFolder) -> int | None:
         if tensor is None or tensor.shape or tensor.dtype not in ("I32", "I64"):
             continue
         ((_, _, payload),) = locate(folder, [(name, tensor, tensor.chunks[0])], Envelopes())
-        with folder.files[payload.file].path.open("rb") as file:
-            return int.from_bytes(read_exactly(file.fileno(), payload.num_bytes, payload.offset), "little", signed=True)
+        with closing(folder.files[payload.file].source) as source:
+            return int.from_bytes(read_bytes(source, payload.offset, payload.num_bytes), "little", signed=True)
     return None

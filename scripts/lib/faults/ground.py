@@ -137,7 +137,7 @@ def digests(folder: Path) -> dict[str, str]:
             if path.name == "pmerge.json":
                 manifest = {**json.loads(data), "command": "", "sha256": ""}
                 for file in (file for entry in manifest["inputs"] for file in entry["files"]):
-                    file |= {"mtime_ns": 0, "inode": 0}
+                    file["version"] = ""
                 data = json.dumps(manifest, sort_keys=True).encode()
             found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found

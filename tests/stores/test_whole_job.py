@@ -1,0 +1,91 @@
+"""The whole job reads through the seam: from a store that is a dictionary come the same bytes as from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import memory_store
+import pytest
+from golden_inputs import RUNS
+
+from merge_cli import Rank, average, finalize, plan_average, run_share, sweep, verify
+from merge_cli.errors import ChangedError, InputError, UsageError
+from merge_cli.features.inspect import inspect_checkpoints
+from merge_cli.stores import store as stores
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> list[Path]:
+    return RUNS["sharded"](tmp_path / "inputs")
+
+
+@pytest.fixture
+def far(local: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The same run as `memory://` paths; the files themselves are gone."""
+    monkeypatch.setitem(stores.STORES, "memory", "memory_store")
+    monkeypatch.setattr(memory_store, "FILES", {})
+    paths = [f"memory://runs/one/{path.name}" for path in local]
+    for path, name in zip(local, paths, strict=True):
+        memory_store.load(path, name)
+    return paths
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All files of a result; of its record what does not depend on the place of the inputs."""
+    found = {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    record = json.loads(found.pop("pmerge.json"))
+    return {**found, "coefficients": [each["coefficient"] for each in record["inputs"]], "files": record["files"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ema", "chunk_size": 8192, "direct": "on"}], ids=["sma", "ema"])
+def test_average_of_far_checkpoints(options: dict[str, Any], local: list[Path], far: list[str], tmp_path: Path) -> None:
+    expected = content(average(local, tmp_path / "near", device="cpu", **options).output)
+    assert content(average(far, tmp_path / "far", device="cpu", **options).output) == expected
+    run = average(["memory://runs/one/"], tmp_path / "run", device="cpu", **options)
+    assert content(run.output) == expected
+    record = json.loads((run.output / "pmerge.json").read_bytes())
+    assert [entry["path"] for entry in record["inputs"]] == far and record["base"] == far[-1]
+    found = verify(run.output, against_inputs=True, device="cpu")
+    assert found.ok and found.recomputed > 0
+
+
+def test_sweeps_ranks_and_inspect(local: list[Path], far: list[str], tmp_path: Path) -> None:
+    expected = content(average(local, tmp_path / "near", device="cpu").output)
+    made = sweep(far, tmp_path / "sweep", methods=["sma", "ema"], device="cpu")
+    assert content(made.outputs[0]) == expected
+    for rank in (0, 1):
+        run_share(plan_average(far, tmp_path / "ranks", device="cpu", rank=Rank(rank, 2)))
+    assert content(finalize(tmp_path / "ranks")) == expected
+    report = inspect_checkpoints(["memory://runs/one"])
+    assert [each.path for each in report.checkpoints] == far and not report.broken
+
+
+def test_a_far_file_that_changes_is_noticed(far: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_average(far, tmp_path / "out", device="cpu")
+    victim = plan.merge.inputs[0].files[0].path
+    memory_store.FILES[victim] = memory_store.FILES[victim][:-1] + b"\x00"
+    from merge_cli import run_average
+
+    with pytest.raises(ChangedError, match=victim):
+        run_average(plan)
+    assert not (tmp_path / "out").exists()
+    record = average(far, tmp_path / "again", device="cpu").output
+    memory_store.FILES[victim] = memory_store.FILES[victim][:-1] + b"\x01"
+    assert any("has changed since" in line for line in verify(record, against_inputs=True, device="cpu").problems)
+
+
+def test_what_is_missing_is_named(far: list[str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such checkpoint: memory://runs/two"):
+        average(["memory://runs/two"], tmp_path / "out")
+    with pytest.raises(UsageError, match="named twice"):
+        average([far[0], far[0] + "/"], tmp_path / "out")
+    index = far[0] + "/model.safetensors.index.json"
+    shard = next(path for path in memory_store.FILES if path.startswith(far[0]) and path.endswith(".safetensors"))
+    del memory_store.FILES[shard]
+    with pytest.raises(InputError, match="weight files are missing in " + far[0]):
+        average(far, tmp_path / "out")
+    memory_store.FILES[index] = b"{"
+    with pytest.raises(InputError, match=f"{index} is not valid JSON"):
+        average(far, tmp_path / "out")
