@@ -29,18 +29,54 @@ static char *memory(int64_t size, char **whole) {
     return *whole + skip;
 }
 
-static void job(int64_t count) {
+static const int scale_sizes[] = {2, 2, 4, 0, 1, 1}, code_bits[] = {8, 4, 8, 2, 4, 8};
+static const int32_t scale_dtypes[] = {BF16, F16, F32, E4M3, E8M0};
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* A stack of `rows` / `matrix_rows` quantized matrices, cut at a matrix. */
+static void quantize(struct coded *c, int64_t rows, int64_t columns, char **blocks) {
+    c->kind = (int32_t)draw(6);
+    c->scale_dtype = scale_dtypes[draw(5)];
+    c->zero_kind = (int32_t)draw(c->kind >= CODES_2 ? 3 : 2);
+    c->divides = (int32_t)draw(2);
+    c->columns = columns;
+    c->row_bytes = ceil_div(columns * code_bits[c->kind], 8) + (int64_t)draw(3);
+    c->matrix_rows = draw(2) ? rows : 1;
+    c->first_row = c->matrix_rows * (int64_t)draw(3);
+    c->block_rows = c->zero_kind == ZEROS_PACKED ? 1 : 1 + (int64_t)draw(9);
+    c->block_columns = 1 + (int64_t)draw(2) * (int64_t)draw(140);
+    c->below = ceil_div(c->matrix_rows, c->block_rows);
+    c->beside = ceil_div(columns, c->block_columns);
+    int64_t matrices = rows / c->matrix_rows, num_blocks = matrices * c->below * c->beside;
+    int64_t words = matrices * ceil_div(c->matrix_rows, 32 / code_bits[c->kind]) * c->beside;
+    c->codes = memory(rows * c->row_bytes, blocks);
+    c->scales = memory(num_blocks * scale_sizes[c->scale_dtype], blocks + 1);
+    c->zeros = memory(c->zero_kind == ZEROS_PACKED ? 4 * words : num_blocks, blocks + 2);
+    c->global_scale = memory(4, blocks + 3);
+    if (draw(2)) c->global_scale = NULL;
+}
+
+static void job(int64_t rows, int64_t columns) {
     enum { INPUTS = 11, OUTPUTS = 10 };
+    int64_t count = rows * columns;
     struct input inputs[INPUTS];
+    struct coded coded[INPUTS];
     struct output outputs[OUTPUTS];
     double factors[OUTPUTS][INPUTS];
     uint8_t used[OUTPUTS][INPUTS];
-    char *blocks[INPUTS + OUTPUTS], *first[OUTPUTS] = {0};
+    char *blocks[INPUTS + OUTPUTS], *parts[INPUTS][4] = {{0}}, *first[OUTPUTS] = {0};
     int num_inputs = 1 + (int)draw(INPUTS), num_outputs = 1 + (int)draw(OUTPUTS);
     int32_t nonfinite[OUTPUTS];
     for (int i = 0; i < num_inputs; i++) {
         inputs[i].dtype = (int32_t)draw(4);
         inputs[i].data = memory(count * sizes[inputs[i].dtype], blocks + i);
+        inputs[i].coded = columns && draw(3) == 0 ? coded + i : NULL;
+        if (inputs[i].coded) {
+            quantize(coded + i, rows, columns, parts[i]);
+            inputs[i].data = NULL;
+            inputs[i].dtype = F32;
+        }
     }
     for (int k = 0; k < num_outputs; k++) {
         struct output o = {0, factors[k], used[k], (double)(1 + draw(9)), (int32_t)draw(4), F32 + (int32_t)draw(2), (int32_t)draw(2), 0};
@@ -70,11 +106,13 @@ static void job(int64_t count) {
     }
     for (int i = 0; i < num_inputs + num_outputs; i++) free(blocks[i]);
     for (int k = 0; k < num_outputs; k++) free(first[k]);
+    for (int i = 0; i < num_inputs; i++)
+        for (int part = 0; part < 4; part++) free(parts[i][part]);
 }
 
 int main(void) {
-    for (int64_t count = 0; count < 70; count++) job(count);
-    for (int i = 0; i < 200; i++) job((int64_t)draw(1600));
+    for (int64_t columns = 0; columns < 70; columns++) job(1, columns);
+    for (int i = 0; i < 300; i++) job(1 + (int64_t)draw(12), (int64_t)draw(i % 2 ? 1600 : 40));
     for (int32_t kernel = 0; pmerge_name(kernel); kernel++)
         if (pmerge_is_supported(kernel)) printf("%s\n", pmerge_name(kernel));
     return 0;

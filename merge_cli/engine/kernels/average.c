@@ -7,6 +7,7 @@
  * torch. Sums start at -0.0: adding a term to that gives the term, zeros with their sign. */
 
 #include "convert.h"
+#include "decode.h"
 #include "kernel.h"
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
@@ -16,7 +17,7 @@
 #error "needs a little-endian machine that computes float as float"
 #endif
 
-#define TILE 512  /* elements */
+#define TILE MOST_VALUES /* elements */
 #define TERMS 4   /* inputs at once; the loops below know this number */
 #define OUTPUTS 8 /* outputs at once: their sums and four widened inputs fit the first-level cache */
 
@@ -37,9 +38,12 @@ typedef union {
 
 static const int64_t bytes_of[] = {[BF16] = 2, [F16] = 2, [F32] = 4, [F64] = 8};
 
-static source at(const struct input *inputs, int64_t j, int64_t begin) {
-    source found = {(const char *)inputs[j].data + begin * bytes_of[inputs[j].dtype], inputs[j].dtype};
-    return found;
+/* Elements `begin` to `begin + n` of an input, in `space` where they are quantized. */
+static source at(const struct input *input, int64_t begin, int n, float *space) {
+    source decoded = {space, F32};
+    source plain = {(const char *)input->data + (input->coded ? 0 : begin * bytes_of[input->dtype]), input->dtype};
+    if (input->coded) decode(space, input->coded, begin, n);
+    return input->coded ? decoded : plain;
 }
 
 /* widen_T_to_S: copy an input of dtype T as S. add_T_to_S: add one, two or four inputs of dtype T,
@@ -194,7 +198,8 @@ static double sum_one(const struct input *inputs, int64_t num_inputs, const stru
     double sum = -0.0;
     for (int64_t j = 0; j < num_inputs; j++)
         if (o->used[j]) {
-            source s = at(inputs, j, i);
+            float space;
+            source s = at(inputs + j, i, 1, &space);
 #define LOAD(T) sum += (double)LOAD_##T(s.data, 0) * o->factors[j]
             FOR_DTYPE(s.dtype, LOAD)
         }
@@ -251,9 +256,10 @@ void PMERGE_AVERAGE(
             int num = (int)(left < OUTPUTS ? left : OUTPUTS);
             for (int k = 0; k < num; k++) clear(sums + k, o[k].sum, n);
             for (int64_t first = 0; first < num_inputs; first += TERMS) {
+                float space[TERMS][TILE];
                 source block[TERMS];
                 int terms = (int)(num_inputs - first < TERMS ? num_inputs - first : TERMS);
-                for (int t = 0; t < terms; t++) block[t] = at(inputs, first + t, begin);
+                for (int t = 0; t < terms; t++) block[t] = at(inputs + first + t, begin, n, space[t]);
                 add_block(block, terms, first, o, num, sums, n);
             }
             for (int k = 0; k < num; k++) {

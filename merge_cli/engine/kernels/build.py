@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "average.so"
-SOURCES = ("average.c", "build.py", "convert.h", "kernel.h", "table.c")
+SOURCES = ("average.c", "build.py", "convert.h", "decode.h", "kernel.h", "table.c")
 FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 KERNELS = {

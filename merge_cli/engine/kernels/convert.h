@@ -28,6 +28,23 @@ static inline float from_f16(uint16_t code) {
     return float_of((exponent ? normal : small) | (uint32_t)(code & 0x8000) << 16);
 }
 
+static inline float from_e4m3(uint8_t code) {
+    uint32_t bits = (uint32_t)(code & 0x7F) << 20;
+    uint32_t small = bits_of(float_of(bits + (121u << 23)) - float_of(121u << 23));
+    uint32_t magnitude = code & 0x78 ? bits + (120u << 23) : small;
+    return float_of(((code & 0x7F) == 0x7F ? 0x7FC00000 : magnitude) | (uint32_t)(code & 0x80) << 24);
+}
+
+static inline float from_e2m1(uint8_t code) {
+    uint32_t bits = (uint32_t)(code & 7) << 22;
+    uint32_t small = bits_of(float_of(bits + (127u << 23)) - 1.0f);
+    return float_of((code & 6 ? bits + (126u << 23) : small) | (uint32_t)(code & 8) << 28);
+}
+
+static inline float from_e8m0(uint8_t code) {
+    return float_of(code == 0 ? 0x00400000 : code == 255 ? 0x7FC00000 : (uint32_t)code << 23);
+}
+
 /* Rounded to nearest even. Infinities become 0x7F80, NaN that or more. */
 static inline uint32_t bf16_magnitude(float x) {
     uint32_t bits = bits_of(x) & 0x7FFFFFFF;

@@ -6,12 +6,26 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PMERGE_ABI 1
+#define PMERGE_ABI 2
 
-enum dtype { BF16, F16, F32, F64 };
+enum dtype { BF16, F16, F32, F64, E4M3, E8M0 }; /* the last two only of scales */
+enum codes { CODES_E4M3, CODES_E2M1, CODES_I8, CODES_2, CODES_4, CODES_8 }; /* the last three with an offset, packed */
+enum zeros { ZEROS_NONE, ZEROS_I8, ZEROS_PACKED };
+
+/* A quantized tensor, seen as rows of its last dimension; the inner two dimensions are a matrix of a
+ * stack. A scale (and zero point) for each block of a matrix; the last blocks of a row or column may be
+ * smaller. All parts begin with what the first row of this call needs. */
+struct coded {
+    const void *codes, *scales, *zeros, *global_scale; /* the last two may be NULL */
+    int64_t columns, row_bytes;                        /* of a row of codes */
+    int64_t first_row, matrix_rows;                    /* number of the first row in the tensor */
+    int64_t block_rows, block_columns, below, beside;  /* sizes of a block, and blocks of a matrix */
+    int32_t kind, scale_dtype, zero_kind, divides;     /* divides: scale / global scale, not the product */
+};
 
 struct input {
     const void *data; /* the first element, little-endian, at any address */
+    const struct coded *coded; /* NULL, or the input in place of `data`; its values are F32 */
     int32_t dtype;
 };
 

@@ -23,11 +23,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from merge_cli.engine.kernels import build
+from merge_cli.engine.kernels.layouts import Layout
 from merge_cli.errors import UsageError
 
 VARIABLE = "PMERGE_KERNEL"
-_ABI = 1
+_ABI = 2
 _DTYPES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
+_SCALES = {**_DTYPES, "F8_E4M3": 4, "F8_E8M0": 5, "U8": 5}
+_CODES = {"E4M3": 0, "E2M1": 1, "I8": 2, "2": 3, "4": 4, "8": 5}
+_ZEROS = {"": 0, "I8": 1, "packed": 2}
 
 
 class Sum(NamedTuple):
@@ -44,8 +48,39 @@ class Sum(NamedTuple):
     mend: bool = False
 
 
+class Parts(NamedTuple):
+    """A quantized input: addresses of its parts, each of which begins with what row `first_row` of the tensor needs."""
+
+    codes: int
+    scales: int
+    zeros: int = 0
+    global_scale: int = 0
+    first_row: int = 0
+
+
+class _Coded(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("global_scale", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("first_row", ctypes.c_int64),
+        ("matrix_rows", ctypes.c_int64),
+        ("block_rows", ctypes.c_int64),
+        ("block_columns", ctypes.c_int64),
+        ("below", ctypes.c_int64),
+        ("beside", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("zero_kind", ctypes.c_int32),
+        ("divides", ctypes.c_int32),
+    )
+
+
 class _Input(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
+    _fields_ = (("data", ctypes.c_void_p), ("coded", ctypes.POINTER(_Coded)), ("dtype", ctypes.c_int32))
 
 
 class _Output(ctypes.Structure):
@@ -64,11 +99,17 @@ class _Output(ctypes.Structure):
 class Job:
     """Sums of inputs of given dtypes, ready to be run on any number of chunks. For one thread at a time."""
 
-    def __init__(self, kernel: Kernel, dtypes: Sequence[str], sums: Sequence[Sum]) -> None:
+    def __init__(self, kernel: Kernel, dtypes: Sequence[str | Layout], sums: Sequence[Sum]) -> None:
         self.inputs = tuple(sorted({i for each in sums for i in each.inputs}))
         """The positions of the inputs that a sum uses, ascending. No other is read."""
         self._kernel = kernel
-        self._inputs = (_Input * len(self.inputs))(*(_Input(None, _DTYPES[dtypes[i]]) for i in self.inputs))
+        used = [dtypes[i] for i in self.inputs]
+        self._coded = [_coded(dtype) if isinstance(dtype, Layout) else None for dtype in used]
+        self._inputs = (_Input * len(used))()
+        for record, coded, dtype in zip(self._inputs, self._coded, used, strict=True):
+            record.dtype = _DTYPES["F32" if isinstance(dtype, Layout) else dtype]
+            if coded is not None:
+                record.coded = ctypes.pointer(coded)
         self._outputs = (_Output * len(sums))(*map(self._output, sums))
 
     def _output(self, each: Sum) -> _Output:
@@ -80,18 +121,40 @@ class Job:
         mend = each.mend and each.accumulator == "F32"
         return _Output(None, factors, used, divisor, _DTYPES[each.dtype], _DTYPES[each.accumulator], mend)
 
-    def run(self, inputs: Sequence[int], outputs: Sequence[int], count: int) -> list[int]:
+    def run(self, inputs: Sequence[int | Parts], outputs: Sequence[int], count: int) -> list[int]:
         """Reduce `count` elements; the outputs, by position, of which a result is NaN or infinite.
 
-        `inputs` are addresses by position in the dtypes given, `outputs` by position in the sums; at any alignment. An output may
-        overlap nothing else.
+        `inputs` are addresses by position in the dtypes given, `outputs` by position in the sums; at any
+        alignment. Quantized inputs are whole rows. An output may overlap nothing else.
         """
-        for record, i in zip(self._inputs, self.inputs, strict=True):
-            record.data = inputs[i]
+        for record, coded, i in zip(self._inputs, self._coded, self.inputs, strict=True):
+            given = inputs[i]
+            if isinstance(given, Parts):
+                assert coded is not None
+                coded.codes, coded.scales, coded.zeros, coded.global_scale, coded.first_row = given
+            else:
+                assert coded is None
+                record.data = given
         for output, address in zip(self._outputs, outputs, strict=True):
             output.data = address
         self._kernel.call(self._inputs, len(self._inputs), self._outputs, len(self._outputs), count)
         return [k for k, output in enumerate(self._outputs) if output.nonfinite]
+
+
+def _coded(layout: Layout) -> _Coded:
+    return _Coded(
+        columns=layout.columns,
+        row_bytes=layout.row_bytes,
+        matrix_rows=layout.matrix_rows,
+        block_rows=layout.block_rows,
+        block_columns=layout.block_columns,
+        below=layout.below,
+        beside=layout.beside,
+        kind=_CODES[layout.codes],
+        scale_dtype=_SCALES[layout.scale_dtype],
+        zero_kind=_ZEROS[layout.zeros],
+        divides=layout.global_scale == "divides",
+    )
 
 
 class Kernel:
@@ -101,8 +164,8 @@ class Kernel:
         self.name = name
         self.call = functools.partial(library.pmerge_average, number)
 
-    def prepare(self, dtypes: Sequence[str], sums: Sequence[Sum]) -> Job:
-        """The job of making `sums` of inputs of `dtypes`."""
+    def prepare(self, dtypes: Sequence[str | Layout], sums: Sequence[Sum]) -> Job:
+        """The job of making `sums` of inputs of `dtypes`, or of a layout where they are quantized."""
         return Job(self, dtypes, sums)
 
 
