@@ -9,6 +9,7 @@
 
 const char *pmerge_name(int32_t);
 int32_t pmerge_is_supported(int32_t);
+int64_t pmerge_find_nonfinite(const struct input *, int64_t, int64_t *, int64_t);
 void pmerge_average(int32_t, const struct input *, int64_t, struct output *, int64_t, int64_t);
 
 static uint64_t state = 1;
@@ -86,6 +87,10 @@ static void job(int64_t rows, int64_t columns) {
             factors[k][i] = draw(3) ? (double)draw(1000) / 999 - 0.3 : 1;
             used[k][i] = (uint8_t)(draw(4) != 0);
         }
+    }
+    for (int i = 0; i < num_inputs; i++) {
+        int64_t positions[4], found = pmerge_find_nonfinite(inputs + i, count, positions, 4);
+        if (found < 0 || found > count || (found && positions[0] >= count)) exit(2);
     }
     for (int32_t kernel = 0; pmerge_name(kernel); kernel++) {
         if (!pmerge_is_supported(kernel)) continue;

@@ -304,6 +304,16 @@ def test_rounding_is_to_nearest_whatever_is_set() -> None:
             assert torch.equal(output.view(torch.int16), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_found(dtype: str) -> None:
+    kernel = KERNELS["base"]
+    source = values(dtype, 1500, 0)
+    expected = (~source.isfinite()).nonzero().flatten().tolist()
+    assert kernel.find_nonfinite(dtype, source.data_ptr(), 1500, 1500) == (len(expected), expected)
+    assert kernel.find_nonfinite(dtype, source.data_ptr(), 1500, 3) == (len(expected), expected[:3])
+    assert kernel.find_nonfinite(dtype, values(dtype, 1500, 0, special=False).data_ptr(), 1500) == (0, [])
+
+
 def test_inputs_that_no_sum_uses_are_not_read() -> None:
     sources = [values("F32", 100, seed) for seed in range(3)]
     each = Sum("F32", "F64", (0, 2), (0.5, 0.5))

@@ -110,6 +110,8 @@ def check(kernel: Kernel, codec: Codec, shape: Shape, parts: Mapping[str, Tensor
     found = torch.empty_like(expected)
     bad = kernel.prepare([layout], [Sum("F32", "F32", (0,), (1.0,))]).run([addresses(parts, r0)], [found.data_ptr()], len(found))
     assert bad == ([] if expected.isfinite().all() else [0])
+    positions = (~expected.isfinite()).nonzero().flatten().tolist()
+    assert kernel.find_nonfinite(layout, addresses(parts, r0), len(found), len(found)) == (len(positions), positions)
     wrong = (bits(expected) != bits(found)).nonzero().flatten()[:5]
     assert not len(wrong), (kernel.name, r0, r1, wrong, expected[wrong], found[wrong])
 

@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PMERGE_ABI 2
+#define PMERGE_ABI 3
 
 enum dtype { BF16, F16, F32, F64, E4M3, E8M0 }; /* the last two only of scales */
 enum codes { CODES_E4M3, CODES_E2M1, CODES_I8, CODES_2, CODES_4, CODES_8 }; /* the last three with an offset, packed */

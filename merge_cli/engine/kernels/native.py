@@ -27,7 +27,7 @@ from merge_cli.engine.kernels.layouts import Layout
 from merge_cli.errors import UsageError
 
 VARIABLE = "PMERGE_KERNEL"
-_ABI = 2
+_ABI = 3
 _DTYPES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 _SCALES = {**_DTYPES, "F8_E4M3": 4, "F8_E8M0": 5, "U8": 5}
 _CODES = {"E4M3": 0, "E2M1": 1, "I8": 2, "2": 3, "4": 4, "8": 5}
@@ -103,13 +103,9 @@ class Job:
         self.inputs = tuple(sorted({i for each in sums for i in each.inputs}))
         """The positions of the inputs that a sum uses, ascending. No other is read."""
         self._kernel = kernel
-        used = [dtypes[i] for i in self.inputs]
-        self._coded = [_coded(dtype) if isinstance(dtype, Layout) else None for dtype in used]
-        self._inputs = (_Input * len(used))()
-        for record, coded, dtype in zip(self._inputs, self._coded, used, strict=True):
-            record.dtype = _DTYPES["F32" if isinstance(dtype, Layout) else dtype]
-            if coded is not None:
-                record.coded = ctypes.pointer(coded)
+        self._inputs = (_Input * len(self.inputs))()
+        self._coded = [_describe(record, dtypes[i]) for record, i in zip(self._inputs, self.inputs, strict=True)]
+        self._kept: list[object] = []  # arrays that the records below point to
         self._outputs = (_Output * len(sums))(*map(self._output, sums))
 
     def _output(self, each: Sum) -> _Output:
@@ -117,6 +113,7 @@ class Job:
         assert list(given) == sorted(given) and each.accumulator in ("F32", "F64")
         factors = (ctypes.c_double * len(self.inputs))(*(given.get(i, 0.0) for i in self.inputs))
         used = (ctypes.c_uint8 * len(self.inputs))(*(i in given for i in self.inputs))
+        self._kept += [factors, used]
         divisor = 1.0 if each.divisor is None else each.divisor
         mend = each.mend and each.accumulator == "F32"
         return _Output(None, factors, used, divisor, _DTYPES[each.dtype], _DTYPES[each.accumulator], mend)
@@ -128,33 +125,42 @@ class Job:
         alignment. Quantized inputs are whole rows. An output may overlap nothing else.
         """
         for record, coded, i in zip(self._inputs, self._coded, self.inputs, strict=True):
-            given = inputs[i]
-            if isinstance(given, Parts):
-                assert coded is not None
-                coded.codes, coded.scales, coded.zeros, coded.global_scale, coded.first_row = given
-            else:
-                assert coded is None
-                record.data = given
+            _point(record, coded, inputs[i])
         for output, address in zip(self._outputs, outputs, strict=True):
             output.data = address
         self._kernel.call(self._inputs, len(self._inputs), self._outputs, len(self._outputs), count)
         return [k for k, output in enumerate(self._outputs) if output.nonfinite]
 
 
-def _coded(layout: Layout) -> _Coded:
-    return _Coded(
-        columns=layout.columns,
-        row_bytes=layout.row_bytes,
-        matrix_rows=layout.matrix_rows,
-        block_rows=layout.block_rows,
-        block_columns=layout.block_columns,
-        below=layout.below,
-        beside=layout.beside,
-        kind=_CODES[layout.codes],
-        scale_dtype=_SCALES[layout.scale_dtype],
-        zero_kind=_ZEROS[layout.zeros],
-        divides=layout.global_scale == "divides",
+def _describe(record: _Input, dtype: str | Layout) -> _Coded | None:
+    """Fill in all of `record` but the addresses; the part of it that is for quantized inputs."""
+    record.dtype = _DTYPES["F32" if isinstance(dtype, Layout) else dtype]
+    if not isinstance(dtype, Layout):
+        return None
+    coded = _Coded(
+        columns=dtype.columns,
+        row_bytes=dtype.row_bytes,
+        matrix_rows=dtype.matrix_rows,
+        block_rows=dtype.block_rows,
+        block_columns=dtype.block_columns,
+        below=dtype.below,
+        beside=dtype.beside,
+        kind=_CODES[dtype.codes],
+        scale_dtype=_SCALES[dtype.scale_dtype],
+        zero_kind=_ZEROS[dtype.zeros],
+        divides=dtype.global_scale == "divides",
     )
+    record.coded = ctypes.pointer(coded)
+    return coded
+
+
+def _point(record: _Input, coded: _Coded | None, given: int | Parts) -> None:
+    """Fill in the addresses of an input."""
+    assert isinstance(given, Parts) == (coded is not None)
+    if coded is not None and isinstance(given, Parts):
+        coded.codes, coded.scales, coded.zeros, coded.global_scale, coded.first_row = given
+    else:
+        record.data = given
 
 
 class Kernel:
@@ -163,10 +169,19 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL, number: int, name: str) -> None:
         self.name = name
         self.call = functools.partial(library.pmerge_average, number)
+        self._find_nonfinite = library.pmerge_find_nonfinite
 
     def prepare(self, dtypes: Sequence[str | Layout], sums: Sequence[Sum]) -> Job:
         """The job of making `sums` of inputs of `dtypes`, or of a layout where they are quantized."""
         return Job(self, dtypes, sums)
+
+    def find_nonfinite(self, dtype: str | Layout, data: int | Parts, count: int, most: int = 0) -> tuple[int, list[int]]:
+        """How many of `count` elements are NaN or infinite, and the positions of the first `most` of these."""
+        record = _Input()
+        _point(record, _describe(record, dtype), data)
+        positions = (ctypes.c_int64 * most)()
+        found = self._find_nonfinite(ctypes.byref(record), count, positions, most)
+        return found, positions[: min(found, most)]
 
 
 def address_of(buffer: bytearray | memoryview | mmap.mmap) -> int:
@@ -229,12 +244,8 @@ def _library() -> ctypes.CDLL | str:
         return "the native kernel was built from other sources than these"
     library.pmerge_name.restype = ctypes.c_char_p
     library.pmerge_average.restype = None
-    library.pmerge_average.argtypes = (
-        ctypes.c_int32,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-    )
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.pmerge_average.argtypes = (ctypes.c_int32, pointer, number, pointer, number, number)
+    library.pmerge_find_nonfinite.restype = number
+    library.pmerge_find_nonfinite.argtypes = (pointer, number, pointer, number)
     return library

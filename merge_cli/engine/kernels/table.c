@@ -1,5 +1,6 @@
 /* The library's functions: which kernels there are, and a call into one of them under a known state of the floating-point unit. */
 
+#include "decode.h"
 #include "kernel.h"
 
 #if defined(__x86_64__)
@@ -74,4 +75,30 @@ EXPORT void pmerge_average(
     for (int64_t k = 0; k < num_outputs; k++) outputs[k].nonfinite = 0;
     kernels[kernel].average(inputs, num_inputs, outputs, num_outputs, count);
     restore_state(saved);
+}
+
+static int is_infinite(const struct input *input, const float *decoded, int64_t i) {
+    if (input->coded) return (bits_of(decoded[i % MOST_VALUES]) & 0x7F800000) == 0x7F800000;
+    switch (input->dtype) {
+    case BF16: return (((const unaligned16 *)input->data)[i] & 0x7F80) == 0x7F80;
+    case F16: return (((const unaligned16 *)input->data)[i] & 0x7C00) == 0x7C00;
+    case F32: return (bits_of(((const unaligned_float *)input->data)[i]) & 0x7F800000) == 0x7F800000;
+    default: return (bits_of_double(((const unaligned_double *)input->data)[i]) >> 52 & 0x7FF) == 0x7FF;
+    }
+}
+
+/* How many elements of an input are NaN or infinite, the first `most` of them as `positions`. */
+EXPORT int64_t pmerge_find_nonfinite(const struct input *input, int64_t count, int64_t *positions, int64_t most) {
+    uint64_t saved = set_state();
+    float decoded[MOST_VALUES];
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int n = (int)(count - i < MOST_VALUES ? count - i : MOST_VALUES);
+        if (input->coded && i % MOST_VALUES == 0) decode(decoded, input->coded, i, n);
+        if (!is_infinite(input, decoded, i)) continue;
+        if (found < most) positions[found] = i;
+        found++;
+    }
+    restore_state(saved);
+    return found;
 }
