@@ -12,8 +12,8 @@ from builders import digests, training_run, write_run
 from fake_device import Failure, FakeDevice, World
 
 from merge_cli import average, plan_average
-from merge_cli.engine.budget import fit_memory
-from merge_cli.engine.device import CPU, Device, choose_device
+from merge_cli.engine.budget import Budget, fit_memory
+from merge_cli.engine.device import CPU, choose_device
 from merge_cli.errors import PmergeError
 from merge_cli.tuning import backend as choice
 from merge_cli.tuning.backend import Rate, compare, sample
@@ -62,9 +62,9 @@ def rates(monkeypatch: pytest.MonkeyPatch, cpu: float, accelerator: float) -> li
     """Have jobs of any size measured, and measure this; the devices that were."""
     measured: list[str] = []
 
-    def sample(plan: Any, device: Device, budget: Any) -> Rate:
-        measured.append(device.name)
-        return Rate(10**9, 1 / (accelerator if device.is_accelerator else cpu))
+    def sample(plan: Any, budget: Budget) -> Rate:
+        measured.append(budget.device.name)
+        return Rate(10**9, 1 / (accelerator if budget.device.is_accelerator else cpu))
 
     monkeypatch.setattr(choice, "SMALL_JOB_BYTES", 0)
     monkeypatch.setattr(choice, "sample", sample)
@@ -114,19 +114,19 @@ def test_a_sample_is_real_work_that_ends_early_and_leaves_nothing(accelerated: b
     plan = plan_average(run, tmp_path / "out", device="cpu").merge
     budget = fit_memory(plan, 4 << 20, device, 2)
     before = sorted(tmp_path.rglob("*"))
-    whole = sample(plan, device, budget, seconds=60)
+    whole = sample(plan, budget, seconds=60)
     total = 3 * (2 * 600_000 + 4 * 300_000)
     assert 0.8 * total < whole.num_bytes < total and whole.seconds > 0  # less the first chunk of each worker
-    part = sample(plan, device, budget, num_bytes=1 << 20, seconds=60)
+    part = sample(plan, budget, num_bytes=1 << 20, seconds=60)
     assert 1 << 20 <= part.num_bytes < whole.num_bytes
-    assert 0 < sample(plan, device, budget, seconds=0.0).num_bytes < whole.num_bytes
+    assert 0 < sample(plan, budget, seconds=0.0).num_bytes < whole.num_bytes
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_sample_minds_no_nan(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", [{"w": torch.full((5000,), torch.nan)}] * 2)
     plan = plan_average(paths, device="cpu")
-    assert sample(plan.merge, CPU, plan.budget).num_bytes == 40_000
+    assert sample(plan.merge, plan.budget).num_bytes == 40_000
 
 
 def test_a_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

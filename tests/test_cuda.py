@@ -236,14 +236,14 @@ def test_codes_take_smaller_chunks_and_then_the_cpu_where_memory_lacks(
     paths, *_ = quantized_run(tmp_path / "run", case)
     options: dict[str, Any] = {"requantize": True, "method": "ema"}
     on_cpu = average(paths, tmp_path / "cpu", device="cpu", **options)
-    plainly = QuantizedSums._load
+    plainly = QuantizedSums.values
 
     def load(self: QuantizedSums, source: Any, shape: Any, r0: int, r1: int) -> Any:
         if self._device.is_accelerator and r1 - r0 > rows:
             raise torch.OutOfMemoryError("fake")
         return plainly(self, source, shape, r0, r1)
 
-    monkeypatch.setattr(QuantizedSums, "_load", load)
+    monkeypatch.setattr(QuantizedSums, "values", load)
     monkeypatch.setattr(choice, "choose_device", lambda *_: FakeDevice("fake", World()))
     result = average(paths, tmp_path / "out", device="fake", **options)
     assert digests(result.output) == digests(on_cpu.output)

@@ -13,22 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merge_cli.engine.arithmetic import WeightedSum
 from merge_cli.engine.buffers import elements
 from merge_cli.engine.matmul_sums import FILTER_ELEMENTS, FilteredSums, Product
 from merge_cli.engine.reducers.cpu import Lane
 from merge_cli.planning.plan import Extent, Location
+from merge_cli.planning.sums import WeightedSum
 
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 EMA = (0.512, 0.128, 0.16, 0.2)
 OPERATIONS = {
-    0: WeightedSum((0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0), 4.0, True),
-    1: WeightedSum((0, 1, 2, 3), EMA, None, False),
-    2: WeightedSum((0, 1, 2, 3), (0.11, 0.23, 0.29, 0.37), None, False),
-    3: WeightedSum((2, 3), (-0.31, 1.31), None, False),
-    5: WeightedSum((0, 1, 2, 3), (3.0, 5.0, 7.0, 11.0), 26.0, True),
-    6: WeightedSum((1, 3), (0.93, 0.07), None, False),
+    0: WeightedSum((0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0), 4.0),
+    1: WeightedSum((0, 1, 2, 3), EMA, None),
+    2: WeightedSum((0, 1, 2, 3), (0.11, 0.23, 0.29, 0.37), None),
+    3: WeightedSum((2, 3), (-0.31, 1.31), None),
+    5: WeightedSum((0, 1, 2, 3), (3.0, 5.0, 7.0, 11.0), 26.0),
+    6: WeightedSum((1, 3), (0.93, 0.07), None),
 }
+RATIONAL = (0, 5)  # summed in float32 where all inputs have 16 bits
 OUTPUTS = 7
 PRODUCT = torch.mm
 
@@ -56,13 +57,18 @@ class Sums:
             self.done.append(done)
             return done
 
+        if all(source.dtype != "F32" for source in self.run.sources):
+            operations = {
+                k: each._replace(dtype="F32", retry=True) if k in RATIONAL and operations is OPERATIONS else each
+                for k, each in operations.items()
+            }
         with self._monkeypatch.context() as patch:
             patch.setattr(FilteredSums, "reduce", watched)
             if by_reference:
                 patch.setattr(FilteredSums, "choose", lambda *arguments: None)
             for buffer in self.lane.outputs:
                 buffer.tensor.fill_(0xFF)  # what is not written is NaN
-            self.lane.reduce(self.run, self.count, operations, "auto", self.loaded.append)
+            self.lane.reduce(self.run, self.count, operations, self.loaded.append)
         return {k: elements(self.lane.outputs[k], torch.bfloat16, 0, self.count).clone() for k in operations}
 
 
@@ -90,7 +96,7 @@ def test_same_bits_as_the_reference(dtype: torch.dtype, count: int, monkeypatch:
 
 def test_all_that_any_output_uses_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = Sums(of_a_run(5000), monkeypatch)
-    late = WeightedSum((2, 3), (0.71, 0.29), None, False)
+    late = WeightedSum((2, 3), (0.71, 0.29), None)
     sums.reduce({0: OPERATIONS[0], 1: late, 2: late, 3: late})
     assert sorted(sums.loaded) == [0, 1, 2, 3] and sums.done == [{1, 2, 3}]
 
@@ -184,7 +190,7 @@ def test_any_coefficients_and_windows(data: st.DataObject) -> None:
     for k in range(data.draw(st.integers(3, OUTPUTS))):
         inputs = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
         factors = tuple(data.draw(st.lists(weight, min_size=len(inputs), max_size=len(inputs))))
-        operations[k] = WeightedSum(tuple(inputs), factors, data.draw(st.sampled_from([None, 3.0])), False)
+        operations[k] = WeightedSum(tuple(inputs), factors, data.draw(st.sampled_from([None, 3.0])))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     base = torch.randn(3000, generator=generator)
     noise = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
@@ -195,7 +201,7 @@ def test_any_coefficients_and_windows(data: st.DataObject) -> None:
 
 
 def test_sums_that_are_often_on_a_tie_are_left_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    quarters = WeightedSum((0, 1, 2), (0.25, 0.25, 0.5), None, False)
+    quarters = WeightedSum((0, 1, 2), (0.25, 0.25, 0.5), None)
     operations = {**OPERATIONS, 4: quarters}
     for capacity in (4096, FILTER_ELEMENTS):
         sums = Sums(of_a_run(20_000), monkeypatch, capacity)
@@ -227,8 +233,8 @@ def test_a_product_that_is_less_than_float32_is_noticed(num_inputs: int, rounded
             return out.copy_(PRODUCT(a, b).to(low))
         return PRODUCT(a.to(low).float(), b.to(low).float(), out=out)
 
-    operations = {k: WeightedSum((0, num_inputs - 1), (0.1 + k, 0.3), None, False) for k in range(3)}
-    product = Product({**operations, 3: WeightedSum(tuple(range(num_inputs)), (1 / num_inputs,) * num_inputs, None, False)})
+    operations = {k: WeightedSum((0, num_inputs - 1), (0.1 + k, 0.3), None) for k in range(3)}
+    product = Product({**operations, 3: WeightedSum(tuple(range(num_inputs)), (1 / num_inputs,) * num_inputs, None)})
     sums = FilteredSums(8192, num_inputs, 4)
     assert product.is_usable and sums.is_precise(product)
     monkeypatch.setattr(torch, "mm", mm)
@@ -278,16 +284,23 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = Sums(of_a_run(5000), monkeypatch)
     choose = sums.lane._filtered.choose
 
-    def three(*factors: float) -> dict[int, WeightedSum]:
-        return {k: WeightedSum((0, 1), factors, None, False) for k in range(3)}
+    in_float32 = OPERATIONS[0]._replace(dtype="F32")
 
-    assert choose(sums.run, three(0.3, 0.7), "auto") is not None
-    for other in (three(2.0**30, -(2.0**30)), three(2.0**-12, 1e-300), {k: OPERATIONS[k] for k in (0, 1, 2)}):
-        assert choose(sums.run, other, "auto") is None
-    for accumulate, is_for_it in (("fp64", True), ("fp32", False)):
-        assert (choose(sums.run, OPERATIONS, accumulate) is not None) == is_for_it
+    def three(*factors: float) -> dict[int, WeightedSum]:
+        return {k: WeightedSum((0, 1), factors, None) for k in range(3)}
+
+    assert choose(sums.run, three(0.3, 0.7)) is not None
+    for other in (
+        three(2.0**30, -(2.0**30)),
+        three(2.0**-12, 1e-300),
+        {**OPERATIONS, 1: in_float32, 2: in_float32, 3: in_float32, 6: in_float32},
+    ):
+        assert choose(sums.run, other) is None
+    for dtype, is_for_it in (("F64", True), ("F32", False)):
+        operations = {k: each._replace(dtype=dtype) for k, each in OPERATIONS.items()}
+        assert (choose(sums.run, operations) is not None) == is_for_it
     for dtype, sources in (("F16", "BF16"), ("F32", "BF16"), ("BF16", "F64"), ("BF16", "F8_E4M3")):
         run = replace(sums.run, dtype=dtype, sources=tuple(source._replace(dtype=sources) for source in sums.run.sources))
-        assert choose(run, OPERATIONS, "auto") is None
-    many = {k: WeightedSum(tuple(range(600)), (1 / 600 + k / 6000,) * 600, None, False) for k in range(3)}
+        assert choose(run, OPERATIONS) is None
+    many = {k: WeightedSum(tuple(range(600)), (1 / 600 + k / 6000,) * 600, None) for k in range(3)}
     assert not Product(many).is_usable

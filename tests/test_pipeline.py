@@ -27,12 +27,12 @@ from reference import load
 from torch import Tensor
 
 from merge_cli import average
-from merge_cli.engine.arithmetic import WeightedSum
 from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reducers.pipeline import DEPTH, STAGES, Ring, ring_device_bytes, ring_host_bytes
 from merge_cli.errors import NonFiniteError, OutputError, PmergeError, UsageError
 from merge_cli.features.average import AverageResult
 from merge_cli.planning.plan import Extent, Location
+from merge_cli.planning.sums import WeightedSum
 
 METHODS: dict[str, dict[str, Any]] = {"sma": {}, "ema": {"alpha": 0.1}, "weights": {"weights": [0.7, 0.5, -0.3, 0.1]}}
 CHUNK_BYTES = 1 << 15
@@ -58,8 +58,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> On:
         with monkeypatch.context() as patched:
             patched.setattr("merge_cli.tuning.backend.choose_device", lambda *_: FakeDevice("fake", world))
             patched.setattr("merge_cli.engine.budget.LARGE_REQUEST_BYTES", chunk_bytes)
-            patched.setattr("merge_cli.engine.stream.REDONE_ELEMENTS", 1000)
-            patched.setattr("merge_cli.engine.budget.REDONE_ELEMENTS", 1000)
+            patched.setattr("merge_cli.engine.reducers.fallback.REDONE_ELEMENTS", 1000)
             try:
                 return average(*arguments, device="fake", **options)
             finally:
@@ -161,7 +160,7 @@ def test_nothing_is_left_on_the_device_of_a_chunk_that_is_given_up(at: int) -> N
     ring = Ring(queues, 1, 4096, 1 << 14)
     run = Extent("average", "F32", 0, 100, (Location(None, 0, "F32"),) * 2, ("w",), (0,))  # type: ignore[arg-type]  # no file is read
     slot = ring.take()
-    ring.start(slot, run, 100, {0: WeightedSum((0, 1), (1.0, 1.0), 2.0, True)}, "auto", lambda i, buffer: None)
+    ring.start(slot, run, 100, {0: WeightedSum((0, 1), (1.0, 1.0), 2.0)}, lambda i, buffer: None)
     assert slot.ran_out_of_memory and queues.pending() == 0
     assert not ring.finish(slot)
 

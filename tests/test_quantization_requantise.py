@@ -120,7 +120,7 @@ def test_errors_are_reported_relative_to_the_tensor() -> None:
     totals = error_totals(values, decoded)
     assert relative_errors(totals) == (0.5 / 4, 1.0 / 8)
     halves = combine_totals(error_totals(values[:2], decoded[:2]), error_totals(values[2:], decoded[2:]))
-    assert torch.equal(halves, totals)
+    assert halves == totals
     assert relative_errors(error_totals(values[:0], values[:0])) == (0.0, 0.0)
 
 

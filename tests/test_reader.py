@@ -230,7 +230,7 @@ def weights_of(checkpoint: Path) -> list[bytes]:
 def test_a_note_says_why_reads_are_not_direct(where: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_direct(monkeypatch, where)
     plan = plan_average([run], tmp_path / "out", direct="on")
-    assert plan.budget.slack_bytes == 0
+    assert plan.budget.size.slack_bytes == 0
     assert any("O_DIRECT fails for" in note and "Invalid argument" in note for note in plan.notes)
 
 
@@ -243,7 +243,7 @@ def test_auto_takes_what_is_clearly_faster(
     assert plan_average([run], tmp_path / "out").notes == plan_average([run], tmp_path / "out", direct="off").notes
     monkeypatch.setattr(direct, "is_larger_than_cache", lambda plan: True)
     plan = plan_average([run], tmp_path / "out")
-    assert (plan.budget.slack_bytes > 0) == chosen
+    assert (plan.budget.size.slack_bytes > 0) == chosen
     assert any(f"{direct_speed / 1e9:.2f} GB/s with O_DIRECT, 2.00 GB/s without" in note for note in plan.notes)
 
 
@@ -267,10 +267,10 @@ def test_chunks_are_small_where_data_is_local_and_large_where_it_may_not_be(
     merge = plan_average([run], tmp_path / "out").merge
     big = replace(merge, files=tuple(replace(file, extents=tuple(map(lengthen, file.extents))) for file in merge.files))
     cpu = Device("cpu")
-    chunks = [fit_memory(big, 1 << 30, cpu, chunk_bytes=size).chunk_bytes for size in (None, 1 << 20, 5000)]
+    chunks = [fit_memory(big, 1 << 30, cpu, chunk_bytes=size).size.num_bytes for size in (None, 1 << 20, 5000)]
     assert chunks == [(1 << 18) * 8, 1 << 20, 4096 * 8]  # the widest input has 8 bytes an element
     monkeypatch.setattr(storage, "_LOCAL", {})
-    assert fit_memory(big, 1 << 30, cpu).chunk_bytes == 4 << 20
+    assert fit_memory(big, 1 << 30, cpu).size.num_bytes == 4 << 20
 
 
 def lengthen(extent: Any) -> Any:

@@ -11,35 +11,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.request.methods import Coefficients
+from merge_cli.planning.sums import WeightedSum
 
 _ROW = 64
 _INT32_MIN = -(1 << 31)
-
-
-@dataclass(frozen=True)
-class WeightedSum:
-    """One output as an operation: `factors[i]` multiplies input `inputs[i]`, `divisor` (if any) divides the sum."""
-
-    inputs: tuple[int, ...]
-    factors: tuple[float, ...]
-    divisor: float | None
-    is_rational: bool
-
-
-def weighted_sum(inputs: tuple[int, ...], coefficients: Coefficients) -> WeightedSum:
-    """The operation for `coefficients`: integer numerators and one division where the method is rational."""
-    if coefficients.numerators is not None and coefficients.denominator is not None:
-        divisor = float(coefficients.denominator)
-        factors = tuple(map(float, coefficients.numerators))
-        return WeightedSum(inputs, factors, None if divisor == 1.0 else divisor, True)
-    return WeightedSum(inputs, coefficients.values, None, False)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -49,18 +30,21 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def accumulator_dtype(accumulate: str, operation: WeightedSum, source_dtypes: Sequence[str], output_dtype: str) -> torch.dtype:
-    """float32 for integer-weighted sums of 16-bit inputs into 16 bits, otherwise float64, unless `accumulate` is "fp32" or "fp64".
+class Term(NamedTuple):
+    """The use of an input: as which term of which output."""
 
-    Coefficients that are no small integers are themselves rounded to float32 there: with ema and alpha 0.2 that misrounds
-    1.6e-4 of the bf16 results (N = 4), because sums of k/125 often lie on a tie.
-    """
-    if "F64" in source_dtypes or accumulate == "fp64":
-        return torch.float64
-    if accumulate == "fp32":
-        return torch.float32
-    narrow = all(dtype in ("BF16", "F16") for dtype in (*source_dtypes, output_dtype))
-    return torch.float32 if operation.is_rational and narrow else torch.float64
+    k: int
+    operation: WeightedSum
+    position: int
+
+
+def terms_by_input(operations: Mapping[int, WeightedSum]) -> dict[int, list[Term]]:
+    """The uses of each input, by ascending input."""
+    terms: dict[int, list[Term]] = {}
+    for k, operation in operations.items():
+        for position, i in enumerate(operation.inputs):
+            terms.setdefault(i, []).append(Term(k, operation, position))
+    return dict(sorted(terms.items()))
 
 
 class Views:
@@ -86,9 +70,9 @@ class Views:
 class Scratch:
     """Accumulators and temporaries of `elements` each, made once and reused for every block."""
 
-    def __init__(self, elements: int, num_outputs: int, device: torch.device) -> None:
-        self._accumulators = [Views(torch.empty(elements * 8, dtype=torch.uint8, device=device)) for _ in range(num_outputs)]
-        self._wide = Views(torch.empty(elements * 12, dtype=torch.uint8, device=device))
+    def __init__(self, elements: int, num_outputs: int) -> None:
+        self._accumulators = [Views(torch.empty(elements * 8, dtype=torch.uint8)) for _ in range(num_outputs)]
+        self._wide = Views(torch.empty(elements * 12, dtype=torch.uint8))
         self._elements = elements
 
     def accumulator(self, k: int, elements: int, dtype: torch.dtype) -> torch.Tensor:

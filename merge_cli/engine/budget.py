@@ -1,43 +1,45 @@
-"""How a plan fits into memory: how many threads, and chunks of what size."""
+"""How a plan fits into memory: how many threads, and chunks of what size. Reducers state their memory; this adds it up."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from merge_cli.engine.device import CPU_BLOCK_ELEMENTS, Device
-from merge_cli.engine.reducers.pipeline import ring_device_bytes, ring_host_bytes
-from merge_cli.engine.reducers.quantized import ACCELERATOR_VALUES, TARGET_VALUES, bytes_for, host_bytes_for, largest_chunk
+from merge_cli.engine.chunk import ChunkSize, Memory
+from merge_cli.engine.reducers import kinds
 from merge_cli.engine.storage import LARGE_REQUEST_BYTES, are_local
 from merge_cli.errors import UsageError
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent
+from merge_cli.planning.plan import AVERAGE, Extent, MergePlan, WorkItem
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from merge_cli.engine.device import Device
 
 DEFAULT_MEMORY_BYTES = 2 << 30
 DEFAULT_DEVICE_BYTES = 2 << 30
 MIN_CHUNK_ELEMENTS = 4096
-REDONE_ELEMENTS = 1 << 16
-"""At once, on the CPU, of a chunk that an accelerator could not do."""
+BLOCK_ELEMENTS = 1 << 18
+"""A chunk that is still in the cache of a core when it is added up."""
+QUANTIZED_VALUES = 1 << 18
+ACCELERATOR_VALUES = 1 << 21  # a kernel takes some microseconds to start, whatever its size
 _CHUNK_MULTIPLE = 4096
-_FREE_SHARE = 0.75  # of an accelerator's free memory, at most, where nothing is said
+_FREE_SHARE = 0.75  # of an accelerator's free memory, at most, unless a limit is given
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How the memory is used: `bytes` in all, by `workers` threads with chunks of `chunk_elements` (at most `chunk_bytes`).
+    """The device, and how memory is used there: `bytes` of the host in all, by `workers` threads with chunks of `size`.
 
-    Quantised tensors are taken in chunks of about `quantized_values` values. `device_bytes` are what an accelerator holds. With
-    `slack_bytes` more in every input's buffer inputs are read with O_DIRECT, which takes whole blocks of the storage.
+    `device_bytes` is the memory of an accelerator.
     """
 
+    device: Device
     workers: int
-    chunk_elements: int
-    chunk_bytes: int
+    size: ChunkSize
     bytes: int
-    quantized_values: int = TARGET_VALUES
     device_bytes: int = 0
-    slack_bytes: int = 0
 
 
 def fit_memory(
@@ -49,18 +51,19 @@ def fit_memory(
     chunk_bytes: int | None = None,
     direct: bool = False,
     processes: int = 1,
+    reducer: str = AVERAGE,
 ) -> Budget:
     """The largest chunk (up to `chunk_bytes`, or a good size for reading) with which the plan keeps to `memory_bytes`.
 
-    So many `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes (default: 2 GiB, and at most three
-    quarters of what is free).
-    Raises UsageError, with need and have, when not even a small chunk fits.
+    So many `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes (default: 2 GiB,
+    and at most three quarters of its free memory). Raises UsageError, with need and have, when not even a
+    small chunk fits.
     """
+    work = [WorkItem.whole(file, reducer=reducer) for file in plan.files]
+    found_kinds = kinds.kinds_in(plan, work) or [kinds.SUMS]
     plain = [extent for file in plan.files for extent in file.extents if isinstance(extent, Extent)]
-    coded = [extent for file in plan.files for extent in file.extents if isinstance(extent, QuantizedExtent)]
-    dtypes = {dtype for extent in plain for dtype in (extent.dtype, *(source.dtype for source in extent.sources))}
+    dtypes = {dtype for extent in plain for dtype in (extent.dtype, *extent.value_dtypes)}
     item_bytes = max((DTYPES[dtype].bits for dtype in dtypes), default=16) // 8
-    buffers = len(plan.inputs) + len(plan.outputs)
     longest = max((extent.num_elements for extent in plain), default=1)
     wanted = chunk_bytes or _good_chunk_bytes(plan, device, item_bytes, direct)
     target = max(1, min(wanted // item_bytes // _CHUNK_MULTIPLE, -(-longest // _CHUNK_MULTIPLE))) * _CHUNK_MULTIPLE
@@ -69,34 +72,30 @@ def fit_memory(
     if device.is_accelerator and device_memory is None:
         device_memory = min(DEFAULT_DEVICE_BYTES, int(device.free_bytes() * _FREE_SHARE))
 
-    def need(workers: int, chunk_elements: int, quantized_values: int) -> int:
-        bytes_of_rows = host_bytes_for if device.is_accelerator else bytes_for
-        rows = bytes_of_rows(largest_chunk(coded, quantized_values), len(plan.outputs), slack_bytes if coded else 0)
-        lane_elements = min(REDONE_ELEMENTS, chunk_elements) if device.is_accelerator else chunk_elements
-        lane = buffers * lane_elements * item_bytes + device.scratch_bytes(lane_elements, len(plan.inputs), len(plan.outputs))
-        lane += len(plan.inputs) * slack_bytes
-        ring = ring_host_bytes(len(plan.outputs), chunk_elements * item_bytes, slack_bytes) if device.is_accelerator else 0
-        return workers * (lane + ring + rows)
+    def size_of(elements: int, values: int) -> ChunkSize:
+        return ChunkSize(elements, elements * item_bytes, values, slack_bytes)
 
-    def need_of_device(workers: int, chunk_elements: int, quantized_values: int) -> int:
-        rows = bytes_for(largest_chunk(coded, quantized_values), len(plan.outputs))
-        return workers * (ring_device_bytes(len(plan.outputs), chunk_elements, chunk_elements * item_bytes) + rows)
+    def need(workers: int, size: ChunkSize) -> Memory:
+        one = Memory(0)
+        for kind in found_kinds:
+            one = one.plus(kinds.class_of(kind, device).memory(plan, size, device))
+        return Memory(workers * one.host, workers * one.device)
 
-    def fits(*size: int) -> bool:
-        return need(*size) * processes <= memory_bytes and (device_memory is None or need_of_device(*size) <= device_memory)
+    def fits(memory: Memory) -> bool:
+        return memory.host * processes <= memory_bytes and (device_memory is None or memory.device <= device_memory)
 
     for workers in range(threads or max(2, min(8, len(os.sched_getaffinity(0)))), 0, -1):
-        chunk, values = target, ACCELERATOR_VALUES if device.is_accelerator else TARGET_VALUES
-        while not fits(workers, chunk, values) and (chunk > MIN_CHUNK_ELEMENTS or values > MIN_CHUNK_ELEMENTS):
-            chunk = max(MIN_CHUNK_ELEMENTS, chunk // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
-            values = max(MIN_CHUNK_ELEMENTS, values // 2)
-        if fits(workers, chunk, values):
-            on_device = need_of_device(workers, chunk, values) if device.is_accelerator else 0
-            return Budget(workers, chunk, chunk * item_bytes, need(workers, chunk, values), values, on_device, slack_bytes)
-    least = (1, MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS)
-    too_small, found, expected, hint = "--memory", memory_bytes, need(*least) * processes, ""
+        size = size_of(target, ACCELERATOR_VALUES if device.is_accelerator else QUANTIZED_VALUES)
+        while not fits(need(workers, size)) and max(size.elements, size.values) > MIN_CHUNK_ELEMENTS:
+            elements = max(MIN_CHUNK_ELEMENTS, size.elements // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
+            size = size_of(elements, max(MIN_CHUNK_ELEMENTS, size.values // 2))
+        memory = need(workers, size)
+        if fits(memory):
+            return Budget(device, workers, size, memory.host, memory.device)
+    least = need(1, size_of(MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS))
+    too_small, found, expected, hint = "--memory", memory_bytes, least.host * processes, ""
     if device_memory is not None and expected <= memory_bytes:
-        too_small, found, expected, hint = "--device-memory", device_memory, need_of_device(*least), ", or --device cpu"
+        too_small, found, expected, hint = "--device-memory", device_memory, least.device, ", or --device cpu"
     hint = f"{too_small} {-(-expected >> 20) + 1}MiB{hint}"
     if too_small == "--device-memory" and not is_given:
         too_small, hint = f"the free memory of {device.name}", "--device cpu  gives the same bytes"
@@ -117,4 +116,4 @@ def _good_chunk_bytes(plan: MergePlan, device: Device, item_bytes: int, direct: 
     """
     if direct or device.is_accelerator or not are_local(plan):
         return LARGE_REQUEST_BYTES
-    return CPU_BLOCK_ELEMENTS * item_bytes
+    return BLOCK_ELEMENTS * item_bytes

@@ -62,3 +62,16 @@ class HostRows:
 def elements(buffer: HostBuffer, dtype: torch.dtype, start: int, length: int) -> torch.Tensor:
     """Elements `start` to `start + length` of a buffer that holds `dtype`, as a view [length]."""
     return buffer.views.of(dtype, buffer.begin + start * dtype.itemsize, length)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed for the next chunk: giving it back and faulting it in costs as much as the arithmetic."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl and macOS have none
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
+def page_aligned(num_bytes: int) -> HostBuffer:
+    """A buffer of `num_bytes` that begins at a page."""
+    return HostRows(1, num_bytes).buffers[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_cli.engine.buffers import HostBuffer, pinned_buffer
-from merge_cli.engine.reducers.pipeline import COMPUTE, QUEUES
+from merge_cli.engine.queues import COMPUTE, QUEUES
 from merge_cli.errors import PmergeError
 
 

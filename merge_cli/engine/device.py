@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from merge_cli.engine.matmul_sums import filter_bytes
 from merge_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from merge_cli.engine.cuda import CudaStream
-    from merge_cli.engine.reducers.pipeline import Queues
-
-
-CPU_BLOCK_ELEMENTS = 1 << 18
+    from merge_cli.engine.queues import Queues
 
 
 @dataclass(frozen=True)
@@ -31,15 +27,6 @@ class Device:
     @property
     def is_accelerator(self) -> bool:
         return self.name != "cpu"
-
-    def block_elements(self, chunk_elements: int) -> int:
-        """How many elements a `Lane` reduces at once."""
-        return min(CPU_BLOCK_ELEMENTS, chunk_elements)
-
-    def scratch_bytes(self, chunk_elements: int, num_inputs: int, num_outputs: int) -> int:
-        """What a lane needs beside its buffers: accumulators in float64, an input in float32 and float64, rounding; the filter."""
-        sums = self.block_elements(chunk_elements) * (44 + 8 * num_outputs)
-        return sums + filter_bytes(chunk_elements, num_inputs, num_outputs)
 
     def queues(self) -> Queues:
         """New queues of an accelerator, for one worker. May raise torch.OutOfMemoryError."""

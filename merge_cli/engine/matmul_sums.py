@@ -32,8 +32,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, round_to_odd
+from merge_cli.engine.arithmetic import round_to_odd
 from merge_cli.planning.plan import Extent
+from merge_cli.planning.sums import WeightedSum
 
 Rows = Tensor | Sequence[Tensor]
 """A tensor [rows, count], or one [count] for each row."""
@@ -101,15 +102,15 @@ class FilteredSums:
         self._products: dict[object, Product | None] = {}
         self._pauses: dict[int, int] = {}
 
-    def choose(self, extent: Extent, operations: Mapping[int, WeightedSum], accumulate: str) -> Product | None:
+    def choose(self, extent: Extent, operations: Mapping[int, WeightedSum]) -> Product | None:
         """The product for those of `operations` that this is likely to be faster for, if any."""
         self._pauses = {k: pause - 1 for k, pause in self._pauses.items() if pause}
         tried = {k: operation for k, operation in operations.items() if k not in self._pauses}
-        key = (tuple(tried.items()), extent.dtype, tuple(source.dtype for source in extent.sources), accumulate)
+        key = (tuple(tried.items()), extent.dtype, extent.value_dtypes)
         if key not in self._products:
             if len(self._products) >= _MOST_PRODUCTS:
                 self._products.clear()
-            product = _product(extent, tried, accumulate)
+            product = _product(extent, tried)
             self._products[key] = product if product is not None and self.is_precise(product) else None
         return self._products[key]
 
@@ -183,14 +184,12 @@ class FilteredSums:
         return _nonzero(different, count // _REDONE_SHARE)
 
 
-def _product(extent: Extent, operations: Mapping[int, WeightedSum], accumulate: str) -> Product | None:
+def _product(extent: Extent, operations: Mapping[int, WeightedSum]) -> Product | None:
     if extent.dtype != "BF16":
         return None
     chosen: dict[int, WeightedSum] = {}
     for k, operation in operations.items():
-        sources = [extent.sources[i].dtype for i in operation.inputs]
-        exact = all(source in _EXACT_IN_FLOAT32 for source in sources)
-        if exact and accumulator_dtype(accumulate, operation, sources, extent.dtype) == torch.float64:
+        if operation.dtype == "F64" and all(extent.sources[i].dtype in _EXACT_IN_FLOAT32 for i in operation.inputs):
             chosen[k] = operation
     product = Product(chosen) if len(chosen) >= _FEWEST_OUTPUTS else None
     return product if product is not None and product.is_usable else None

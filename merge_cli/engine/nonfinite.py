@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from merge_cli.engine.arithmetic import WeightedSum, torch_dtype
-from merge_cli.engine.buffers import elements
-from merge_cli.engine.reducers.cpu import Lane
+from merge_cli.engine.arithmetic import torch_dtype
+from merge_cli.engine.buffers import HostBuffer, elements
 from merge_cli.planning.plan import Extent
+from merge_cli.planning.sums import WeightedSum
 
 _SLICE_ELEMENTS = 1 << 16
 
@@ -27,17 +27,22 @@ class Nonfinite:
     counts: dict[str, int]
 
 
-def describe_nonfinite(lane: Lane, extent: Extent, start: int, count: int, operations: Mapping[int, WeightedSum]) -> Nonfinite:
-    """Look through the chunk of `count` elements from element `start` of `run` that lies in the lane's buffers.
-
-    `operations` tell by their keys and inputs which of the buffers.
-    """
+def describe_nonfinite(
+    inputs: Sequence[HostBuffer],
+    outputs: Sequence[HostBuffer],
+    extent: Extent,
+    start: int,
+    end: int,
+    operations: Mapping[int, WeightedSum],
+) -> Nonfinite:
+    """Look through elements `start` to `end` of `extent` in the buffers that `operations` read and write."""
+    count = end - start
     counts: Counter[str] = Counter()
     by_file: dict[str, Counter[str]] = {}
     first = count
     for i in sorted({i for operation in operations.values() for i in operation.inputs}):
         source = extent.sources[i]
-        for position in _bad_positions(elements(lane.inputs[i], torch_dtype(source.dtype), 0, count)):
+        for position in _bad_positions(elements(inputs[i], torch_dtype(source.dtype), 0, count)):
             first = min(first, position)
             key = extent.key_at(start + position)
             by_file.setdefault(key, Counter())[str(source.file.path)] += 1
@@ -47,8 +52,8 @@ def describe_nonfinite(lane: Lane, extent: Extent, start: int, count: int, opera
         details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file[culprit].items())
         hint = "leave that checkpoint out; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
         return Nonfinite(culprit, "has NaN or Inf in an input", details, hint, dict(counts))
-    outputs = (elements(lane.outputs[k], torch_dtype(extent.dtype), 0, count) for k in operations)
-    overflowed = next(filter(None, map(_bad_positions, outputs)), [])
+    values = (elements(outputs[k], torch_dtype(extent.dtype), 0, count) for k in operations)
+    overflowed = next(filter(None, map(_bad_positions, values)), [])
     counts.update(extent.key_at(start + position) for position in overflowed)
     key = next(iter(counts), extent.key_at(start))
     details = (f"{counts[key] or 'some'} results are too large for {extent.dtype}",)

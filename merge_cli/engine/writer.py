@@ -15,25 +15,11 @@ import hashlib
 import os
 import threading
 from pathlib import Path
-from typing import Protocol
 
-from merge_cli.planning.plan import OutputFile
+from merge_cli.planning.plan import OutputFile, WorkItem
 from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, output_error, reserve, write_all
 
 _READ_BACK_BYTES = 4 << 20
-
-
-class Writer(Protocol):
-    """What takes the bytes of one output file, from several threads."""
-
-    @property
-    def is_finished(self) -> bool: ...
-
-    def write(self, offset: int, data: memoryview) -> bool: ...
-
-    def finish(self) -> str: ...
-
-    def abandon(self) -> None: ...
 
 
 class ShardWriter:
@@ -201,3 +187,8 @@ def _complete(fd: int, file: OutputFile, path: Path) -> None:
         fsync_folder(path.parent)
     except OSError as error:
         raise output_error(error, f"cannot complete {path}", path, file.file_bytes) from error
+
+
+def shard_writer(item: WorkItem, folder: Path) -> ShardWriter | PieceWriter:
+    """The writer of a work item into `folder`."""
+    return ShardWriter(item.file, folder) if item.is_whole else PieceWriter(item.file, folder, item.bytes_to_write)

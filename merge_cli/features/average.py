@@ -33,8 +33,8 @@ from merge_cli.stores.store import as_path, name_of, resolve
 
 if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
+    from merge_cli.engine.chunk import Statistics
     from merge_cli.engine.device import Device
-    from merge_cli.engine.stream import Statistics
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,10 @@ def run_average(
     plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> AverageResult:
     """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
-    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
+    from merge_cli.engine.chunk import Statistics
+    from merge_cli.engine.input_checks import check_inputs_unchanged
+    from merge_cli.engine.sink import FolderSink
+    from merge_cli.engine.stream import stream
     from merge_cli.output.folder import Done, Staging
     from merge_cli.output.manifest import count_nonfinite, request_state
 
@@ -266,7 +269,7 @@ def run_average(
             done[written.file.name] = Done(written.file.file_bytes, sha256, nonfinite)
 
         todo = [WorkItem.whole(file) for file in merge.files if file.name not in done]
-        statistics = stream(merge, todo, [staging.checkpoint], plan.budget, plan.device, report, finished)
+        statistics = stream(merge, todo, FolderSink([staging.checkpoint], report, finished), plan.budget)
         complete(merge, staging.checkpoint, done, command)
         check_inputs_unchanged(merge)
         staging.publish()

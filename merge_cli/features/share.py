@@ -31,7 +31,7 @@ from merge_cli.request.methods import Coefficients
 from merge_cli.request.spec import MergeSpec, StrPath
 
 if TYPE_CHECKING:
-    from merge_cli.engine.stream import Statistics
+    from merge_cli.engine.chunk import Statistics
     from merge_cli.output.joint import JointStaging
 
 
@@ -53,7 +53,10 @@ def run_share(
     Raises what `run_average` raises; then this rank's work is incomplete, and the others go on. A result with `missing` files is no
     failure: the ranks that have them publish.
     """
-    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
+    from merge_cli.engine.chunk import Statistics
+    from merge_cli.engine.input_checks import check_inputs_unchanged
+    from merge_cli.engine.sink import FolderSink
+    from merge_cli.engine.stream import stream
     from merge_cli.output.joint import JointStaging
     from merge_cli.output.manifest import count_nonfinite, request_state
 
@@ -74,25 +77,23 @@ def run_share(
         def report(statistics: Statistics) -> None:
             tell(statistics.bytes_written + total.bytes_written)
 
-        def claim(each: WorkItem) -> bool:
-            nonlocal claimed
-            is_ours = staging.claim(each, each.name in own)
-            claimed += is_ours
-            return is_ours
+        class Claiming(FolderSink):
+            def claim(self, item: WorkItem) -> bool:
+                nonlocal claimed
+                is_ours = staging.claim(item, item.name in own)
+                claimed += is_ours
+                return is_ours
 
-        def after(each: WorkItem) -> None:
-            if not each.is_whole:
-                staging.assemble_file(each.file)
-
-        def finished(_: int, each: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
-            staging.record_piece(each, sha256, nonfinite)
+        def finished(_: int, item: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
+            staging.record_piece(item, sha256, nonfinite)
+            if not item.is_whole:
+                staging.assemble_file(item.file)
 
         work = order_of_work(pieces, rank.rank, rank.world_size)
         while missing := set(staging.missing()):  # again, as long as there is something: a rank that had a claim may have died
             before = claimed
             todo = [piece for piece in work if piece.file.name in missing]
-            folders = [staging.checkpoint]
-            part = stream(merge, todo, folders, plan.budget, plan.device, report, finished, claim=claim, after=after)
+            part = stream(merge, todo, Claiming([staging.checkpoint], report, finished), plan.budget)
             total = total.plus(part)
             staging.assemble_files()
             if claimed == before:
@@ -133,7 +134,7 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
 
     Raises OutputError, naming what is missing, where something is; InputError where inputs have changed since.
     """
-    from merge_cli.engine.stream import check_inputs_unchanged
+    from merge_cli.engine.input_checks import check_inputs_unchanged
     from merge_cli.output.folder import differences, with_fingerprints
     from merge_cli.output.joint import JointStaging
     from merge_cli.output.manifest import request_state

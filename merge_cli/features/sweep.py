@@ -45,8 +45,8 @@ from merge_cli.version import __version__
 
 if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
+    from merge_cli.engine.chunk import Statistics
     from merge_cli.engine.device import Device
-    from merge_cli.engine.stream import Statistics
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def run_sweep(
     plan: SweepPlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> SweepResult:
     """Carry out a plan, group after group. The first of its findings, if any, is raised before anything is read or written."""
-    from merge_cli.engine.stream import Statistics
+    from merge_cli.engine.chunk import Statistics
     from merge_cli.output.folder import remove_litter
     from merge_cli.system.durable import write_file
 
@@ -263,9 +263,7 @@ def run_sweep(
     for group in plan.groups:
         statistics, kept = _run_group(plan, group, report, command)
         reused += kept
-        for name in ("seconds_reading", "seconds_computing", "seconds_writing", "bytes_read", "bytes_written"):
-            setattr(total, name, getattr(total, name) + getattr(statistics, name))
-        total.notes += [note for note in statistics.notes if note not in total.notes]
+        total = total.plus(statistics)
     for each in plan.outputs:
         if each.is_done:
             remove_litter(each.path)
@@ -307,7 +305,10 @@ def _run_group(
     plan: SweepPlan, group: SweepGroup, report: Callable[[Statistics], None], command: Sequence[str]
 ) -> tuple[Statistics, int]:
     """Make and publish the outputs of a group; what was done, and how many files earlier runs had finished."""
-    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
+    from merge_cli.engine.chunk import Statistics
+    from merge_cli.engine.input_checks import check_inputs_unchanged
+    from merge_cli.engine.sink import FolderSink
+    from merge_cli.engine.stream import stream
     from merge_cli.output.folder import Done, Staging
     from merge_cli.output.manifest import request_state
 
@@ -332,7 +333,7 @@ def _run_group(
         todo = [each for each in todo if each.outputs]
         folders = [staging.checkpoint for staging in stagings]
         try:
-            statistics = stream(merge, todo, folders, group.budget, plan.device, report, finished) if todo else Statistics()
+            statistics = stream(merge, todo, FolderSink(folders, report, finished), group.budget) if todo else Statistics()
         except NonFiniteError as error:
             hint = "leave that checkpoint out of the sweep; pmerge average --allow-nonfinite makes and counts what needs it"
             raise NonFiniteError(error.message, details=error.details, hint=hint) from error

@@ -362,31 +362,35 @@ def _restricted_extent(extent: Extent | QuantizedExtent, chosen: set[str]) -> It
     elif isinstance(extent, Extent):
         for key, start, end in zip(extent.keys, extent.starts, (*extent.starts[1:], extent.num_elements), strict=True):
             if key in chosen:
-                sources = tuple(Location(s.file, s.offset + start * DTYPES[s.dtype].bits // 8, s.dtype) for s in extent.sources)
-                offset = extent.offset + start * DTYPES[extent.dtype].bits // 8
+                sources = tuple(Location(s.file, s.offset + DTYPES[s.dtype].num_bytes(start), s.dtype) for s in extent.sources)
+                offset = extent.byte_at(start)
                 yield replace(extent, offset=offset, num_elements=end - start, sources=sources, keys=(key,), starts=(0,))
 
 
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
     """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
     from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
-    from merge_cli.engine.stream import Statistics, check_inputs_unchanged, stream
+    from merge_cli.engine.chunk import Statistics
+    from merge_cli.engine.input_checks import check_inputs_unchanged
+    from merge_cli.engine.sink import NoSink
+    from merge_cli.engine.stream import stream
     from merge_cli.tuning.backend import settle
 
     different: dict[str, set[str]] = {}
-    before = 0
 
-    def report(statistics: Statistics) -> None:
-        nonlocal before
-        meter.add(statistics.bytes_read - before)
-        before = statistics.bytes_read
+    class Comparing(NoSink):
+        bytes_read = 0
 
-    def comparer(each: WorkItem, place: Path) -> _Comparer:
-        return _Comparer(each.file, place, different)
+        def open(self, item: WorkItem, k: int) -> _Comparer:
+            return _Comparer(item.file, folder, different)
+
+        def progress(self, statistics: Statistics) -> None:
+            meter.add(statistics.bytes_read - self.bytes_read)
+            self.bytes_read = statistics.bytes_read
 
     try:
-        where, budget, _ = settle(device, todo, lambda where: fit_memory(todo, DEFAULT_MEMORY_BYTES, where))
-        stream(todo, [WorkItem.whole(file) for file in todo.files], [folder], budget, where, report, lambda *_: None, comparer)
+        budget = settle(device, todo, lambda where: fit_memory(todo, DEFAULT_MEMORY_BYTES, where)).budget
+        stream(todo, [WorkItem.whole(file) for file in todo.files], Comparing(), budget)
         check_inputs_unchanged(todo)
     except (ChangedError, MismatchError, NonFiniteError) as error:
         return [f"the inputs cannot be averaged again: {error.message}"]

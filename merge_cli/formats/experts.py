@@ -114,7 +114,7 @@ def _slices(fused: str, tensor: Logical, pieces: Mapping[str, Logical], where: s
     start = tensor.info.start
     for name, piece in pieces.items():
         rows, columns = shape_of(piece)
-        size = rows * columns * DTYPES[tensor.info.dtype].bits // 8
+        size = DTYPES[tensor.info.dtype].num_bytes(rows * columns)
         slices[name] = Stored(tensor.file, tensor.name, TensorInfo(tensor.info.dtype, (rows, columns), start, start + size))
         start += size
     return slices

@@ -33,6 +33,10 @@ class DType(NamedTuple):
     torch: str
     kind: str  # "float": averaged; "integer": must be equal; "code": means nothing without a scale
 
+    def num_bytes(self, count: int) -> int:
+        """The bytes of `count` elements, which end at a whole byte."""
+        return count * self.bits // 8
+
 
 DTYPES: dict[str, DType] = {
     "BOOL": DType(8, "bool", "integer"),

@@ -23,11 +23,14 @@ from typing import NamedTuple
 from merge_cli.formats.checkpoint import Checkpoint, WeightFile
 from merge_cli.formats.quantization import Codec
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.request.methods import Coefficients
+from merge_cli.planning.sums import WeightedSum, sum_dtype, weighted_sum
+from merge_cli.request.methods import IDENTITY, Coefficients
 from merge_cli.request.spec import MergeSpec
 
 ALGORITHM = 1
 """Raised whenever the same request would give other bytes; part of the fingerprint, so that a resumed run never mixes two."""
+AVERAGE, GRAM = "average", "gram"
+"""The reducers that a work item can name: weighted sums that are written, inner products that are handed to the sink."""
 
 
 class Location(NamedTuple):
@@ -64,6 +67,16 @@ class Extent:
         """The tensor that element number `element` of the run belongs to."""
         return self.keys[bisect.bisect_right(self.starts, element) - 1]
 
+    def tensors_between(self, first: int, end: int) -> Iterator[tuple[str, int, int]]:
+        """The tensors that have elements from `first` to `end`, each with those elements."""
+        begin = bisect.bisect_right(self.starts, first) - 1
+        for number in range(begin, len(self.keys)):
+            start = max(first, self.starts[number])
+            if start >= end:
+                return
+            following = self.starts[number + 1] if number + 1 < len(self.keys) else self.num_elements
+            yield self.keys[number], start, min(end, following)
+
     def between(self, begin: int, end: int) -> tuple[int, int]:
         """The elements (first, end) whose first byte lies between these bytes of the output file."""
         bits = DTYPES[self.dtype].bits
@@ -72,12 +85,26 @@ class Extent:
 
     def bytes_written(self, first: int, end: int) -> int:
         """The bytes of elements `first` to `end` of the output."""
-        return (end - first) * DTYPES[self.dtype].bits // 8
+        return DTYPES[self.dtype].num_bytes(end - first)
+
+    @property
+    def value_dtypes(self) -> tuple[str, ...]:
+        """The dtype in which each input gives its values."""
+        return tuple(source.dtype for source in self.sources)
+
+    @property
+    def written_dtype(self) -> str:
+        """The dtype that a sum is rounded to."""
+        return self.dtype
+
+    def byte_at(self, element: int) -> int:
+        """The first byte of an element in the output file."""
+        return self.offset + DTYPES[self.dtype].num_bytes(element)
 
     @property
     def source_bytes(self) -> tuple[int, ...]:
         """The bytes that are read for this run from each of its sources."""
-        return tuple(self.num_elements * DTYPES[source.dtype].bits // 8 for source in self.sources)
+        return tuple(DTYPES[source.dtype].num_bytes(self.num_elements) for source in self.sources)
 
     @property
     def bytes_read(self) -> int:
@@ -136,6 +163,21 @@ class QuantizedExtent:
         return math.prod(self.shape)
 
     @property
+    def value_dtypes(self) -> tuple[str, ...]:
+        """The dtype in which each input gives its values: codes are decoded to float32."""
+        return tuple("F32" if isinstance(source, QuantizedSource) else source.dtype for source in self.sources)
+
+    @property
+    def written_dtype(self) -> str:
+        """The dtype that a sum is rounded to; codes are about as wide as bfloat16, or narrower."""
+        return self.dtype if self.codec is None else "BF16"
+
+    @property
+    def needs_two_passes(self) -> bool:
+        """Whether all values must be seen before any is encoded."""
+        return self.codec is not None and self.codec.needs_stats
+
+    @property
     def num_rows(self) -> int:
         """Rows of the 2-D view, the last dimension being the columns."""
         return math.prod(self.shape[:-1])
@@ -156,7 +198,7 @@ class QuantizedExtent:
         see all values."""
         role, offset = self.sinks[0]
         size, step = self._part_bytes(role, 0, self.num_rows), self.row_step
-        if not size or (self.codec is not None and (self.codec.needs_stats or role in self.codec.whole)):
+        if not size or self.needs_two_passes or (self.codec is not None and role in self.codec.whole):
             return (0, self.num_rows) if begin <= offset < end else (0, 0)
         first, last = (-(-(byte - offset) * self.num_rows // (size * step)) * step for byte in (begin, end))
         return min(max(first, 0), self.num_rows), min(max(last, 0), self.num_rows)
@@ -168,20 +210,20 @@ class QuantizedExtent:
 
     def _part_bytes(self, role: str, first: int, end: int) -> int:
         if self.codec is None:
-            return (end - first) * self.shape[-1] * DTYPES[self.dtype].bits // 8
+            return DTYPES[self.dtype].num_bytes((end - first) * self.shape[-1])
         begin, stop = self.codec.part_range(role, self.shape, first, end)
         return stop - begin
 
     @property
     def source_bytes(self) -> tuple[int, ...]:
         """The bytes that are read from each source, twice where the codec must see all values before it encodes any."""
-        times = 2 if self.codec is not None and self.codec.needs_stats else 1
+        times = 2 if self.needs_two_passes else 1
         return tuple(
             times
             * (
                 sum(part.num_bytes for part in source.parts)
                 if isinstance(source, QuantizedSource)
-                else self.num_elements * DTYPES[source.dtype].bits // 8
+                else DTYPES[source.dtype].num_bytes(self.num_elements)
             )
             for source in self.sources
         )
@@ -204,17 +246,21 @@ class OutputFile:
 
 
 class WorkItem(NamedTuple):
-    """Bytes `begin` to `end` of one output file, for some of the plan's outputs: the unit that is claimed, opened and recorded."""
+    """Bytes `begin` to `end` of one output file, for some of the plan's outputs: the unit that is claimed, opened and recorded.
+
+    `reducer` names the one of `engine/reducers` that its extents are given to.
+    """
 
     file: OutputFile
     outputs: tuple[int, ...]
     begin: int
     end: int
+    reducer: str = AVERAGE
 
     @classmethod
-    def whole(cls, file: OutputFile, outputs: tuple[int, ...] = (0,)) -> WorkItem:
+    def whole(cls, file: OutputFile, outputs: tuple[int, ...] = (0,), reducer: str = AVERAGE) -> WorkItem:
         """All bytes of `file`."""
-        return cls(file, outputs, 0, file.file_bytes)
+        return cls(file, outputs, 0, file.file_bytes, reducer)
 
     @property
     def is_whole(self) -> bool:
@@ -268,6 +314,18 @@ class MergePlan:
     warnings: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     dequantized: bool = False
+
+    def operation(self, extent: Extent | QuantizedExtent, k: int) -> WeightedSum:
+        """The sum that makes output `k` of `extent`, with the dtype in which it is summed."""
+        output = self.outputs[k]
+        inputs, chosen = ((0,), IDENTITY) if extent.is_copy else (output.inputs, output.coefficients)
+        dtypes, accumulate = extent.value_dtypes, self.spec.accumulate
+        dtype = sum_dtype(accumulate, chosen.numerators is not None, [dtypes[i] for i in inputs], extent.written_dtype)
+        return weighted_sum(inputs, chosen, dtype, retry=accumulate == "auto" and dtype == "F32")
+
+    def base_of(self, extent: Extent, k: int) -> int:
+        """The position among the sources of `extent` of the input whose bytes output `k` takes over unchanged."""
+        return 0 if extent.is_copy else self.outputs[k].base
 
     @property
     def bytes_to_read(self) -> int:

@@ -226,7 +226,7 @@ def _resharded(shard_bytes: int, base: Checkpoint, entries: Sequence[Entry]) -> 
     by_name = {entry.name: entry for entry in entries}
     split = split_state_dict_into_shards_factory(
         {name: (name,) for name in by_name},
-        get_storage_size=lambda tensor: math.prod(by_name[tensor[0]].shape) * DTYPES[by_name[tensor[0]].dtype].bits // 8,
+        get_storage_size=lambda tensor: DTYPES[by_name[tensor[0]].dtype].num_bytes(math.prod(by_name[tensor[0]].shape)),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
@@ -290,7 +290,7 @@ def _as_stored(entry: Entry, stored: Mapping[str, Stored], tensors: Mapping[str,
 def _add(builder: ExtentBuilder, entry: Entry, offset: int, found: Sequence[Stored]) -> None:
     count = math.prod(entry.shape)
     sources = [(Location(s.file, s.file.header.data_start + s.info.start, s.info.dtype), s.info.end - s.info.start) for s in found]
-    builder.add(entry.key, entry.kind, entry.dtype, offset, offset + count * DTYPES[entry.dtype].bits // 8, count, sources)
+    builder.add(entry.key, entry.kind, entry.dtype, offset, offset + DTYPES[entry.dtype].num_bytes(count), count, sources)
 
 
 def _add_average(builder: ExtentBuilder, entry: Entry, offset: int, found: Sequence[Logical], base: int) -> None:
@@ -300,7 +300,7 @@ def _add_average(builder: ExtentBuilder, entry: Entry, offset: int, found: Seque
         begin = 0
         for number, piece in enumerate(stacked.pieces):
             rows, columns = shape_of(piece)
-            size = rows * columns * DTYPES[entry.dtype].bits // 8
+            size = DTYPES[entry.dtype].num_bytes(rows * columns)
             part = entry._replace(shape=(rows, columns))
             here = [t.pieces[number] if isinstance(t, Stacked) else _rows_of(t, begin, rows, columns) for t in found]
             _add_average(builder, part, offset, here, base)

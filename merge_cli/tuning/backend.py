@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from merge_cli.engine.budget import Budget
+from merge_cli.engine.chunk import Statistics
 from merge_cli.engine.device import CPU, Device, choose_device
-from merge_cli.engine.stream import Statistics, stream
+from merge_cli.engine.sink import NoSink
+from merge_cli.engine.stream import stream
 from merge_cli.errors import PmergeError
 from merge_cli.planning.plan import MergePlan, WorkItem
 
@@ -62,7 +62,7 @@ def settle(name: str, plan: MergePlan, fit: Callable[[Device], Budget], local_ra
     on_cpu = fit(CPU)
     try:
         there = fit(device)
-        is_faster, note = compare(lambda: sample(plan, CPU, on_cpu), lambda: sample(plan, device, there), device.name)
+        is_faster, note = compare(lambda: sample(plan, on_cpu), lambda: sample(plan, there), device.name)
     except PmergeError as error:  # no room on the device, or it failed, or the data did: the run itself will tell
         return Settled(CPU, on_cpu, (f"device cpu: {device.name} could not be measured ({error.message})",))
     return Settled(device, there, (note,)) if is_faster else Settled(CPU, on_cpu, (note,))
@@ -79,57 +79,52 @@ def compare(cpu: Callable[[], Rate], accelerator: Callable[[], Rate], name: str)
     return is_faster, f"device {taken}: {rate.gigabytes:.1f} GB/s against {against.gigabytes:.1f} GB/s on {other}, {measured}"
 
 
-class _Enough(Exception):
-    """As much as was to be measured is done."""
-
-
-def sample(plan: MergePlan, device: Device, budget: Budget, num_bytes: int = SAMPLE_BYTES, seconds: float = SAMPLE_S) -> Rate:
+def sample(plan: MergePlan, budget: Budget, num_bytes: int = SAMPLE_BYTES, seconds: float = SAMPLE_S) -> Rate:
     """Work on the first bytes of `plan`, until that many bytes were counted or that much time has passed. Writes nothing.
 
-    Not counted is what comes before every worker has finished a chunk: until then bytes are read that nobody has finished, twice as
-    many where a worker is two chunks ahead. After that they flow, in rounds of one chunk a worker.
+    The first round, in which every worker finishes a chunk, is not counted: until then bytes are read that
+    nobody has finished. After that they flow, in rounds of one chunk a worker.
     """
     outputs = tuple(range(len(plan.outputs)))
     kinds = ("average", "coded")
-    todo = [
-        WorkItem.whole(replace(file, extents=tuple(extent for extent in file.extents if extent.kind in kinds)), outputs)
-        for file in plan.files
-    ]
+    files = [replace(file, extents=tuple(extent for extent in file.extents if extent.kind in kinds)) for file in plan.files]
     allowing = replace(plan, spec=replace(plan.spec, allow_nonfinite=True))
-    chunks, is_enough = 0, False
-    done = first_round = Rate(0, 0.0)
-    began = time.perf_counter()
-
-    def watch(statistics: Statistics) -> None:
-        nonlocal chunks, is_enough, done, first_round
-        if not is_enough:  # what other threads finish while they stop is not counted
-            chunks += 1
-            now = Rate(statistics.bytes_read, time.perf_counter() - began)
-            first_round = now if chunks == budget.workers else first_round
-            before = first_round if chunks >= 2 * budget.workers else Rate(0, 0.0)
-            done = Rate(now.num_bytes - before.num_bytes, now.seconds - before.seconds)
-            flows = chunks >= 3 * budget.workers and done.num_bytes >= num_bytes
-            is_enough = flows or now.seconds >= seconds
-        if is_enough:
-            raise _Enough
-
-    todo = [each for each in todo if each.file.extents]
-    with suppress(_Enough):
-        stream(allowing, todo, [Path()] * len(outputs), budget, device, watch, _ignore, _Hasher)
-    return done
+    sink = _Sampling(budget.workers, num_bytes, seconds)
+    stream(allowing, [WorkItem.whole(file, outputs) for file in files if file.extents], sink, budget)
+    return sink.rate
 
 
-def _ignore(*_: object) -> None:
-    """Nothing is finished."""
+class _Sampling(NoSink):
+    """Hashes the results, as a writer would, and ends the run when enough is measured."""
+
+    def __init__(self, workers: int, num_bytes: int, seconds: float) -> None:
+        self.rate = Rate(0, 0.0)
+        self._workers = workers
+        self._num_bytes = num_bytes
+        self._seconds = seconds
+        self._first_round: Rate | None = None
+        self._is_enough = False
+        self._began = time.perf_counter()
+
+    def open(self, item: WorkItem, k: int) -> _Hasher:
+        return _Hasher()
+
+    def progress(self, statistics: Statistics) -> bool:
+        if not self._is_enough:  # the chunks that other threads finish while they stop do not count
+            now = Rate(statistics.bytes_read, time.perf_counter() - self._began)
+            if self._first_round is None and statistics.chunks >= self._workers:
+                self._first_round = now
+            before = self._first_round if self._first_round and statistics.chunks >= 2 * self._workers else Rate(0, 0.0)
+            self.rate = Rate(now.num_bytes - before.num_bytes, now.seconds - before.seconds)
+            flows = statistics.chunks >= 3 * self._workers and self.rate.num_bytes >= self._num_bytes
+            self._is_enough = flows or now.seconds >= self._seconds
+        return not self._is_enough
 
 
 class _Hasher:
-    """In place of a file's writer: does what costs time there, and leaves nothing behind."""
+    """In place of a file's writer: does the work that costs time there, and leaves nothing behind."""
 
     is_finished = False
-
-    def __init__(self, todo: WorkItem, folder: Path) -> None:
-        pass
 
     def write(self, offset: int, data: memoryview) -> bool:
         hashlib.sha256(data)

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import torch
 
-from merge_cli.engine.arithmetic import accumulator_dtype, weighted_sum
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
 from merge_cli.planning.plan import MergePlan, QuantizedExtent
+from merge_cli.planning.sums import sum_dtype
 
-READ_S_PER_BYTE = {"copy": 0.06e-9, "float32": 0.17e-9, "float64": 0.33e-9, "coded": 1.9e-9}
+READ_S_PER_BYTE = {"copy": 0.06e-9, "F32": 0.17e-9, "F64": 0.33e-9, "quantized": 1.9e-9}
 WRITE_S_PER_BYTE = 1.0e-9
 MEMORY_PASSES = {"read": 4, "written": 5}
 SAMPLE_BYTES = 64 << 20
@@ -77,15 +77,14 @@ def estimate(
     """
     bandwidth = storage_bandwidth or measure_bandwidth(plan)
     coded = sum(extent.bytes_read for file in plan.files for extent in file.extents if isinstance(extent, QuantizedExtent))
-    operations = [weighted_sum(output.inputs, output.coefficients) for output in plan.outputs]
     plain = plan.bytes_to_read - coded
     if device.is_accelerator:
         read_s = plan.bytes_to_read * READ_S_PER_BYTE["copy"]
         pcie_bandwidth = pcie_bandwidth or measure_pcie(device)
     else:
-        read_s = coded * READ_S_PER_BYTE["coded"]
-        for operation in operations:
-            dtype = str(accumulator_dtype(plan.spec.accumulate, operation, ["BF16"], "BF16")).removeprefix("torch.")
+        read_s = coded * READ_S_PER_BYTE["quantized"]
+        for output in plan.outputs:
+            dtype = sum_dtype(plan.spec.accumulate, output.coefficients.numerators is not None, ["BF16"], "BF16")
             read_s += plain * READ_S_PER_BYTE[dtype]
     parts = parts_of(
         plan.bytes_to_read,

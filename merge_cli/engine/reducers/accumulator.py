@@ -8,41 +8,21 @@ CPU looks for those on a tie. Both give the one correctly rounded result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, add_term, divide, is_clean
-from merge_cli.planning.plan import Extent
+from merge_cli.engine.arithmetic import Term, add_term, divide, is_clean, torch_dtype
+from merge_cli.planning.sums import WeightedSum
 
 _FIXED_BYTES = 20  # for each element: an input in float32 and in float64, a product
 _SUM_BYTES = 8
 
 
-class Term(NamedTuple):
-    """The use of an input: as which term of which output, summed in which dtype."""
-
-    k: int
-    operation: WeightedSum
-    position: int
-    dtype: torch.dtype
-
-
 def accumulator_bytes(elements: int, num_outputs: int) -> int:
     """The memory of an `Accumulator`."""
     return elements * (_FIXED_BYTES + _SUM_BYTES * num_outputs)
-
-
-def terms_by_input(extent: Extent, operations: Mapping[int, WeightedSum], accumulate: str) -> dict[int, list[Term]]:
-    """What is to be done with each input of `run`, by ascending input."""
-    terms: dict[int, list[Term]] = {}
-    for k, operation in operations.items():
-        dtype = accumulator_dtype(accumulate, operation, [extent.sources[i].dtype for i in operation.inputs], extent.dtype)
-        for position, i in enumerate(operation.inputs):
-            terms.setdefault(i, []).append(Term(k, operation, position, dtype))
-    return dict(sorted(terms.items()))
 
 
 class Accumulator:
@@ -56,17 +36,19 @@ class Accumulator:
     def add(self, source: Tensor, terms: Sequence[Term]) -> None:
         """Add one input [count], as stored, to every sum that has it as a term."""
         count = source.numel()
-        for dtype in {term.dtype for term in terms}:
+        for name in {term.operation.dtype for term in terms}:
+            dtype = torch_dtype(name)
             wide = source if source.dtype == dtype else self._wide(count, dtype).copy_(source)
             for term in terms:
-                if term.dtype == dtype:
+                if term.operation.dtype == name:
                     add_term(term.operation, term.position, wide, self._sum(term.k, count, dtype), self._product(count, dtype))
 
-    def finish(self, k: int, operation: WeightedSum, dtype: torch.dtype, output: Tensor, clean: Tensor) -> None:
+    def finish(self, k: int, operation: WeightedSum, output: Tensor, clean: Tensor) -> None:
         """Divide and round sum `k` into `output` [count]; `clean` (bool []) becomes whether all of it is finite.
 
         Afterwards the sum is no longer there.
         """
+        dtype = torch_dtype(operation.dtype)
         total = self._sum(k, output.numel(), dtype)
         divide(operation, total)
         if dtype == torch.float64 and output.dtype in (torch.bfloat16, torch.float16):
@@ -78,7 +60,7 @@ class Accumulator:
     def _rounded_to_odd(self, total: Tensor) -> Tensor:
         """`total` (float64, overwritten) as float32, inexact results rounded to the neighbour with an odd last bit.
 
-        See `reduce.store`. The difference to the nearest float32 is exact, and its sign says on which side `total` lies.
+        See `arithmetic.store`. The difference to the nearest float32 is exact, and its sign says on which side `total` lies.
         """
         count = total.numel()
         nearest = self._wide(count, torch.float32).copy_(total)

@@ -6,24 +6,79 @@ from its buffers: a copy to a stage first, as a device needs it, would cost as m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from merge_cli.engine.arithmetic import (
-    Scratch,
-    WeightedSum,
-    accumulator_dtype,
-    add_term,
-    divide,
-    is_finite,
-    store,
-    torch_dtype,
-)
+from merge_cli.engine.arithmetic import Scratch, add_term, divide, is_finite, store, terms_by_input, torch_dtype
 from merge_cli.engine.buffers import HostRows, elements
-from merge_cli.engine.device import CPU
-from merge_cli.engine.matmul_sums import FilteredSums
-from merge_cli.planning.plan import Extent
+from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
+from merge_cli.engine.device import Device
+from merge_cli.engine.matmul_sums import FilteredSums, filter_bytes
+from merge_cli.engine.nonfinite import describe_nonfinite
+from merge_cli.engine.reads import Reads
+from merge_cli.errors import NonFiniteError
+from merge_cli.planning.plan import Extent, MergePlan
+from merge_cli.planning.sums import WeightedSum
+
+BLOCK_ELEMENTS = 1 << 18
+
+
+class CpuReducer:
+    """Weighted sums of plain tensors. Chunks larger than its buffers are done in parts."""
+
+    depth = 0
+
+    def __init__(self, plan: MergePlan, size: ChunkSize, device: Device, reads: Reads) -> None:
+        self._plan = plan
+        self._reads = reads
+        self._elements = size.elements
+        self._lane = Lane(len(plan.inputs), len(plan.outputs), size.elements, size.num_bytes, size.slack_bytes)
+        self._chunk: Chunk | None = None
+
+    def start(self, chunk: Chunk) -> None:
+        self._chunk = chunk
+
+    def finish(self) -> Iterator[Reduced]:
+        chunk = self._chunk
+        assert chunk is not None
+        for first in range(chunk.first, chunk.end, self._elements):
+            yield self._reduce(chunk, first, min(first + self._elements, chunk.end))
+
+    def _reduce(self, chunk: Chunk, first: int, end: int) -> Reduced:
+        extent, lane = chunk.extent, self._lane
+        assert isinstance(extent, Extent)
+        operations = {k: self._plan.operation(extent, k) for k in chunk.item.outputs}
+
+        def load(i: int) -> None:
+            self._reads.elements(extent.sources[i], first, end, lane.inputs[i])
+
+        nonfinite: Mapping[str, int] = {}
+        if not lane.reduce(extent, end - first, operations, load):
+            nonfinite = self._nonfinite(extent, first, end, operations)
+        offset, size = extent.byte_at(first), extent.bytes_written(first, end)
+        return Reduced(chunk, {k: [(offset, lane.outputs[k].data(size))] for k in operations}, nonfinite)
+
+    def _nonfinite(self, extent: Extent, first: int, end: int, operations: Mapping[int, WeightedSum]) -> Mapping[str, int]:
+        """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
+        found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations)
+        if not self._plan.spec.allow_nonfinite:
+            raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
+        for k in operations:
+            values = elements(self._lane.outputs[k], torch_dtype(extent.dtype), 0, end - first)
+            values.masked_fill_(values.isnan(), float("nan"))
+        return found.counts
+
+    def close(self) -> None:
+        pass
+
+    @classmethod
+    def memory(cls, plan: MergePlan, size: ChunkSize, device: Device) -> Memory:
+        """Buffers; accumulators in float64, an input in float32 and float64, rounding; many sums at once."""
+        num_inputs, num_outputs = len(plan.inputs), len(plan.outputs)
+        buffers = (num_inputs + num_outputs) * size.num_bytes + num_inputs * size.slack_bytes
+        sums = min(BLOCK_ELEMENTS, size.elements) * (44 + 8 * num_outputs)
+        return Memory(buffers + sums + filter_bytes(size.elements, num_inputs, num_outputs))
 
 
 class Lane:
@@ -36,21 +91,20 @@ class Lane:
         self._rows_in = HostRows(num_inputs, chunk_bytes + slack_bytes)
         self._rows_out = HostRows(num_outputs, chunk_bytes)
         self.inputs, self.outputs = self._rows_in.buffers, self._rows_out.buffers
-        self._block = CPU.block_elements(chunk_elements)
-        self._scratch = Scratch(self._block, num_outputs, CPU.torch)
+        self._block = min(BLOCK_ELEMENTS, chunk_elements)
+        self._scratch = Scratch(self._block, num_outputs)
         self._filtered = FilteredSums(chunk_elements, num_inputs, num_outputs)
 
-    def reduce(
-        self, extent: Extent, count: int, operations: Mapping[int, WeightedSum], setting: str, load: Callable[[int], None]
-    ) -> bool:
+    def reduce(self, extent: Extent, count: int, operations: Mapping[int, WeightedSum], load: Callable[[int], None]) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
-        `load(i)` fills input buffer i. It is called just before that input is added, while what it reads is in the nearest cache;
-        many sums in float64 are made by `matmul_sums.py`, from all inputs together.
-        False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for float32 where the
-        average is not (masks are full of the smallest bfloat16): such elements, and only they, are summed again in float64.
+        `load(i)` fills input buffer i. It is called just before that input is added, while its bytes are in
+        the nearest cache; many sums in float64 are made by `matmul_sums.py`, from all inputs together.
+        False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for
+        float32 where the average is not (masks are full of the smallest bfloat16): such elements, and only
+        they, are summed again in float64, unless the dtype of sums was asked for.
         """
-        product = self._filtered.choose(extent, operations, setting)
+        product = self._filtered.choose(extent, operations)
         if product is not None:
             for i in sorted({i for operation in operations.values() for i in operation.inputs}):
                 load(i)
@@ -58,55 +112,50 @@ class Lane:
             outputs = self._rows_out.together(product.keys, [torch_dtype(extent.dtype)] * len(product.keys), count)
             done = self._filtered.reduce(product, sources, outputs)
             operations = {k: operation for k, operation in operations.items() if k not in done}
-        if self._reduce(extent, count, operations, setting, load if product is None else None):
-            return True
-        return setting == "auto" and self._reduce(extent, count, operations, "fp64", mend=True)
+        clean = self._reduce(extent, count, operations, load if product is None else None)
+        again = {k: each.again_in_float64() for k, each in operations.items() if not clean[k] and each.retry}
+        clean |= self._reduce(extent, count, again, retry_nonfinite=True)
+        return all(clean.values())
 
     def _reduce(
         self,
         extent: Extent,
         count: int,
         operations: Mapping[int, WeightedSum],
-        setting: str,
         load: Callable[[int], None] | None = None,
-        mend: bool = False,
-    ) -> bool:
-        users: dict[int, list[tuple[int, int]]] = {}  # of each input: which operations, and as which term
-        dtypes = {}
-        for k, operation in operations.items():
-            dtypes[k] = accumulator_dtype(setting, operation, [extent.sources[i].dtype for i in operation.inputs], extent.dtype)
-            for position, i in enumerate(operation.inputs):
-                users.setdefault(i, []).append((k, position))
-        clean: list[bool] = []
+        retry_nonfinite: bool = False,
+    ) -> dict[int, bool]:
+        """Which outputs are finite."""
+        terms = terms_by_input(operations)
+        clean = dict.fromkeys(operations, True)
         out_dtype = torch_dtype(extent.dtype)
         for start in range(0, count, self._block):
             length = min(self._block, count - start)
-            sums = {k: self._scratch.accumulator(k, length, dtype) for k, dtype in dtypes.items()}
-            for i in sorted(users):
+            sums = {k: self._scratch.accumulator(k, length, torch_dtype(each.dtype)) for k, each in operations.items()}
+            for i, uses in terms.items():
                 if load is not None and start == 0:
                     load(i)
                 source = elements(self.inputs[i], torch_dtype(extent.sources[i].dtype), start, length)
-                wide: dict[torch.dtype, torch.Tensor] = {}
-                for k, position in users[i]:
-                    dtype = dtypes[k]
-                    if position == 0 and operations[k].factors[0] == 1.0:
+                wide: dict[str, torch.Tensor] = {}
+                for k, operation, position in uses:
+                    if position == 0 and operation.factors[0] == 1.0:
                         sums[k].copy_(source)  # what multiplying by 1 gives, in one pass
                         continue
-                    if dtype not in wide:
-                        wide[dtype] = self._widen(source, dtype)
-                    add_term(operations[k], position, wide[dtype], sums[k])
+                    if operation.dtype not in wide:
+                        wide[operation.dtype] = self._widen(source, torch_dtype(operation.dtype))
+                    add_term(operation, position, wide[operation.dtype], sums[k])
             for k, operation in operations.items():
                 divide(operation, sums[k])
-                clean.append(_store(sums[k], elements(self.outputs[k], out_dtype, start, length), mend))
-        return all(clean)
+                clean[k] &= _store(sums[k], elements(self.outputs[k], out_dtype, start, length), retry_nonfinite)
+        return clean
 
     def _widen(self, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return source if source.dtype == dtype else self._scratch.wide(source.numel(), dtype).copy_(source)
 
 
-def _store(accumulator: torch.Tensor, output: torch.Tensor, mend: bool) -> bool:
-    """Round into `output` (with `mend`: only where that is not finite); whether all is finite."""
-    if not mend:
+def _store(accumulator: torch.Tensor, output: torch.Tensor, retry_nonfinite: bool) -> bool:
+    """Round into `output` (with `retry_nonfinite`: only where that is not finite); whether all is finite."""
+    if not retry_nonfinite:
         store(accumulator, output)
         return is_finite(output)
     rounded = torch.empty_like(output)

@@ -16,53 +16,33 @@ The sums are one set: the compute queue runs in order. What may not be overwritt
     host slot       is written          only after it was copied back          the worker waits
     both slots      by a later chunk    until the results were written         `take` refuses
 
-Every wait has a test that fails without it (tests/test_pipeline.py). Results that are not finite, and chunks for which the device
-had no memory, are told to the caller, who has the CPU do them again: inputs are not kept.
+Every wait has a test that fails without it (tests/test_pipeline.py). Chunks with a non-finite result or
+an out-of-memory error are reported (NotReducedError); the CPU does them again, because the inputs are gone.
 
 `Queues` is all that is asked of a device. Not promised: that it is faster than the CPU (see `tuning/backend.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from merge_cli.engine.arithmetic import WeightedSum, torch_dtype
+from merge_cli.engine.arithmetic import terms_by_input, torch_dtype
 from merge_cli.engine.buffers import HostBuffer
-from merge_cli.engine.reducers.accumulator import Accumulator, accumulator_bytes, terms_by_input
-from merge_cli.planning.plan import Extent
+from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
+from merge_cli.engine.device import Device
+from merge_cli.engine.queues import COMPUTE, DOWNLOAD, UPLOAD, Event, Queues
+from merge_cli.engine.reads import Reads
+from merge_cli.engine.reducers.accumulator import Accumulator, accumulator_bytes
+from merge_cli.planning.plan import Extent, MergePlan
+from merge_cli.planning.sums import WeightedSum
 
 STAGES = 3
 DEPTH = 2
-UPLOAD, COMPUTE, DOWNLOAD = QUEUES = ("upload", "compute", "download")
-Event = Any
-"""Stands for the end of an operation; each kind of queues has its own."""
-
-
-class Queues(Protocol):
-    """The queues of a device. Operations of one queue run in order; between queues and against the host only events order them."""
-
-    def host_buffer(self, num_bytes: int) -> HostBuffer:
-        """Memory of the host that the device can copy from and to while the host goes on. May raise torch.OutOfMemoryError."""
-
-    def memory(self, num_bytes: int) -> Tensor:
-        """Memory of the device, uint8 [num_bytes]. May raise torch.OutOfMemoryError."""
-
-    def submit(self, queue: str, operation: Callable[[], object], after: Sequence[Event] = ()) -> Event:
-        """Have `operation` run on `queue` when all before it there, and `after`, is done; does not wait for it.
-
-        May raise torch.OutOfMemoryError, when a part of the operation may extent.
-        """
-
-    def wait(self, event: Event) -> None:
-        """Wait on the host until the operation of `event` is done."""
-
-    def wait_for_all(self) -> None:
-        """Wait on the host until all queues are empty."""
 
 
 class Slot:
@@ -120,20 +100,17 @@ class Ring:
         extent: Extent,
         count: int,
         operations: Mapping[int, WeightedSum],
-        accumulate: str,
         read: Callable[[int, HostBuffer], None],
     ) -> None:
         """Read `count` elements of every input that the operations use, by `read(i, buffer)`, and have the device reduce them."""
         slot.operations = tuple(operations)
         try:
-            dtypes = {}
-            for i, terms in terms_by_input(extent, operations, accumulate).items():
-                dtypes.update({term.k: term.dtype for term in terms})
+            for i, terms in terms_by_input(operations).items():
                 dtype = torch_dtype(extent.sources[i].dtype)
                 stage = self._read(partial(read, i), count * dtype.itemsize)
                 source = stage.device[: count * dtype.itemsize].view(dtype)
                 stage.added = self._queues.submit(COMPUTE, partial(self._accumulator.add, source, terms), [stage.uploaded])
-            self._finish(slot, count, torch_dtype(extent.dtype), operations, dtypes)
+            self._finish(slot, count, torch_dtype(extent.dtype), operations)
         except torch.OutOfMemoryError:
             self._give_up(slot)
 
@@ -159,16 +136,14 @@ class Ring:
         stage.uploaded = self._queues.submit(UPLOAD, upload, [] if stage.added is None else [stage.added])
         return stage
 
-    def _finish(
-        self, slot: Slot, count: int, dtype: torch.dtype, operations: Mapping[int, WeightedSum], dtypes: Mapping[int, torch.dtype]
-    ) -> None:
+    def _finish(self, slot: Slot, count: int, dtype: torch.dtype, operations: Mapping[int, WeightedSum]) -> None:
         """Have the sums rounded and copied back."""
         size = count * dtype.itemsize
 
         def round_all() -> None:
             for k, operation in operations.items():
                 output = slot.device_outputs[k][:size].view(dtype)
-                self._accumulator.finish(k, operation, dtypes[k], output, slot.device_clean[k])
+                self._accumulator.finish(k, operation, output, slot.device_clean[k])
 
         def copy_back() -> None:
             for k in operations:
@@ -201,3 +176,60 @@ def _power_of_two(num_bytes: int) -> int:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     target.copy_(source, non_blocking=True)
+
+
+class NotReducedError(Exception):
+    """The device could not do `chunk`: it had no memory, or a result is not finite."""
+
+    def __init__(self, chunk: Chunk, is_out_of_memory: bool) -> None:
+        self.chunk = chunk
+        self.is_out_of_memory = is_out_of_memory
+
+
+class PipelineReducer:
+    """Weighted sums of plain tensors on an accelerator, one chunk ahead.
+
+    `finish` raises NotReducedError for a chunk that the CPU has to do.
+    """
+
+    depth = DEPTH - 1
+
+    def __init__(self, plan: MergePlan, size: ChunkSize, device: Device, reads: Reads) -> None:
+        self._plan = plan
+        self._reads = reads
+        self._ring = Ring(device.queues(), len(plan.outputs), size.elements, size.num_bytes, size.slack_bytes)
+        self._started: deque[tuple[Chunk, Slot]] = deque()
+
+    def start(self, chunk: Chunk) -> None:
+        extent, slot = chunk.extent, self._ring.take()
+        assert isinstance(extent, Extent)
+        operations = {k: self._plan.operation(extent, k) for k in chunk.item.outputs}
+
+        def read(i: int, buffer: HostBuffer) -> None:
+            self._reads.elements(extent.sources[i], chunk.first, chunk.end, buffer)
+
+        self._ring.start(slot, extent, chunk.end - chunk.first, operations, read)
+        self._started.append((chunk, slot))
+
+    def finish(self) -> Iterator[Reduced]:
+        chunk, slot = self._started.popleft()
+        extent = chunk.extent
+        assert isinstance(extent, Extent)
+        is_reduced = self._ring.finish(slot)
+        if is_reduced:
+            offset, size = extent.byte_at(chunk.first), extent.bytes_written(chunk.first, chunk.end)
+            yield Reduced(chunk, {k: [(offset, slot.outputs[k].data(size))] for k in chunk.item.outputs})
+        self._ring.give_back(slot)
+        if not is_reduced:
+            raise NotReducedError(chunk, slot.ran_out_of_memory)
+
+    def close(self) -> None:
+        self._ring.close()
+
+    @classmethod
+    def memory(cls, plan: MergePlan, size: ChunkSize, device: Device) -> Memory:
+        num_outputs = len(plan.outputs)
+        return Memory(
+            ring_host_bytes(num_outputs, size.num_bytes, size.slack_bytes),
+            ring_device_bytes(num_outputs, size.elements, size.num_bytes),
+        )

@@ -1,0 +1,48 @@
+"""Checks of the inputs that need more than headers: integers that must be equal, files that must not have changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from merge_cli.engine.reader import InputFiles, check_unchanged
+from merge_cli.errors import MismatchError, first_ten
+from merge_cli.formats.safetensors import DTYPES
+from merge_cli.planning.plan import Extent, MergePlan, WorkItem
+
+
+def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
+    """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs of each output."""
+    block = memoryview(bytearray(block_bytes))
+    different: dict[str, set[str]] = {}
+    equal = [
+        (extent, item) for item in work for extent in item.file.extents if isinstance(extent, Extent) and extent.kind == "equal"
+    ]
+    for extent, item in equal:
+        outputs = [plan.outputs[k] for k in item.outputs]
+        used = sorted({i for output in outputs for i in output.inputs})
+        dtype = DTYPES[extent.dtype]
+        for key, first, end in zip(extent.keys, extent.starts, (*extent.starts[1:], extent.num_elements), strict=True):
+            for start in range(dtype.num_bytes(first), dtype.num_bytes(end), block_bytes):
+                size = min(block_bytes, dtype.num_bytes(end) - start)
+                found = {}
+                for i in used:
+                    inputs.read_into(extent.sources[i].file, extent.sources[i].offset + start, block[:size])
+                    found[i] = hashlib.sha256(block[:size]).digest()
+                for base, i in ((output.base, i) for output in outputs for i in output.inputs):
+                    if found[i] != found[base]:
+                        different.setdefault(key, set()).update(str(extent.sources[j].file.path) for j in (base, i))
+    if different:
+        lines = [f"`{key}`  in {', '.join(sorted(paths))}" for key, paths in different.items()]
+        raise MismatchError(
+            f"{len(different)} tensors that are not averaged (integers, activation scales) differ between the checkpoints",
+            details=first_ten(lines),
+            hint="take them from the newest checkpoint:  --int-policy newest",
+        )
+
+
+def check_inputs_unchanged(plan: MergePlan) -> None:
+    """Raise ChangedError when an input file is not what it was when the plan was made."""
+    for checkpoint in plan.inputs:
+        for file in checkpoint.files:
+            check_unchanged(file)

@@ -1,0 +1,60 @@
+"""Which reducers a plan needs, and which of them a chunk is given to.
+
+Modules are imported when their kind of work occurs: some need torch, and importing that takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from merge_cli.engine.chunk import Chunk, Reducer
+from merge_cli.planning.plan import GRAM, Extent, MergePlan, QuantizedExtent, WorkItem
+
+if TYPE_CHECKING:
+    from merge_cli.engine.device import Device
+
+SUMS, COPIES, QUANTIZED = "sums", "copies", "quantized"
+
+
+def kind_of(extent: Extent | QuantizedExtent, reducer: str) -> str:
+    """The kind of work that an extent is for a work item that names `reducer`."""
+    if reducer == GRAM:
+        return GRAM
+    if isinstance(extent, QuantizedExtent):
+        return QUANTIZED
+    return SUMS if extent.kind == "average" else COPIES
+
+
+def kind_of_chunk(chunk: Chunk) -> str:
+    """The kind of work that a chunk is."""
+    return kind_of(chunk.extent, chunk.item.reducer)
+
+
+def kinds_in(plan: MergePlan, work: Sequence[WorkItem] | None = None) -> list[str]:
+    """The kinds of work in a plan, or in these items of it."""
+    items = [WorkItem.whole(file) for file in plan.files] if work is None else work
+    return list({kind_of(extent, item.reducer): None for item in items for extent in item.file.extents})
+
+
+def class_of(kind: str, device: Device) -> type[Reducer]:
+    """The class of the reducer of `kind` on `device`. All are made by `(plan, size, device, reads)`."""
+    if kind == GRAM:
+        from merge_cli.engine.reducers.gram import GramReducer
+
+        return GramReducer
+    if kind == COPIES:
+        from merge_cli.engine.reducers.copying import CopyingReducer
+
+        return CopyingReducer
+    if kind == QUANTIZED:
+        from merge_cli.engine.reducers.quantized import QuantizedReducer
+
+        return QuantizedReducer
+    if device.is_accelerator:
+        from merge_cli.engine.reducers.fallback import WithCpu
+
+        return WithCpu
+    from merge_cli.engine.reducers.cpu import CpuReducer
+
+    return CpuReducer
