@@ -12,6 +12,7 @@ from merge_cli.cli.finalize import finalize_command
 from merge_cli.cli.forecast import forecast_command
 from merge_cli.cli.inspect import inspect_command
 from merge_cli.cli.methods import methods_command
+from merge_cli.cli.report import report_command
 from merge_cli.cli.sweep import sweep_command
 from merge_cli.cli.verify import verify_command
 from merge_cli.version import __version__
@@ -30,6 +31,7 @@ app.command("finalize")(finalize_command)
 app.command("forecast")(forecast_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
+app.command("report")(report_command)
 app.command("sweep")(sweep_command)
 app.command("verify")(verify_command)
 

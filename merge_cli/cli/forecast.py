@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,17 +49,6 @@ def forecast_command(
         raise typer.Exit(1)
 
 
-def command_of(found: Forecast, checkpoints: Sequence[str]) -> str:
-    """The command that makes the proposed merge; "" if there is none."""
-    if found.choice is None or found.newest is None:
-        return ""
-    parts = ["pmerge", "average", *checkpoints, "--method", found.choice.method, "--last", str(found.choice.n)]
-    parts += ["--every", f"{found.choice.spacing:.0f}"]
-    if any(warning.name == "newer checkpoints" for warning in found.warnings):
-        parts += ["--to", f"{found.newest:.0f}"]
-    return shlex.join(parts)
-
-
 def _model(found: Forecast) -> list[str]:
     if found.level is None or found.slope is None:
         return []
@@ -91,6 +79,8 @@ def _future(found: Forecast) -> list[str]:
 
 
 def _which(found: Forecast, checkpoints: Sequence[str]) -> list[str]:
+    from merge_cli.trajectory.propose import command_of
+
     if found.helps is None:
         return []
     if found.choice is None:
@@ -100,7 +90,7 @@ def _which(found: Forecast, checkpoints: Sequence[str]) -> list[str]:
         f"best merge: {top.method} of {top.n}, one every {top.spacing:.10g} steps, predicted gain {top.gain:.4f};"
         f" {low} to {high} checkpoints are within 5 % of it",
         f"  {command_of(found, checkpoints)}",
-        "predicted gain by N (* measured):",
+        "predicted gain over l(T) by N (* measured):",
     ]
     spacings = sorted({choice.spacing for choice in found.choices})
     counts = [n for n in _COUNTS if any(choice.n == n for choice in found.choices)]
@@ -128,7 +118,8 @@ def _results(found: Forecast) -> list[str]:
     more = [f"  ... and {len(found.results) - len(shown)} more"] if len(found.results) > len(shown) else []
     sources = sorted({each.error_source for each in found.results if each.gain_error is not None and each.gain != 0})
     about = f"; errors of gains: {', '.join(sources)}" if sources else ""
-    header = f"measured; the first is the best of {len(found.results)} on the text that chose it{about}:"
+    choices = sum(not each.is_annealed for each in found.results)
+    header = f"measured; the first is the best of {choices} on the text that chose it{about}:"
     return [header, *console.table(("", found.metric, "gain", "", ""), rows), *more]
 
 

@@ -17,7 +17,7 @@ FLAT = 0.05  # of the best gain
 
 
 class Choice(NamedTuple):
-    """A merge that could be made: its predicted gain over the newest checkpoint, and the measured one where there is one."""
+    """A merge that could be made: its predicted gain over l(T), and the measured one where there is one."""
 
     method: str
     n: int

@@ -113,13 +113,12 @@ def _choose_window(found: Evidence) -> list[Named]:
     so_far = end - found.since
     recent = [one for one in found.singles if one.steps[0] >= end - RECENT * so_far]
     found.near = recent if len(recent) >= SINGLES - 1 else found.singles[-SINGLES:]
-    for one in found.merges:
-        if end - RECENT * so_far <= one.steps[-1] <= end and one.removes > 0 and min(one.coefficients) >= 0:
-            if one.age <= AGE_HURTS * so_far:
-                found.used.append(one)
-            else:
-                name = found.row(one.key).name
-                found.warnings.append(Named("age", f"{name} lags {100 * one.age / so_far:.0f} % of the run, and is not used"))
+    ending = [one for one in found.merges if end - RECENT * so_far <= one.steps[-1] <= end and min(one.coefficients) >= 0]
+    found.used = [one for one in ending if one.age <= AGE_HURTS * so_far]
+    old = [found.row(one.key).name for one in ending if one.age > AGE_HURTS * so_far]
+    if old:
+        text = f"merges that lag more than {100 * AGE_HURTS:.0f} % of the run are not used: {', '.join(old[:5])}"
+        found.warnings.append(Named("age", text + (f" and {len(old) - 5} more" if len(old) > 5 else "")))
     return [] if found.used else [Named("no merge", f"no merge that ends near step {end:.10g} is evaluated")]
 
 

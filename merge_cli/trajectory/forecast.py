@@ -96,7 +96,10 @@ class Calibration:
 
 
 class Result(NamedTuple):
-    """A measured row: its gain over the newest checkpoint (positive: better), and whether that may be chance."""
+    """A measured row: its gain over the newest checkpoint (positive: better), and whether that may be chance.
+
+    `is_annealed`: the end of a real annealing, which is no choice.
+    """
 
     key: str
     name: str
@@ -106,6 +109,7 @@ class Result(NamedTuple):
     gain_error: float | None
     error_source: str
     is_tie: bool
+    is_annealed: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,15 +194,20 @@ def _predict(found: Evidence, measured: Forecast, steps: Sequence[float], anneal
     warnings = list(found.warnings)
     if steps[-1] > newest:
         warnings.append(Named("newer checkpoints", f"the run has reached step {steps[-1]:.10g}, the evaluations {newest:.10g}"))
-    ratio = fall.value * finest.spacing / a
+    slope = max(fall.value, 0.0)
+    error = shown.slope.total_error if shown.slope is not None else None
+    if error is not None and slope < 2 * error:
+        text = f"s = {fall.value:.3g} is below two of its standard errors ({error:.2g}): the best N is uncertain"
+        warnings.append(Named("slope not measured", text))
+    ratio = slope * finest.spacing / a
     widen = _widen(line, ratio, warnings)
     spanned = _spanned(noises, warnings)
     now = _band(found, line.at(newest), spanned, line, BAND_NOW * widen, newest, NOW.format(newest=newest))
     now = _below_merges(now, min(one.loss for one in found.merges), warnings)
-    done = [(one, found.singles[-1].loss - one.loss) for one in found.merges if one.steps[-1] == newest]
-    table = choices(a, fall.value, [step for step in steps if step <= newest], finest.spacing, found.since, done)
+    done = [(one, level.value - one.loss) for one in found.merges if one.steps[-1] == newest]
+    table = choices(a, slope, [step for step in steps if step <= newest], finest.spacing, found.since, done)
     top = best(table)
-    optimum = best_count(a, fall.value, finest.spacing)
+    optimum = best_count(a, slope, finest.spacing)
     return replace(
         shown,
         drift_ratio=ratio,
@@ -319,16 +328,17 @@ def _quantity(found: Evidence, estimate: Estimate, line: Line) -> Quantity:
 
 
 def _results(found: Evidence, lower: bool) -> list[Result]:
-    """All rows, the best first."""
+    """All rows, the best first, real annealing runs last."""
     sign = 1.0 if lower else -1.0
     newest = found.row(found.newest.key) if found.newest is not None else None
     results = []
     for row in found.rows:
         value, error = row.metrics[found.metric], row.errors.get(found.metric)
         if newest is None:
-            results.append(Result(row.key, row.name, value, error, None, None, "", False))
+            results.append(Result(row.key, row.name, value, error, None, None, "", False, row.annealed_from is not None))
             continue
         apart = difference(newest, row, found.metric)
         is_tie = row is not newest and apart.is_tie
-        results.append(Result(row.key, row.name, value, error, sign * apart.value, apart.error, apart.source, is_tie))
-    return sorted(results, key=lambda each: (sign * each.value, each.name))
+        is_annealed = row.annealed_from is not None
+        results.append(Result(row.key, row.name, value, error, sign * apart.value, apart.error, apart.source, is_tie, is_annealed))
+    return sorted(results, key=lambda each: (each.is_annealed, sign * each.value, each.name))

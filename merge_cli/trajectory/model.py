@@ -2,7 +2,7 @@
 
 Checkpoints at a constant learning rate scatter around a path that slowly descends. `a` is the loss that the scatter costs (half the
 trace of Hessian times covariance), `s` the fall of the loss per step along the path. For white noise between checkpoints and a
-straight path the gain of a merge over the newest checkpoint is
+straight path the gain of a merge over l(T), the line at the newest step, is
 
     gain(c) = a (1 - sum c_i^2) - s sum c_i (T_last - T_i)
 
@@ -150,7 +150,7 @@ def fit_error(estimate: Estimate, everything: Mapping[str, Measured], deviation:
 
 
 def gain(a: float, s: float, removes: float, age: float) -> float:
-    """What a merge gains over the newest checkpoint: `a (1 - sum c^2) - s age`."""
+    """What a merge gains over l(T), the loss of the newest step on the line: `a (1 - sum c^2) - s age`."""
     return a * removes - s * age
 
 
