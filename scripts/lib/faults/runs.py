@@ -33,6 +33,7 @@ class Setting(TypedDict, total=False):
     umask: int
     clock_s: int  # the clock is wrong by so many seconds
     streams: str  # stdout and stderr: "closed", "full", "broken"
+    record: tuple[str, str]  # a file for the record of all changes below a folder
     constants: Mapping[str, object]  # of modules of merge_cli, by name wherever they are
 
 

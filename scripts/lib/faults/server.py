@@ -124,6 +124,9 @@ def become_pmerge(request: dict[str, Any], shim: ctypes.CDLL) -> None:
         refused = "".join(f",{name}={number}" for name, number in setting.get("refuse", {}).items())
         shim.fault_refuse(f"{refused},".encode())
         shim.fault_skew(setting.get("clock_s", 0))
+        if "record" in setting:
+            log, folder = setting["record"]
+            shim.fault_record(folder.encode(), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
         shim.fault_arm(setting.get("fault", "").encode())
         pmerge()
         code = 0
