@@ -4,6 +4,7 @@
     scripts/faults --quick       every third point of the sweeps
     scripts/faults --only kill   the faults whose name contains "kill"
     scripts/faults --soak 100    besides, a hundred rounds of kill -9 at random moments
+    scripts/faults --attack all  the attacks of a hostile neighbour or file; --list has their names
 
 The invariant after every fault: the destination is absent or complete (with --overwrite: the old or
 the new result), nothing of the inputs has changed, and the same command ends with the bytes of a
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 from faults import circumstances, ranks, storage, sweeps
+from faults.attacks import carry_out as attacks
 from faults.ground import CannotTry, Ground, Row, table
 from faults.runs import FaultRuns
 
@@ -73,8 +75,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="every third point of the sweeps")
     parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="rounds of random kills")
+    parser.add_argument("--attack", nargs="+", default=[], metavar="NAME", help="carry out attacks, or all, instead of faults")
+    parser.add_argument("--list", action="store_true", help="list the attacks")
+    parser.add_argument("--verbose", action="store_true", help="show every try of an attack")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.list:
+        print(attacks.catalogue())
+        return 0
+    if options.attack:
+        if unknown := set(options.attack) - attacks.names() - {"all"}:
+            parser.error(f"no attack is called {', '.join(sorted(unknown))}; there are:\n{attacks.catalogue()}")
+        return 0 if attacks.carry_out(options.attack, thorough=not options.quick, show_all=options.verbose) else 1
     with tempfile.TemporaryDirectory(prefix="pmerge-faults-") as folder, FaultRuns() as runs:
         Path(folder).chmod(0o755)
         ground = Ground(Path(folder) / "ground", runs)

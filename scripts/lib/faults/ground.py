@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,12 +136,17 @@ def digests(folder: Path) -> dict[str, str]:
         if path.is_file():
             data = path.read_bytes()
             if path.name == "pmerge.json":
-                manifest = {**json.loads(data), "command": "", "sha256": ""}
-                for file in (file for entry in manifest["inputs"] for file in entry["files"]):
-                    file["version"] = ""
-                data = json.dumps(manifest, sort_keys=True).encode()
+                with suppress(ValueError, KeyError, TypeError):  # a broken one is compared as it is
+                    data = _without_times(data)
             found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
+
+
+def _without_times(data: bytes) -> bytes:
+    manifest = {**json.loads(data), "command": "", "sha256": ""}
+    for file in (file for entry in manifest["inputs"] for file in entry["files"]):
+        file["version"] = ""
+    return json.dumps(manifest, sort_keys=True).encode()
 
 
 def refused_then_continued(row: Row, ended: Ended | subprocess.CompletedProcess[str], text: str, out: Path) -> None:
