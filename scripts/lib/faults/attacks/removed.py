@@ -17,12 +17,10 @@ def tries(world: World) -> Iterator[Try]:
     kinds = {"a run": COMMAND, "a rank": rank(0)}
     for one in kinds:
         for other in kinds:
-            step = 1 if world.thorough and one == other == "a run" else 3
-            for first_stop in range(2, 15, step):
-                for second_stop in range(1, 15, 2 if step == 1 else 3):
-                    what = (
-                        f"{one} stopped at write {first_stop}, removed, {other} of another request stopped at write {second_stop}"
-                    )
+            steps = (4, 5) if not world.thorough else (1, 2) if one == other == "a run" else (3, 3)
+            for first_stop in range(2, 15, steps[0]):
+                for second_stop in range(1, 15, steps[1]):
+                    what = f"{one} stopped at write {first_stop}, removed, {other} by wma stopped at write {second_stop}"
                     yield Try(what, overtaken(world, kinds[one], kinds[other], first_stop, second_stop))
 
 
