@@ -19,14 +19,14 @@ GRACE_S = 1.5
 def main() -> None:
     """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 129, 130 or 143 interrupted."""
     gc.set_threshold(1_000_000)  # a plan is millions of small tuples without cycles: walking them all takes as long as making them
-    from merge_cli.cli.console import print_error
+    from merge_cli.cli.console import report_error
 
     try:
         try:
             _handle_signals()
-            from merge_cli.cli.app import app
+            from merge_cli.cli.app import run
 
-            app()
+            sys.exit(run())
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -35,10 +35,10 @@ def main() -> None:
         except MemoryError as error:
             raise PmergeError("not enough memory", hint="--memory 256MiB --threads 1, or a higher ulimit -v") from error
     except Interrupted as stop:
-        print_error(stop)
+        report_error(stop)
         os._exit(stop.exit_code)
     except PmergeError as error:
-        print_error(error)
+        report_error(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads stdout: no traceback at exit

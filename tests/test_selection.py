@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_cli.errors import InputError, MismatchError, UsageError
+from merge_cli.request import selection
 from merge_cli.request.amounts import is_in_tokens, parse_amount
 from merge_cli.request.discovery import discover, find_candidates, is_checkpoint, read_candidate
 from merge_cli.request.labels import Candidate, parse_label
-from merge_cli.request.selection import check_doubts, order_candidates, select
+from merge_cli.request.selection import Selected, check_steps, order_candidates
+from merge_cli.request.spec import Selection
 from merge_cli.stores.store import name_of
 
 
@@ -52,6 +54,10 @@ def run(*steps: int) -> list[Candidate]:
 
 def steps_of(candidates: object) -> list[int | None]:
     return [candidate.step for candidate in candidates]  # type: ignore[attr-defined]
+
+
+def select(candidates: list[Candidate], **options: object) -> Selected:
+    return selection.select(candidates, Selection(**options))  # type: ignore[arg-type]
 
 
 def test_order_is_by_number_or_as_asked() -> None:
@@ -278,9 +284,9 @@ def test_trainer_state_outranks_the_name(tmp_path: Path) -> None:
     state = folder / "trainer_state.json"
     state.write_text('{"global_step": 700, "loss": NaN}')
     assert read_candidate(folder).step == read_candidate(folder / "model.safetensors").step == 700
-    assert "step 700 by its trainer_state.json, not 500 as in its name" in str(read_candidate(folder).doubt)
+    assert "step 700 by its trainer_state.json, not 500 as in its name" in str(read_candidate(folder).step_warning)
     state.write_text('{"epoch": 1.0}')
-    assert read_candidate(folder).step == 500 and read_candidate(folder).doubt is None
+    assert read_candidate(folder).step == 500 and read_candidate(folder).step_warning is None
 
 
 def test_the_time_of_a_checkpoint_is_that_of_its_newest_weights(tmp_path: Path) -> None:
@@ -312,15 +318,15 @@ def test_a_broken_trainer_state_is_named(tmp_path: Path, text: str) -> None:
     folder = checkpoint(tmp_path / "checkpoint-500")
     (folder / "trainer_state.json").write_bytes(text.encode("latin-1"))
     found = read_candidate(folder)
-    assert found.step == 500 and "trainer_state" in str(found.doubt)
+    assert found.step == 500 and "trainer_state" in str(found.step_warning)
     nameless = read_candidate(folder.rename(tmp_path / "nameless"))
     assert nameless.step is None
-    notes, warnings = check_doubts([found, *run(1, 2)], run(1, 2))
+    notes, warnings = check_steps([found, *run(1, 2)], run(1, 2))
     assert "trainer_state" in notes[0] and warnings == []
-    notes, warnings = check_doubts([found, *run(1, 2)], [found])
+    notes, warnings = check_steps([found, *run(1, 2)], [found])
     assert notes == [] and "trainer_state" in warnings[0]
     for attempt in (
-        lambda: check_doubts([nameless], [nameless]),
+        lambda: check_steps([nameless], [nameless]),
         lambda: order_candidates([nameless, *run(1)], "step", True),
     ):
         with pytest.raises(InputError, match="trainer_state"):
@@ -335,7 +341,7 @@ def test_a_huge_or_odd_trainer_state_is_not_read(tmp_path: Path) -> None:
     state.unlink()
     with state.open("wb") as file:
         file.truncate(1 << 40)
-    assert "larger than" in str(read_candidate(folder).doubt)
+    assert "larger than" in str(read_candidate(folder).step_warning)
 
 
 def test_stage_of_the_folder_above(tmp_path: Path) -> None:

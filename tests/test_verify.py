@@ -341,7 +341,7 @@ def test_the_command(out: Path) -> None:
         (["out", "--against-inputs", "--sample", "0"], "--sample cannot be '0'"),
         (["out", "--against-inputs", "--sample", "9" * 5000], "--sample cannot be"),
         (["out", "--against-inputs", "--sample", "few"], "--sample cannot be 'few'"),
-        ([], "Missing argument"),
+        ([], "missing argument"),
     ],
 )
 def test_wrong_usage_of_the_command(out: Path, arguments: list[str], text: str) -> None:

@@ -15,6 +15,7 @@ from merge_cli.cli.methods import methods_command
 from merge_cli.cli.report import report_command
 from merge_cli.cli.sweep import sweep_command
 from merge_cli.cli.verify import verify_command
+from merge_cli.errors import UsageError
 from merge_cli.version import __version__
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("average")(average_command)
 app.command("evaluate")(evaluate_command)
@@ -34,6 +36,22 @@ app.command("methods")(methods_command)
 app.command("report")(report_command)
 app.command("sweep")(sweep_command)
 app.command("verify")(verify_command)
+
+
+def run() -> int:
+    """Run the command line and return its exit status. Raises PmergeError, also for flags that do not exist."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:  # typer's own error, whose module differs between versions of typer
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        message = error.format_message()
+        command = getattr(getattr(error, "ctx", None), "command_path", "pmerge")
+        raise UsageError(message[:1].lower() + message[1:].rstrip("."), hint=f"{command} --help") from error
+    return status if isinstance(status, int) else 0
 
 
 def _print_version(wanted: bool) -> None:

@@ -70,6 +70,14 @@ def print_error(error: PmergeError, label: str = "error") -> None:
         say(f"hint: {error.hint}")
 
 
+def report_error(error: PmergeError) -> None:
+    """An error that ends the command: on stderr, and with `--json` on stdout too, in place of the result."""
+    print_error(error)
+    if "--json" in sys.argv[1:] and not _speaker:  # of several ranks, those with a prefix leave stdout to another one
+        with suppress(PmergeError):
+            out_json({"error": error.message, "details": error.details, "hint": error.hint})
+
+
 def names(found: Sequence[str], most: int = 12) -> str:
     """The first names of a list on one line, and how many more there are."""
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

@@ -1,4 +1,4 @@
-"""`pmerge methods`: what methods there are, and the coefficients they give. Needs no checkpoint."""
+"""`pmerge methods`: the methods, and the coefficients they give. Needs no checkpoint."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.options import Given, Json, method_flags, takes
 from merge_cli.errors import UsageError
-from merge_cli.request.methods import METHODS, coefficients
+from merge_cli.request.methods import METHOD_SYNONYMS, METHODS, coefficients
+from merge_cli.request.option import nearest
 
 
+@takes(*method_flags(each for each in METHODS.values() if not each.is_explicit))
 def methods_command(
-    name: Annotated[str | None, typer.Argument(help="One method; all where none is given.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method; all if none is given.")] = None,
+    *,
     n: Annotated[int, typer.Option("--n", min=1, help="Number of checkpoints.")] = 10,
-    alpha: Annotated[float | None, typer.Option(help="ema: share of each newer checkpoint.")] = None,
-    half_life: Annotated[float | None, typer.Option(help="ema: in intervals here.")] = None,
-    shape: Annotated[str | None, typer.Option(help="decay: the shape.")] = None,
-    floor: Annotated[float | None, typer.Option(help="decay: what remains of the learning rate.")] = None,
-    sigma_rel: Annotated[float | None, typer.Option(help="power: relative width.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    given: Given,
+    as_json: Json = False,
 ) -> None:
     """List the methods with formula, source and the coefficients for N checkpoints, oldest first.
 
     Example:  pmerge methods ema --n 10 --alpha 0.1
     """
     if name is not None and name not in METHODS:
-        raise UsageError(f"unknown method {name!r}", details=[f"expected  {', '.join(METHODS)}"], hint="pmerge methods")
-    given = {"alpha": alpha, "half_life": half_life, "shape": shape, "floor": floor, "sigma_rel": sigma_rel}
+        meant = nearest(name, METHODS, METHOD_SYNONYMS)
+        hint = f"did you mean  pmerge methods {meant}" if meant else "pmerge methods"
+        raise UsageError(f"unknown method {name!r}", details=[f"expected  {', '.join(METHODS)}"], hint=hint)
     steps = [float(i + 1) for i in range(n)]
     found = []
     for method in METHODS.values() if name is None else [METHODS[name]]:

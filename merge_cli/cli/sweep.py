@@ -12,44 +12,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_cli.cli import console
-from merge_cli.cli.average import parse_count, parse_size
+from merge_cli.cli.options import Checkpoints, DryRun, Given, Json, Quiet, flags, takes
 from merge_cli.errors import InputError, UsageError, first_ten
+from merge_cli.request.amounts import parse_whole
+from merge_cli.request.spec import MergeSpec, RunConfig, Selection
+from merge_cli.stores.store import as_path
 
 if TYPE_CHECKING:
     from merge_cli.features.sweep import SweepPlan, SweepResult
 
 
+@takes(*flags(Selection, only=["tokens_per_step"]), *flags(MergeSpec, only=["dtype", "accumulate"]), *flags(RunConfig))
 def sweep_command(
-    checkpoints: Annotated[list[str], typer.Argument(help="One run folder, or checkpoint folders and .safetensors files.")],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="The folder in which each result gets its own.")],
+    checkpoints: Checkpoints,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Folder in which each result gets its own.")],
+    *,
     method: Annotated[str | None, typer.Option(metavar="LIST", help="As sma,wma,ema:0.1,decay:1-sqrt,power:0.2.")] = None,
     last: Annotated[str | None, typer.Option(metavar="LIST", help="Only the newest N, for each N of 3,6,10.")] = None,
     every: Annotated[str | None, typer.Option(metavar="LIST", help="One every V steps, for each V of 1000,2k.")] = None,
     at: Annotated[str | None, typer.Option(metavar="LIST", help="Ending at the checkpoint of each step of 8000,10000.")] = None,
     list_file: Annotated[
-        str | None, typer.Option("--list", metavar="FILE", help="A JSON array of objects with the options of average.")
+        str | None, typer.Option("--list", metavar="FILE", help="A JSON array of objects with options of average.")
     ] = None,
-    tokens_per_step: Annotated[
-        str | None, typer.Option(metavar="N", help="As 4M: amounts with a suffix (--every 8B) are then tokens.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
-    accumulate: Annotated[str, typer.Option(help="auto, fp32 or fp64 (auto: fp32 where that is exact).")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (a GPU where it is measured to be faster), cpu, cuda or cuda:K.")] = "auto",
-    memory: Annotated[str, typer.Option(help="Bound on the buffers.")] = "2GiB",
-    device_memory: Annotated[str | None, typer.Option(help="Bound on a GPU's buffers (2GiB, at most 3/4 of what is free).")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads (the cores, 2 to 8).")] = None,
-    chunk_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What is read at once, as 4MiB (chosen by the filesystem).")
-    ] = None,
-    direct: Annotated[str, typer.Option(help="Read past the page cache (O_DIRECT): auto, on or off.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what would stop it; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results that are others.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what unfinished runs left.")] = False,
-    verify_resume: Annotated[
-        bool, typer.Option("--verify-resume", help="Read finished files and results again before trusting them.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    given: Given,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make many averages of one run from one read of it; their paths are printed, and listed in sweep.json.
 
@@ -73,22 +61,11 @@ def sweep_command(
         checkpoints,
         output,
         methods=_split("--method", method),
-        last=_numbers("--last", last),
+        last=[parse_whole(each, "--last") for each in _split("--last", last)],
         every=_split("--every", every),
         at=_split("--at", at),
         combinations=_read_list(list_file) if list_file is not None else (),
-        tokens_per_step=parse_count(tokens_per_step),
-        dtype=dtype,
-        accumulate=accumulate,
-        device=device,
-        memory=parse_size(memory, "--memory"),
-        device_memory=parse_size(device_memory, "--device-memory"),
-        threads=threads,
-        chunk_size=parse_size(chunk_size, "--chunk-size"),
-        direct=direct,
-        overwrite=overwrite,
-        restart=restart,
-        verify_resume=verify_resume,
+        **given,
     )
     if not quiet:
         _show_plan(plan)
@@ -113,16 +90,9 @@ def _split(option: str, text: str | None) -> list[str]:
     return parts
 
 
-def _numbers(option: str, text: str | None) -> list[int]:
-    parts = _split(option, text)
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise UsageError(f"{option} cannot be {text!r}", details=["expected  whole numbers with commas: 3,6,10"])
-    return [int(part) for part in parts]
-
-
 def _read_list(path: str) -> list[Any]:
     try:
-        entries = json.loads(Path(path).read_bytes())
+        entries = json.loads(Path(as_path(path)).read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", hint=f"ls -l {path}") from error
     except (ValueError, RecursionError) as error:

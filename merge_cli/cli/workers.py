@@ -15,22 +15,21 @@ THREADS_OF_ONE = 8
 _VARIABLES = ("PMERGE_WORKER", "PMERGE_WORKERS", "PMERGE_WORKER_OF")
 
 
-def parse_workers(text: str, rank: Rank) -> int:
-    """How many processes `--workers` asks for. Raises UsageError.
+def count_workers(workers: int | str, rank: Rank) -> int:
+    """The number of processes that `--workers` asks for. Raises UsageError.
 
-    "auto" is one for every eight cores: up to there the threads of one process keep the cores as busy as processes do (see
-    docs/benchmarks.md), and need no time to start.
+    "auto" is one for every eight cores: up to there the threads of one process keep the cores as busy as processes
+    do (see docs/benchmarks.md), and need no time to start.
     """
-    if text == "auto":
+    if workers == "auto":
         return max(1, len(os.sched_getaffinity(0)) // THREADS_OF_ONE) if rank.is_alone else 1
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 256):
-        raise UsageError(f"--workers cannot be {text!r}", details=["expected  a number from 1 to 256, or auto"], hint="--workers 2")
-    if int(text) > 1 and not rank.is_alone and rank.source != WORKER:
+    count = int(workers)
+    if count > 1 and not rank.is_alone and rank.source != WORKER:
         raise UsageError(
             f"--workers is for a run without a launcher, and this is {rank} (from {rank.source})",
             hint="start more ranks with the launcher instead, and leave --workers out",
         )
-    return int(text)
+    return count
 
 
 class Workers:

@@ -17,7 +17,6 @@ from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device
 
-DEFAULT_MEMORY_BYTES = 2 << 30
 DEFAULT_DEVICE_BYTES = 2 << 30
 MIN_CHUNK_ELEMENTS = 4096
 BLOCK_ELEMENTS = 1 << 18

@@ -29,8 +29,7 @@ from merge_cli.request.discovery import find_candidates, read_candidate
 from merge_cli.request.grid import Combination
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates
-from merge_cli.request.spec import StrPath
-from merge_cli.stores.store import name_of
+from merge_cli.stores.store import StrPath, name_of
 from merge_cli.trajectory.evaluators import EvaluationError, Evaluator, Subject
 from merge_cli.trajectory.folder import MERGES, Run, Stop, folder_of, read_analysis, read_run, write_run
 from merge_cli.trajectory.ledger import Ledger, Part, Row, key_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge_cli.errors import UsageError
-from merge_cli.request.spec import StrPath
+from merge_cli.stores.store import StrPath
 from merge_cli.trajectory.folder import folder_of, read_analysis, read_run
 from merge_cli.trajectory.forecast import Forecast, forecast_rows
 from merge_cli.trajectory.ledger import Ledger

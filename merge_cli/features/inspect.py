@@ -67,7 +67,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
     candidates = [read_candidate(path) for path in discover(paths, notes.append)]
     if all(candidate.step is not None for candidate in candidates):
         candidates.sort(key=lambda candidate: candidate.step or 0)
-    notes += [candidate.doubt.message for candidate in candidates if candidate.doubt is not None]
+    notes += [candidate.step_warning.message for candidate in candidates if candidate.step_warning is not None]
     seen: dict[str, Header] = {}
     paired: dict[object, Found] = {}
     views: list[View] = []

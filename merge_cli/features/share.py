@@ -28,7 +28,8 @@ from merge_cli.planning.plan import MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.ranks.shares import cut, order_of_work, shares
 from merge_cli.request.methods import Coefficients
-from merge_cli.request.spec import MergeSpec, StrPath
+from merge_cli.request.spec import MergeSpec
+from merge_cli.stores.store import StrPath
 
 if TYPE_CHECKING:
     from merge_cli.engine.chunk import Statistics
@@ -64,8 +65,8 @@ def run_share(
         raise plan.findings[0]
     began = time.perf_counter()
     merge, rank = plan.merge, plan.rank
-    with JointStaging(plan.output, merge, rank, plan.overwrite) as staging:
-        staging.join(request_state(merge), restart=plan.restart)
+    with JointStaging(plan.output, merge, rank, plan.run.overwrite) as staging:
+        staging.join(request_state(merge), restart=plan.run.restart)
         if staging.is_published:
             return ShareResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), stood=True)
         reused = len(merge.files) - len(staging.missing())

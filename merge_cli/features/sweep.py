@@ -13,19 +13,17 @@ Not guaranteed: that an output is made when another of its group fails (NaN in a
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, PmergeError, UsageError, first_ten
-from merge_cli.features.average import Progress, check_choices
+from merge_cli.features.average import Progress
 from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.names import SWEEP_REPORT
@@ -33,13 +31,15 @@ from merge_cli.output.manifest import complete
 from merge_cli.output.schema import SCHEMA, check_schema
 from merge_cli.planning.plan import ALGORITHM, MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
-from merge_cli.request.amounts import is_in_tokens, parse_amount
+from merge_cli.request.amounts import parse_amount
+from merge_cli.request.destination import destination_of
 from merge_cli.request.discovery import find_candidates
-from merge_cli.request.grid import Combination, entry, grid, unique
+from merge_cli.request.grid import SELECTION, Combination, entry, grid, unique
 from merge_cli.request.labels import Candidate
-from merge_cli.request.methods import Coefficients
-from merge_cli.request.selection import check_tokens_per_step, choose, weigh
-from merge_cli.request.spec import MergeSpec, StrPath
+from merge_cli.request.methods import PARAMETERS, Coefficients
+from merge_cli.request.selection import check_tokens_per_step, coefficients_of, select_checkpoints
+from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
+from merge_cli.stores.store import StrPath
 from merge_cli.system.files import read_json
 from merge_cli.version import __version__
 
@@ -98,9 +98,7 @@ class SweepPlan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     device: Device
-    overwrite: bool
-    restart: bool
-    verify_resume: bool
+    run: RunConfig
     findings: tuple[PmergeError, ...]
 
     @property
@@ -132,64 +130,46 @@ def plan_sweep(
     every: Sequence[int | str] = (),
     at: Sequence[int | str] = (),
     combinations: Sequence[Mapping[str, Any]] = (),
-    tokens_per_step: int | None = None,
-    dtype: str = "keep",
-    accumulate: str = "auto",
-    device: str = "auto",
-    memory: int | None = None,
-    device_memory: int | None = None,
-    threads: int | None = None,
-    chunk_size: int | None = None,
-    direct: str = "auto",
-    overwrite: bool = False,
-    restart: bool = False,
-    verify_resume: bool = False,
+    tokens_per_step: int | str | None = None,
+    spec: MergeSpec | None = None,
+    run: RunConfig | None = None,
+    **options: Any,
 ) -> SweepPlan:
     """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`.
 
-    The outputs are a grid (`request/grid.py`), `combinations` (objects with the options of `average`), or both. `at` is the
-    step of the newest checkpoint; in tokens, of the last one up to there. A combination for which there are not the checkpoints
-    is skipped; of several with equal inputs and coefficients the first is made.
+    The outputs are a grid (`request/grid.py`), `combinations` (objects with options of `average`), or both. `at` is
+    the step of the newest checkpoint; in tokens, of the last one up to there. A combination without its checkpoints
+    is skipped; of several with equal inputs and coefficients the first is made. `spec` and `run` hold the options of
+    all outputs; a keyword of theirs (`dtype="fp32"`, `memory="4GiB"`) is laid over them.
 
-    Raises UsageError (also when no combination is left), InputError, MismatchError or UnsupportedError. What would only stop the
-    writing is in `findings`.
+    Raises UsageError (also if no combination is left), InputError, MismatchError or UnsupportedError. Problems that
+    would only stop the writing are in `findings`.
     """
-    check_choices(dtype, accumulate, "error", "step", "sma")
-    if not os.fspath(output):
-        raise UsageError("-o is empty", hint="name the folder of the results:  -o sweep")
+    for name in options:
+        if name == "method" or name in (SELECTION | PARAMETERS):
+            raise TypeError(f"{name} belongs to each output of a sweep: methods=[...], or combinations=[{{...}}]")
+    selection, spec, run = read_options({**options, "tokens_per_step": tokens_per_step}, None, spec, run)
+    folder = destination_of(output, "sweep")
     wanted = unique([*grid(methods, last, every, at), *map(entry, combinations)])
     if not wanted:
         raise UsageError("a sweep of nothing", hint="--method sma,ema:0.1 --last 6,10, or a list:  --list FILE")
-    amounts = {f"--{key}": each.selection[key] for each in wanted for key in _AMOUNTS if key in each.selection}
-    check_tokens_per_step(tokens_per_step, [each.selection.get(key) for each in wanted for key in _AMOUNTS])
-    for option, amount in amounts.items():
-        parse_amount(amount, tokens_per_step, option=option)
+    asked = [replace(selection, **each.selection) for each in wanted]
+    check_tokens_per_step(selection.tokens_per_step, [amount for each in asked for amount in each.amounts.values()])
+    for flag, amount in {flag: amount for each in asked for flag, amount in each.amounts.items()}.items():
+        parse_amount(amount, selection.tokens_per_step, option=flag)
     candidates, notes = find_candidates(paths)
-    chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, tokens_per_step)
-    spec = MergeSpec(dtype=dtype, accumulate=accumulate)
+    chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, selection)
     inputs, merges = _plan_groups(spec, chosen)
     for checkpoint in inputs:
         notes += checkpoint.notes
     for merge, _ in merges:
         notes += [note for note in merge.notes if note not in notes]
         warnings += [line for line in merge.warnings if line not in warnings]
-    from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.output.manifest import damaged, stands
     from merge_cli.output.preflight import check_destinations
-    from merge_cli.tuning.backend import settle
-    from merge_cli.tuning.direct import choose_direct
+    from merge_cli.tuning.tune import tune
 
-    folder = Path(output)
-    largest = max((merge for merge, _ in merges), key=lambda merge: merge.bytes_to_read)
-    direct_reads = choose_direct(largest, direct)
-    notes += filter(None, [direct_reads.note])
-
-    def fit(merge: MergePlan, where: Device) -> Budget:
-        memory_bytes = memory or DEFAULT_MEMORY_BYTES
-        return fit_memory(merge, memory_bytes, where, threads, device_memory, chunk_size, direct_reads.use)
-
-    where, _, reasons = settle(device, largest, partial(fit, largest))
-    notes += reasons
+    tuning = tune(max((merge for merge, _ in merges), key=lambda merge: merge.bytes_to_read), run)
     outputs: list[SweepOutput] = []
     groups: list[SweepGroup] = []
     for merge, members in merges:
@@ -198,7 +178,7 @@ def plan_sweep(
             own = replace(spec, method=each.combination.method, parameters=each.combination.parameters)
             path, alone = folder / each.combination.name, merge.alone(k, own)
             is_done = stands(path, alone)
-            if is_done and verify_resume and (changed := damaged(path)):
+            if is_done and run.verify_resume and (changed := damaged(path)):
                 is_done = False
                 warnings.append(f"{path / changed[0]} is not what was written any more; --overwrite makes it again")
             here.append(SweepOutput(each.combination, path, each.candidates, alone, is_done))
@@ -206,23 +186,21 @@ def plan_sweep(
         todo = [k for k, each in enumerate(here) if not each.is_done]
         if todo:
             merge = replace(merge, outputs=tuple(merge.outputs[k] for k in todo))
-            groups.append(SweepGroup(merge, tuple(here[k] for k in todo), fit(merge, where)))
+            groups.append(SweepGroup(merge, tuple(here[k] for k in todo), tuning.fit(merge)))
     outputs.sort(key=lambda each: wanted.index(each.combination))
-    findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, overwrite)
+    findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, run.overwrite)
     return SweepPlan(
-        folder,
-        tuple(outputs),
-        tuple(groups),
-        tuple(same_as),
-        tuple(skipped),
-        tuple(inputs),
-        tuple(notes),
-        tuple(warnings),
-        where,
-        overwrite,
-        restart,
-        verify_resume,
-        (*findings, *_check_report(folder / SWEEP_REPORT)),
+        output=folder,
+        outputs=tuple(outputs),
+        groups=tuple(groups),
+        same_as=tuple(same_as),
+        skipped=tuple(skipped),
+        inputs=tuple(inputs),
+        notes=(*notes, *tuning.notes),
+        warnings=tuple(warnings),
+        device=tuning.device,
+        run=run,
+        findings=(*findings, *_check_report(folder / SWEEP_REPORT)),
     )
 
 
@@ -314,9 +292,9 @@ def _run_group(
 
     merge = group.merge
     with ExitStack() as stack:
-        stagings = [stack.enter_context(Staging(each.path, plan.overwrite)) for each in group.outputs]
+        stagings = [stack.enter_context(Staging(each.path, plan.run.overwrite)) for each in group.outputs]
         done = [
-            staging.prepare(request_state(each.merge), restart=plan.restart, verify=plan.verify_resume)
+            staging.prepare(request_state(each.merge), restart=plan.run.restart, verify=plan.run.verify_resume)
             for staging, each in zip(stagings, group.outputs, strict=True)
         ]
         unpublished = [k for k, staging in enumerate(stagings) if not staging.is_published]
@@ -345,9 +323,6 @@ def _run_group(
     return statistics, reused
 
 
-_AMOUNTS = ("every", "from_step", "to_step", "before", "at")
-
-
 @dataclass(frozen=True)
 class _Chosen:
     combination: Combination
@@ -356,7 +331,7 @@ class _Chosen:
 
 
 def _choose_all(
-    wanted: Sequence[Combination], candidates: Sequence[Candidate], tokens_per_step: int | None
+    wanted: Sequence[Combination], candidates: Sequence[Candidate], selection: Selection
 ) -> tuple[list[_Chosen], list[tuple[Combination, str]], list[tuple[Combination, str]], list[str]]:
     """The combinations that can be made, those that equal another, those that cannot, and warnings. Raises UsageError for none."""
     made: dict[object, _Chosen] = {}
@@ -365,40 +340,25 @@ def _choose_all(
     warnings: dict[str, list[str]] = {}
     for each in wanted:
         try:
-            chosen, doubts = _select(each, candidates, tokens_per_step)
+            asked = replace(selection, **each.selection)
+            selected = select_checkpoints(candidates, asked, each.method)
         except (UsageError, MismatchError) as error:
             skipped.append((each, "; ".join([error.message, *(" ".join(line.split()) for line in error.details[:1])])))
             continue
-        found, more = weigh(chosen, each.method, each.parameters)
-        key = (tuple(candidate.path for candidate in chosen), found)
-        first = made.setdefault(key, _Chosen(each, chosen, found))
+        own = MergeSpec(method=each.method, parameters=each.parameters)
+        found, more = coefficients_of(selected.candidates, own, selection.order)
+        key = (tuple(candidate.path for candidate in selected.candidates), found)
+        first = made.setdefault(key, _Chosen(each, selected.candidates, found))
         if first.combination is not each:
             same_as.append((each, first.combination.name))
             continue
-        for line in (*doubts, *more):
+        for line in (*selected.warnings, *more):
             warnings.setdefault(line, []).append(each.name)
     if not made:
         reasons = [f"{each.name}  {reason}" for each, reason in skipped]
         raise UsageError("no combination of the sweep can be made", details=first_ten(reasons), hint="pmerge inspect RUN_FOLDER")
     lines = [f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: {line}" for line, names in warnings.items()]
     return list(made.values()), same_as, skipped, lines
-
-
-def _select(
-    each: Combination, candidates: Sequence[Candidate], tokens_per_step: int | None
-) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """The checkpoints of a combination, oldest to newest, and warnings about them. Raises UsageError or MismatchError."""
-    options = {**each.selection}
-    at = options.pop("at", None)
-    if at is not None:
-        options["to_step"] = at
-    selection = choose(candidates, each.method, each.parameters, tokens_per_step=tokens_per_step, **options)
-    newest = selection.candidates[-1].step
-    if at is not None and not (tokens_per_step is not None and is_in_tokens(at)):
-        step = parse_amount(at, option="--at", rounding=math.floor)
-        if newest != step:
-            raise UsageError(f"there is no checkpoint at step {step}", details=[f"the newest up to there is step {newest}"])
-    return selection.candidates, selection.warnings
 
 
 def _plan_groups(spec: MergeSpec, chosen: Sequence[_Chosen]) -> tuple[list[Checkpoint], list[tuple[MergePlan, list[_Chosen]]]]:

@@ -35,7 +35,7 @@ from merge_cli.names import MANIFEST
 from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, Output, OutputFile, QuantizedExtent, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.methods import Coefficients
-from merge_cli.request.spec import MergeSpec
+from merge_cli.request.spec import MergeSpec, RunConfig
 from merge_cli.stores.local import STORE as LOCAL
 from merge_cli.stores.store import join, read_file
 from merge_cli.system.files import read_up_to
@@ -369,12 +369,11 @@ def _restricted_extent(extent: Extent | QuantizedExtent, chosen: set[str]) -> It
 
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
     """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
-    from merge_cli.engine.budget import DEFAULT_MEMORY_BYTES, fit_memory
     from merge_cli.engine.chunk import Statistics
     from merge_cli.engine.input_checks import check_inputs_unchanged
     from merge_cli.engine.sink import NoSink
     from merge_cli.engine.stream import stream
-    from merge_cli.tuning.backend import settle
+    from merge_cli.tuning.tune import tune
 
     different: dict[str, set[str]] = {}
 
@@ -389,7 +388,7 @@ def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[
             self.bytes_read = statistics.bytes_read
 
     try:
-        budget = settle(device, todo, lambda where: fit_memory(todo, DEFAULT_MEMORY_BYTES, where)).budget
+        budget = tune(todo, RunConfig(device=device, direct="off")).fit(todo)
         stream(todo, [WorkItem.whole(file) for file in todo.files], Comparing(), budget)
         check_inputs_unchanged(todo)
     except (ChangedError, MismatchError, NonFiniteError) as error:

@@ -16,10 +16,10 @@ from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, parse_label
-from merge_cli.request.spec import StrPath
 from merge_cli.stores.store import (
     Entry,
     Store,
+    StrPath,
     as_path,
     folder_of,
     is_local,
@@ -40,8 +40,8 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
     """The checkpoint at `path` with its step; a file without a step in its name is told by the folder it lies in.
 
     A name that says nothing (`latest`, `.`) may be a link to one that does. A folder `stage1` above the checkpoint is its stage.
-    The step of `trainer_state.json` outranks the name's; where it cannot be read, `doubt` says so. `with_time` looks at every
-    weight file for the newest modification time; without it there is none (0).
+    The step of `trainer_state.json` outranks that of the name; if it cannot be read, `step_warning` has the reason.
+    `with_time` looks at every weight file for the newest modification time; without it there is none (0).
 
     Raises InputError for a missing path.
     """
@@ -57,20 +57,20 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
     if label.step is None:
         label = parse_label(name_of(store.resolve(named)))
     above = parse_label(name_of(folder_of(named)))
-    doubt = step = None
+    warning = step = None
     try:
         step = _trainer_step(store, join(named, "trainer_state.json"))
     except InputError as error:
-        doubt = error
+        warning = error
     if step is not None and label.step not in (None, step):
-        doubt = InputError(f"{path} is step {step} by its trainer_state.json, not {label.step} as in its name")
+        warning = InputError(f"{path} is step {step} by its trainer_state.json, not {label.step} as in its name")
     return Candidate(
         path,
         label.step if step is None else step,
         label.stage or above.stage,
         label.ingredient or above.ingredient,
         _weights_time(store, path) if with_time else 0,
-        doubt,
+        warning,
         is_merged=store.stat(join(path, MANIFEST)) is not None,
     )
 
@@ -131,8 +131,8 @@ def is_checkpoint(folder: StrPath) -> bool:
     return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(join(folder, rank)))
 
 
-def discover(paths: Sequence[StrPath], on_skip: Callable[[str], None] | None = None) -> list[str]:
-    """The checkpoints that `paths` mean: themselves, and those inside every run folder, by number.
+def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] | None = None) -> list[str]:
+    """The checkpoints that `paths` (or one path) mean: themselves, and those inside every run folder, by number.
 
     A folder given alone is a run when it holds at least two checkpoints named by step, even if a final model was saved
     beside them; with others it is a checkpoint, if it can be. Of a run are left out: hidden and unfinished folders, and, told to
@@ -141,6 +141,8 @@ def discover(paths: Sequence[StrPath], on_skip: Callable[[str], None] | None = N
 
     Raises InputError where nothing is found or one shard of several is given alone, UsageError when one checkpoint is named twice.
     """
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
     found: list[str] = []
     for given in paths:
         if not os.fspath(given):
@@ -253,12 +255,12 @@ def _nothing_found(path: str) -> InputError:
     )
 
 
-def find_candidates(paths: Sequence[StrPath], order: str = "step") -> tuple[list[Candidate], list[str]]:
-    """The checkpoints that `paths` mean, and a line for each thing there that is left out. Raises InputError or UsageError.
+def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step") -> tuple[list[Candidate], list[str]]:
+    """The checkpoints that `paths` mean, and a line for each entry that is left out. Raises InputError or UsageError.
 
-    Their times are looked up only where `order` is "mtime".
+    Their times are looked up only if `order` is "mtime".
     """
-    if not paths:
+    if not isinstance(paths, str | os.PathLike) and not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
     skipped: list[str] = []
     return [read_candidate(path, with_time=order == "mtime") for path in discover(paths, skipped.append)], skipped

@@ -1,9 +1,9 @@
-"""What a sweep is asked for: combinations of a method and a selection, from a grid or from a list.
+"""The outputs of a sweep: combinations of a method and a selection, from a grid or from a list.
 
     --method sma,ema:0.1 --last 6,10 --every 1000    ->    sma-last6-every1000, sma-last10-every1000, ema-0.1-last6-every1000, ...
 
-A combination is the options of one `pmerge average`, under a name that is safe as a folder and says what is in it. Whether there
-are checkpoints for it is not known here.
+A combination holds the options of one `pmerge average`, under a name that is safe as a folder and lists them. Whether
+checkpoints exist for it is not known here.
 """
 
 from __future__ import annotations
@@ -16,29 +16,19 @@ from typing import Any
 
 from merge_cli.errors import UsageError
 from merge_cli.names import STAGING_SUFFIX
-from merge_cli.request.methods import METHOD_SYNONYMS, METHODS, check_parameters, coefficients, implied_method
-from merge_cli.request.option import not_a_choice
+from merge_cli.request.methods import DEFAULT, METHOD_SYNONYMS, METHODS, PARAMETERS, check_parameters, coefficients, implied_method
+from merge_cli.request.option import not_a_choice, options_of
+from merge_cli.request.spec import Selection
 
-SELECTION = {
-    "last": int,
-    "every": (int, str),
-    "from_step": (int, str),
-    "to_step": (int, str),
-    "before": (int, str),
-    "at": (int, str),
-}
-_PARAMETERS = frozenset(name for method in METHODS.values() for name in method.parameters)
-_WORDS = {"from_step": "from", "to_step": "to"}
+OF_ALL_OUTPUTS = ("order", "tokens_per_step", "base")
+SELECTION = {each.name: each for each in options_of(Selection) if each.name not in OF_ALL_OUTPUTS}
 _MOST_NAME_BYTES = 150
 _NAME = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*")
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One output of a sweep: its folder's `name`, the `method` with its `parameters`, and what is selected, by option.
-
-    The keys of `selection` are those of `SELECTION`; `at` is the step of the newest checkpoint.
-    """
+    """One output of a sweep: the `name` of its folder, the `method` with its `parameters`, and the `selection` by option."""
 
     name: str
     method: str
@@ -49,9 +39,9 @@ class Combination:
 def grid(
     methods: Sequence[str], last: Sequence[int] = (), every: Sequence[int | str] = (), at: Sequence[int | str] = ()
 ) -> list[Combination]:
-    """Every method with every `last`, `every` and `at`; an axis that is empty is not there. Raises UsageError.
+    """Every method with every `last`, `every` and `at`; an empty axis is left out. Raises UsageError.
 
-    A method is its name, or has parameters behind it: "ema:0.1" (its first parameter), "decay:1-sqrt:floor=0.1".
+    A method is a name, alone or with parameters: "ema:0.1" (its first parameter), "decay:1-sqrt:floor=0.1".
     """
     axes = [[{name: value} for value in values] or [{}] for name, values in (("last", last), ("every", every), ("at", at))]
     found = [
@@ -63,7 +53,7 @@ def grid(
 
 
 def unique(combinations: Sequence[Combination]) -> list[Combination]:
-    """The combinations without those said twice. Raises UsageError when two different ones have the same name."""
+    """The combinations without repeated ones. Raises UsageError when two different ones have the same name."""
     found: dict[str, Combination] = {}
     for each in combinations:
         if found.setdefault(each.name, each) != each:
@@ -99,21 +89,21 @@ _EXAMPLE = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last
 
 
 def entry(given: object) -> Combination:
-    """The combination of an object with the options of `pmerge average`, and `at`, and if wished a `name`. Raises UsageError."""
+    """The combination of an object with options of `pmerge average`, `at` and an optional `name`. Raises UsageError."""
     if not isinstance(given, dict):
         raise UsageError(f"an entry of the list is {str(given)[:60]}, expected an object", hint=_EXAMPLE)
-    words = {word: key for key, word in _WORDS.items()}
-    options = {words.get(key) or key.replace("-", "_"): value for key, value in given.items()}
-    unknown = sorted(options.keys() - {"method", "name"} - SELECTION.keys() - _PARAMETERS)
+    options_by_word = {each.flag.removeprefix("--"): name for name, each in (SELECTION | PARAMETERS).items()}
+    options = {options_by_word.get(key) or key.replace("-", "_"): value for key, value in given.items()}
+    unknown = sorted(options.keys() - {"method", "name"} - SELECTION.keys() - PARAMETERS.keys())
     if unknown:
-        known = [_WORDS.get(key, key) for key in ("name", "method", *sorted(_PARAMETERS), *SELECTION)]
         raise UsageError(
-            f"unknown option {', '.join(map(repr, unknown))} in the list of a sweep", details=[f"expected  {', '.join(known)}"]
+            f"unknown option {', '.join(map(repr, unknown))} in the list of a sweep",
+            details=[f"expected  {', '.join(['name', 'method', *sorted(options_by_word)])}"],
         )
-    name, method = options.get("name", ""), options.get("method", implied_method(options))
+    name, method = options.get("name", ""), options.get("method", implied_method(options, DEFAULT))
     if not isinstance(method, str) or not isinstance(name, str):
         raise UsageError("method and name are words", hint=_EXAMPLE)
-    parameters = {key: value for key, value in options.items() if key in _PARAMETERS}
+    parameters = {key: value for key, value in options.items() if key in PARAMETERS}
     return combination(method, parameters, {key: value for key, value in options.items() if key in SELECTION}, name)
 
 
@@ -122,14 +112,8 @@ def combination(method: str, parameters: Mapping[str, Any], selection: Mapping[s
     parameters = check_parameters(method, parameters)
     if not METHODS[method].is_explicit:
         coefficients(method, [1.0, 2.0], **parameters)
-    for key, value in selection.items():
-        option = f"--{_WORDS.get(key, key)}"
-        if isinstance(value, bool) or not isinstance(value, SELECTION[key]):  # type: ignore[arg-type]
-            raise UsageError(f"{option} cannot be {value!r}", hint="amounts are numbers, or strings such as 8B; last is a number")
-        if key in ("last", "every") and isinstance(value, int) and value < 1:
-            raise UsageError(f"{option} must be at least 1, not {value}")
-    if "at" in selection and selection.keys() & {"to_step", "before"}:
-        raise UsageError("--at says where a selection ends, and so do --to and --before", hint="use one of them")
+    asked = Selection(**selection)
+    selection = {key: getattr(asked, SELECTION[key].field) for key in selection}
     name = name or _name(method, parameters, selection)
     if not _NAME.fullmatch(name) or len(name) > _MOST_NAME_BYTES or name.endswith((STAGING_SUFFIX, ".safetensors")):
         raise UsageError(
@@ -141,12 +125,12 @@ def combination(method: str, parameters: Mapping[str, Any], selection: Mapping[s
 
 
 def _name(method: str, parameters: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
-    """A speaking name: the method, its parameters (the first without its word), then what was selected."""
+    """The method, its parameters (the first without its word), then the selection: "ema-0.1-last6"."""
     first = next(iter(METHODS[method].parameters), "") if method in METHODS else ""
     parts = [method]
     for key in sorted(parameters, key=lambda key: (key != first, key)):
         value = parameters[key]
         shown = [f"{each!r}" for each in value] if isinstance(value, list | tuple) else [str(value)]
         parts += [*([] if key == first else [key.replace("_", "-")]), *shown]
-    parts += [f"{_WORDS.get(key, key)}{selection[key]}" for key in SELECTION if key in selection]
+    parts += [f"{each.flag.removeprefix('--')}{selection[key]}" for key, each in SELECTION.items() if key in selection]
     return re.sub(r"[^A-Za-z0-9_.=+-]", "_", "-".join(parts))

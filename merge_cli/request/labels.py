@@ -31,7 +31,7 @@ class StepLabel:
 class Candidate:
     """A checkpoint that may be averaged; `path` is as it was given, `is_merged` when it is itself a result of pmerge.
 
-    `doubt` is why the step may be wrong: another number in the name, or a broken `trainer_state.json`.
+    `step_warning`: why the step may be wrong, such as another number in the name or a broken `trainer_state.json`.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Candidate:
     stage: str | None
     ingredient: str | None
     mtime_ns: int
-    doubt: InputError | None = None
+    step_warning: InputError | None = None
     is_merged: bool = False
 
 

@@ -155,10 +155,9 @@ def needs_step_values(method: str, **parameters: Any) -> bool:
     return chosen.needs_step_values or any(parameters.get(name) is not None for name in in_steps)
 
 
-def implied_method(parameters: Mapping[str, Any]) -> str:
-    """The method when none is named: the explicit one if weights are given, else the simple average."""
-    weights = next(iter(METHODS[EXPLICIT].parameters))
-    return EXPLICIT if parameters.get(weights) is not None else DEFAULT
+def implied_method(parameters: Mapping[str, Any], otherwise: str) -> str:
+    """The method when none is named: the explicit one if weights are given."""
+    return EXPLICIT if parameters.get(next(iter(METHODS[EXPLICIT].parameters))) is not None else otherwise
 
 
 def sma(steps: Sequence[float]) -> Coefficients:
@@ -358,9 +357,13 @@ _ALL = (
         source="PMA, arXiv 2505.12082, Eq. 4",
         function=ema,
         parameters={
-            "alpha": Parameter("share of each newer checkpoint, 0 < alpha <= 1", 0.2, read=_number),
+            "alpha": Parameter("share of each newer checkpoint, 0 < alpha <= 1", 0.2, metavar="X", read=_number),
             "half_life": Parameter(
-                "instead of alpha: steps after which a weight has halved", read=_number, in_steps=True, instead_of="alpha"
+                "steps after which a weight has halved, instead of alpha",
+                metavar="X",
+                read=_number,
+                in_steps=True,
+                instead_of="alpha",
             ),
         },
     ),
@@ -373,7 +376,7 @@ _ALL = (
         function=decay,
         parameters={
             "shape": Parameter("the shape f of the decay", "1-sqrt", choices=tuple(DECAY_SHAPES)),
-            "floor": Parameter("share of the learning rate that remains, 0 <= floor < 1", 0.0, read=_number),
+            "floor": Parameter("share of the learning rate that remains, 0 <= floor < 1", 0.0, metavar="X", read=_number),
         },
     ),
     _method(
@@ -383,7 +386,7 @@ _ALL = (
         source="post-hoc EMA, arXiv 2312.02696",
         needs_step_values=True,
         function=power,
-        parameters={"sigma_rel": Parameter("width of t^g relative to the run, 0 < s <= 0.2886", 0.1, read=_number)},
+        parameters={"sigma_rel": Parameter("width of t^g relative to the run, 0 < s <= 0.2886", 0.1, metavar="X", read=_number)},
     ),
     _method(
         EXPLICIT,
@@ -394,12 +397,13 @@ _ALL = (
         is_explicit=True,
         function=explicit,
         parameters={
-            "weights": Parameter("one number per checkpoint, as 0.2,0.3,0.5", read=_numbers),
+            "weights": Parameter("one number per checkpoint, as 0.2,0.3,0.5", metavar="LIST", read=_numbers),
             "normalize": Parameter("divide the weights by their sum", False),
         },
     ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+PARAMETERS = {name: parameter for method in _ALL for name, parameter in method.parameters.items()}
 
 
 def warnings_for(coeffs: Coefficients, steps: Sequence[float] | None = None) -> list[str]:

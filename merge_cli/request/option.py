@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Self
@@ -84,12 +84,17 @@ def options_of(spec: type[Options]) -> tuple[Option, ...]:
     return tuple(each.metadata["option"].named(each.name) for each in fields if "option" in each.metadata)
 
 
-def not_a_choice(flag: str, value: object, choices: tuple[str, ...], synonyms: Mapping[str, str] | None = None) -> UsageError:
+def nearest(typed: object, choices: Collection[str], synonyms: Mapping[str, str] | None = None) -> str | None:
+    """The choice that was probably meant: a synonym, or one that is spelled alike."""
+    word = str(typed).strip().lower()
+    return (synonyms or {}).get(word) or next(iter(get_close_matches(word, choices, 1)), None)
+
+
+def not_a_choice(flag: str, value: object, choices: Sequence[str], synonyms: Mapping[str, str] | None = None) -> UsageError:
     """The error for a value that is none of `choices`, with the nearest one as the hint."""
-    typed = str(value).strip().lower()
-    near = (synonyms or {}).get(typed) or next(iter(get_close_matches(typed, choices, 1)), None)
+    meant = nearest(value, choices, synonyms)
     return UsageError(
         f"{flag} cannot be {value!r}",
         details=[f"expected  {', '.join(choices)}"],
-        hint=f"did you mean  {flag} {near}" if near else f"{flag} {choices[0]}",
+        hint=f"did you mean  {flag} {meant}" if meant else f"{flag} {choices[0]}",
     )

@@ -1,34 +1,83 @@
-"""Which candidates are averaged, in which order: the last N, every V, from, to, before; then their coefficients. Pure."""
+"""Which candidates are averaged, in which order, with which coefficients. Pure.
+
+select_checkpoints   candidates and a Selection -> checkpoints from oldest to newest
+coefficients_of      checkpoints and a method   -> one coefficient each
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
-from typing import Any
 
 from merge_cli.errors import MismatchError, UsageError, first_ten
 from merge_cli.request.amounts import is_in_tokens, parse_amount
 from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import METHODS, Coefficients, coefficients, needs_step_values, warnings_for
+from merge_cli.request.spec import MergeSpec, Selection
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The chosen checkpoints, oldest to newest; notes that inform (what is left out), and warnings."""
+class Selected:
+    """The selected checkpoints, oldest to newest; notes that inform (how many are left out), and warnings."""
 
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
+def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method: str) -> Selected:
+    """The checkpoints that `asked` selects from `candidates`, in the order that `method` needs.
+
+    Raises UsageError or MismatchError if that selection is not possible, InputError for an unreadable step.
+    """
+    order = asked.order
+    if METHODS[method].is_explicit and order == "step":
+        order = "given"  # weights belong to the checkpoints as they were typed
+    ordered = order_candidates(candidates, order, METHODS[method].needs_order or asked.last is not None)
+    selected = select(ordered, asked)
+    chosen = selected.candidates
+    notes, warnings = check_steps(ordered, chosen)
+    unknown = sum(candidate.step is None for candidate in chosen)
+    if order == "step" and unknown and len(chosen) > 1:
+        about = f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given"
+        (notes if unknown == len(chosen) else warnings).append(f"{about}, {chosen[-1].path} last")
+    steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
+    if order == "given" and steps_known != sorted(steps_known):
+        notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
+    merged = [candidate.path for candidate in chosen if candidate.is_merged]
+    if merged:
+        warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
+    if len(chosen) == 1:
+        warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
+    return Selected(chosen, (*selected.notes, *notes), tuple(warnings))
+
+
+def coefficients_of(candidates: Sequence[Candidate], spec: MergeSpec, order: str) -> tuple[Coefficients, list[str]]:
+    """The coefficients of `candidates`, oldest to newest, and warnings about them. Raises UsageError."""
+    steps = [candidate.step for candidate in candidates]
+    places = _places(candidates, needs_step_values(spec.method, **spec.parameters))
+    chosen = coefficients(spec.method, places, **spec.parameters)
+    return chosen, warnings_for(chosen, places if order == "step" and steps == places else None)
+
+
+def check_tokens_per_step(tokens_per_step: int | None, amounts: Iterable[int | str | None]) -> None:
+    """Raise UsageError if the tokens of a step are given and none of `amounts` is in tokens."""
+    if tokens_per_step is not None and not any(map(is_in_tokens, amounts)):
+        raise UsageError(
+            "--tokens-per-step is given, and no amount is in tokens",
+            hint="amounts in tokens have a suffix (--every 8B); plain numbers are steps, and do not need --tokens-per-step",
+        )
+
+
 def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool) -> list[Candidate]:
     """Order from oldest to newest by "step", as "given", or by "mtime".
 
-    By step, checkpoints without a step are an error for a method that needs an order; others then keep the order given. Two with
-    the same step, two with the same time that need an order, and mixed stages or ingredients are errors. As given, anything goes.
+    By step, checkpoints without a step are an error for a method that needs an order; other methods keep the order
+    given. Two checkpoints with the same step, two with the same time that need an order, and mixed stages or
+    ingredients are errors. As given, any order is right.
 
     Raises MismatchError.
     """
@@ -57,8 +106,8 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
         if len(candidates) == 1 or not needs_order:
             return list(candidates)
         for candidate in candidates:
-            if candidate.step is None and candidate.doubt is not None:
-                raise candidate.doubt
+            if candidate.step is None and candidate.step_warning is not None:
+                raise candidate.step_warning
         raise MismatchError(
             f"no step is known for {len(unknown)} of {len(candidates)} checkpoints",
             details=first_ten(unknown),
@@ -77,76 +126,84 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
     return [by_step[step][0] for step in sorted(by_step)]
 
 
-def select(
-    candidates: Sequence[Candidate],
-    *,
-    last: int | None = None,
-    every: int | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    before: int | None = None,
-) -> Selection:
-    """Choose from `candidates`, oldest to newest: first by step range, then one every `every` steps, then the `last` N.
+def select(candidates: Sequence[Candidate], asked: Selection) -> Selected:
+    """Select from `candidates`, oldest to newest: first by step range, then one every V steps, then the last N.
 
-    `from_step` and `to_step` are inclusive, `before` is not. Raises UsageError when steps are needed and unknown or too few
-    checkpoints remain, MismatchError with the list of gaps when `every` finds none near a place.
+    `from_step`, `to_step` and `at` are inclusive, `before` is not. Raises UsageError if steps are needed and unknown
+    or too few checkpoints remain, MismatchError with the list of gaps if `every` finds none near a place.
     """
+
+    def steps(flag: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
+        return None if amount is None else parse_amount(amount, asked.tokens_per_step, option=flag, rounding=rounding)
+
+    every, first = steps("--every", asked.every, round), steps("--from", asked.from_step, math.ceil)
+    last, before = steps("--to", asked.to_step, math.floor), steps("--before", asked.before, math.ceil)
+    at = steps("--at", asked.at, math.floor)
     chosen = list(candidates)
-    if any(option is not None for option in (every, from_step, to_step, before)):
-        unknown = [candidate.path for candidate in chosen if candidate.step is None]
-        if unknown:
-            raise UsageError(
-                "--every, --from, --to and --before need the step of every checkpoint",
-                details=first_ten([f"{path}  has none" for path in unknown]),
-                hint="name the folders by step (ckpt_1000), or list the checkpoints that you want",
-            )
-        low = from_step if from_step is not None else 0
-        chosen = [c for c in chosen if (c.step or 0) >= low]
-        chosen = [c for c in chosen if to_step is None or (c.step or 0) <= to_step]
-        chosen = [c for c in chosen if before is None or (c.step or 0) < before]
+    if asked.amounts:
+        _check_steps_are_known(chosen)
+    if first is not None:
+        chosen = [each for each in chosen if (each.step or 0) >= first]
+    for end in (last, at, None if before is None else before - 1):
+        if end is not None:
+            chosen = [each for each in chosen if (each.step or 0) <= end]
     if not chosen:
-        asked = [f"from step {from_step}"] if from_step is not None else []
-        asked += [f"up to step {to_step}"] if to_step is not None else []
-        asked += [f"before step {before}"] if before is not None else []
-        steps = [str(candidate.step) for candidate in candidates]
-        raise UsageError(
-            "the selection leaves no checkpoint",
-            details=[f"asked     {', '.join(asked)}", f"found     step {', '.join(first_ten(steps))}"],
-            hint="widen the range of --from, --to and --before",
-        )
-    if last is not None and last < 1:
-        raise UsageError(f"--last must be at least 1, not {last}")
+        raise _nothing_left(candidates, first, last if at is None else at, before)
     if every is not None:
-        chosen = _every(chosen, every, last)
-    if last is not None:
-        if len(chosen) < last:
+        chosen = _every(chosen, every, asked.last)
+    if asked.last is not None:
+        if len(chosen) < asked.last:
             raise UsageError(
-                f"--last {last} asks for more checkpoints than there are",
+                f"--last {asked.last} asks for more checkpoints than there are",
                 details=[f"found     {len(chosen)}"],
                 hint=f"--last {len(chosen)}",
             )
-        chosen = chosen[-last:]
+        chosen = chosen[-asked.last :]
+    if at is not None and chosen[-1].step != at and not (asked.tokens_per_step is not None and is_in_tokens(asked.at)):
+        raise UsageError(f"there is no checkpoint at step {at}", details=[f"the newest up to there is step {chosen[-1].step}"])
     left_out = len(candidates) - len(chosen)
     notes = (f"{left_out} of {len(candidates)} checkpoints are left out by the selection",) if left_out else ()
-    return Selection(tuple(chosen), notes)
+    return Selected(tuple(chosen), notes)
 
 
-def check_doubts(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> tuple[list[str], list[str]]:
+def _check_steps_are_known(candidates: Sequence[Candidate]) -> None:
+    unknown = [candidate.path for candidate in candidates if candidate.step is None]
+    if unknown:
+        raise UsageError(
+            "--every, --from, --to and --before need the step of every checkpoint",
+            details=first_ten([f"{path}  has none" for path in unknown]),
+            hint="name the folders by step (ckpt_1000), or list the checkpoints that you want",
+        )
+
+
+def _nothing_left(candidates: Sequence[Candidate], first: int | None, last: int | None, before: int | None) -> UsageError:
+    asked = [f"from step {first}"] if first is not None else []
+    asked += [f"up to step {last}"] if last is not None else []
+    asked += [f"before step {before}"] if before is not None else []
+    steps = [str(candidate.step) for candidate in candidates]
+    return UsageError(
+        "the selection leaves no checkpoint",
+        details=[f"asked     {', '.join(asked)}", f"found     step {', '.join(first_ten(steps))}"],
+        hint="widen the range of --from, --to and --before",
+    )
+
+
+def check_steps(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> tuple[list[str], list[str]]:
     """Notes and warnings on steps that may be wrong: a line on the checkpoints left out, and one on the chosen ones.
 
-    Raises the InputError of a chosen checkpoint whose `trainer_state.json` is broken and whose name has no step either.
+    Raises the InputError of a chosen checkpoint without a step whose `trainer_state.json` is broken.
     """
     for candidate in chosen:
-        if candidate.doubt is not None and candidate.step is None:
-            raise candidate.doubt
+        if candidate.step_warning is not None and candidate.step is None:
+            raise candidate.step_warning
     left_out = [candidate for candidate in candidates if candidate not in chosen]
-    return _doubts(left_out), _doubts(chosen)
+    return _step_warnings(left_out), _step_warnings(chosen)
 
 
-def _doubts(candidates: Sequence[Candidate]) -> list[str]:
-    doubts = [candidate.doubt for candidate in candidates if candidate.doubt is not None]
-    more = f" (and {len(doubts) - 1} more checkpoints with a doubtful step)" if len(doubts) > 1 else ""
-    return [f"{doubts[0].message}{more}"] if doubts else []
+def _step_warnings(candidates: Sequence[Candidate]) -> list[str]:
+    found = [candidate.step_warning for candidate in candidates if candidate.step_warning is not None]
+    more = f" (and {len(found) - 1} more checkpoints with a doubtful step)" if len(found) > 1 else ""
+    return [f"{found[0].message}{more}"] if found else []
 
 
 def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> list[Candidate]:
@@ -184,76 +241,8 @@ def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> lis
     return [taken[stride][1] for stride in sorted(taken, reverse=True)]
 
 
-def check_tokens_per_step(tokens_per_step: int | None, amounts: Iterable[int | str | None]) -> None:
-    """Raise UsageError when the tokens of a step are given and none of `amounts` is in tokens."""
-    if tokens_per_step is not None and not any(map(is_in_tokens, amounts)):
-        raise UsageError(
-            "--tokens-per-step is given, and no amount is in tokens",
-            hint="amounts in tokens have a suffix (--every 8B); plain numbers are steps, and do not need --tokens-per-step",
-        )
-
-
-def choose(
-    candidates: Sequence[Candidate],
-    method: str,
-    parameters: Mapping[str, Any],
-    *,
-    order: str = "step",
-    last: int | None = None,
-    every: int | str | None = None,
-    from_step: int | str | None = None,
-    to_step: int | str | None = None,
-    before: int | str | None = None,
-    tokens_per_step: int | None = None,
-) -> Selection:
-    """Which of `candidates` a request means, oldest to newest; options as of `plan_average`.
-
-    Raises UsageError or MismatchError where they do not give that selection, InputError for a doubtful step.
-    """
-    if parameters.get("weights") is not None and order == "step" and method == "weights":
-        order = "given"  # weights belong to the checkpoints as they were typed
-
-    def steps(option: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
-        return None if amount is None else parse_amount(amount, tokens_per_step, option=option, rounding=rounding)
-
-    ordered = order_candidates(candidates, order, METHODS[method].needs_order or last is not None)
-    selection = select(
-        ordered,
-        last=last,
-        every=steps("--every", every, round),
-        from_step=steps("--from", from_step, math.ceil),
-        to_step=steps("--to", to_step, math.floor),
-        before=steps("--before", before, math.ceil),
-    )
-    notes, warnings = check_doubts(ordered, selection.candidates)
-    chosen = selection.candidates
-    unknown = sum(candidate.step is None for candidate in chosen)
-    if order == "step" and unknown and len(chosen) > 1:
-        about = f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given"
-        (notes if unknown == len(chosen) else warnings).append(f"{about}, {chosen[-1].path} last")
-    steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
-    if order == "given" and steps_known != sorted(steps_known):
-        notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
-    merged = [candidate.path for candidate in chosen if candidate.is_merged]
-    if merged:
-        warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
-    if len(chosen) == 1:
-        warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
-    return Selection(chosen, (*selection.notes, *notes), tuple(warnings))
-
-
-def weigh(
-    candidates: Sequence[Candidate], method: str, parameters: Mapping[str, Any], order: str = "step"
-) -> tuple[Coefficients, list[str]]:
-    """The coefficients of `candidates`, oldest to newest, and what is known to hurt about them. Raises UsageError."""
-    steps = [candidate.step for candidate in candidates]
-    places = _places(candidates, needs_step_values(method, **parameters))
-    chosen = coefficients(method, places, **parameters)
-    return chosen, warnings_for(chosen, places if order == "step" and steps == places else None)
-
-
 def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:
-    """The steps, or the positions 0, 1, 2 ... where they are not known or not in order."""
+    """The steps, or the positions 0, 1, 2 ... if they are not known or not ascending."""
     steps = [candidate.step for candidate in candidates]
     known = [float(step) for step in steps if step is not None]
     if len(known) == len(steps) and all(a < b for a, b in pairwise(known)):

@@ -7,23 +7,23 @@
 
 A new option is a field here and the code that uses it: the flags of the commands (`cli/options.py`), the keywords
 of Python calls, the record in `pmerge.json`, resuming and `verify --against-inputs` (`planning/record.py`) follow.
-The parameters of a method likewise are in `METHODS`.
+The parameters of the methods are options of MergeSpec, and are in `METHODS`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.request.amounts import parse_count, parse_size, parse_whole
-from merge_cli.request.methods import METHODS
-from merge_cli.request.option import Options, option
+from merge_cli.request.methods import DEFAULT, METHOD_SYNONYMS, METHODS, PARAMETERS, check_parameters, implied_method
+from merge_cli.request.option import Options, option, options_of
+from merge_cli.stores.store import StrPath
 
-StrPath = str | os.PathLike[str]
+Made = TypeVar("Made", bound=Options)
 MOST_PROCESSES = MOST_THREADS = 256
 
 
@@ -35,6 +35,12 @@ def _amount(value: Any, flag: str) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UsageError(f"{flag} cannot be {value!r}", hint="amounts are numbers, or strings such as 8B")
     return value
+
+
+def _stride(value: Any, flag: str) -> int | str:
+    if isinstance(_amount(value, flag), int) and value < 1:
+        raise UsageError(f"{flag} must be at least 1 step, not {value}")
+    return value  # type: ignore[no-any-return]
 
 
 def _workers(value: int | str, flag: str) -> int | str:
@@ -57,10 +63,11 @@ class Selection(Options):
         choices=("step", "given", "mtime"),
     )
     last: int | None = option(None, "Only the newest N.", metavar="N", read=partial(parse_whole, least=1))
-    every: int | str | None = option(None, "One every V steps (500, 2k), back from the newest.", metavar="V", read=_amount)
+    every: int | str | None = option(None, "One every V steps (500, 2k), back from the newest.", metavar="V", read=_stride)
     from_step: int | str | None = option(None, "From this step on.", flag="--from", metavar="STEP", read=_amount)
     to_step: int | str | None = option(None, "Up to and including this step.", flag="--to", metavar="STEP", read=_amount)
     before: int | str | None = option(None, "Before this step (a loss spike).", metavar="STEP", read=_amount)
+    at: int | str | None = option(None, "Ending at the checkpoint of this step.", metavar="STEP", read=_amount)
     tokens_per_step: int | None = option(
         None,
         "As 4M: amounts with a suffix (--every 8B) are then tokens; plain numbers stay steps.",
@@ -71,18 +78,29 @@ class Selection(Options):
         None, "Checkpoint whose layout and side files are kept.", metavar="PATH", shown="the last in order"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.at is not None and (self.to_step is not None or self.before is not None):
+            raise UsageError("--at ends a selection, and so do --to and --before", hint="use one of them")
+
+    @property
+    def amounts(self) -> dict[str, int | str]:
+        """The given amounts of steps or tokens, by flag."""
+        found = {each.flag: getattr(self, each.field) for each in options_of(Selection) if each.read in (_amount, _stride)}
+        return {flag: amount for flag, amount in found.items() if amount is not None}
+
 
 @dataclass(frozen=True)
 class MergeSpec(Options):
     """Everything that decides the bytes of the output, apart from the inputs and their order."""
 
     method: str = option(
-        "sma",
+        DEFAULT,
         "Averaging method; pmerge methods lists them.",
         choices=tuple(METHODS),
-        synonyms={"mean": "sma", "average": "sma", "avg": "sma", "uniform": "sma", "linear": "wma", "exponential": "ema"},
+        synonyms=METHOD_SYNONYMS,
     )
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # options too: those of METHODS
     dtype: str = option(
         "keep",
         "Dtype of the floats in the result.",
@@ -103,6 +121,12 @@ class MergeSpec(Options):
         None, "Split anew, as 5GB.", name="shard_size", metavar="SIZE", read=parse_size, shown="the base's shards"
     )
     requantize: bool = option(False, "Quantize the result as the base is; otherwise it becomes bf16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "parameters", check_parameters(self.method, self.parameters))
+        if self.requantize and self.dtype != "keep":
+            raise UsageError("--requantize keeps the base's dtypes, and --dtype changes them", hint="use one of them")
 
 
 @dataclass(frozen=True)
@@ -135,3 +159,32 @@ class Processes(Options):
     world_size: int | None = option(
         None, "How many they are.", metavar="W", read=parse_whole, shown="both from the launcher's variables"
     )
+
+
+def read_options(
+    options: Mapping[str, Any], selection: Selection | None = None, spec: MergeSpec | None = None, run: RunConfig | None = None
+) -> tuple[Selection, MergeSpec, RunConfig]:
+    """The specs of options by keyword, as of `average(paths, output, **options)`, laid over those that are given.
+
+    An option that is None counts as not given. Raises UsageError for a value, TypeError for an unknown keyword.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    spec = spec or MergeSpec()
+    parameters = {name: given.pop(name) for name in PARAMETERS if name in given}
+    if parameters and "method" not in given:
+        given["method"] = implied_method(parameters, spec.method)
+    if given.get("method", spec.method) == spec.method:
+        parameters = {**spec.parameters, **parameters}
+    selection = lay_over(selection or Selection(), given)
+    spec = lay_over(spec, given, parameters=parameters)
+    run = lay_over(run or RunConfig(), given)
+    if given:
+        known = [each.name for made in (selection, spec, run) for each in options_of(type(made))]
+        raise TypeError(f"no option {next(iter(given))!r}; there are {', '.join(sorted([*known, *PARAMETERS]))}")
+    return selection, spec, run
+
+
+def lay_over(made: Made, given: dict[str, Any], **more: Any) -> Made:
+    """`made` with the options of its own that are in `given`, which are taken out of there."""
+    own = {each.field: given.pop(each.name) for each in options_of(type(made)) if each.name in given}
+    return replace(made, **own, **more)  # type: ignore[type-var]  # its subclasses are dataclasses

@@ -104,9 +104,12 @@ def is_local(path: str) -> bool:
 
 
 def as_path(given: StrPath) -> str:
-    """A path as it was typed, without what means nothing: `run/./a/` is `run/a`, `hf://org/name/` is `hf://org/name`."""
+    """A path as it was typed, in its shortest form: `run/./a/` is `run/a`, `hf://org/name/` is `hf://org/name`.
+
+    A leading `~` is the home folder, since the shell leaves it alone in `--output=~/x` and in a list of paths.
+    """
     text = os.fspath(given)
-    return str(Path(text)) if is_local(text) else text.rstrip("/")
+    return str(Path(os.path.expanduser(text))) if is_local(text) else text.rstrip("/")  # noqa: PTH111  # never raises
 
 
 def join(folder: str, name: str) -> str:

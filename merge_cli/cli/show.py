@@ -1,0 +1,173 @@
+"""The plan and the result of an average: lines for the screen, and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.cli import console
+from merge_cli.errors import first_ten
+
+if TYPE_CHECKING:
+    from merge_cli.features.average import AveragePlan, AverageResult
+
+
+def show_plan(plan: AveragePlan) -> None:
+    merge = plan.merge
+    chosen = merge.outputs[0].coefficients
+    rows = [
+        (
+            candidate.path,
+            "-" if candidate.step is None else candidate.step,
+            f"{value:.4f}",
+            "base" if i == merge.base else "",
+        )
+        for i, (candidate, value) in enumerate(zip(plan.candidates, chosen.values, strict=True))
+    ]
+    parameters = "".join(f" {k}={v}" for k, v in merge.spec.parameters.items() if not isinstance(v, list))
+    count = f"{len(rows)} checkpoint" + ("s" if len(rows) > 1 else "")
+    console.say(f"average of {count} by {merge.spec.method}{parameters} -> {plan.output}")
+    if not plan.rank.is_alone:
+        _show_shares(plan)
+    for line in console.table(("checkpoint", "step", "coefficient", ""), rows):
+        console.say(line)
+    console.say(f"  effective sample size {chosen.effective_sample_size:.2f}, mean age {chosen.mean_age():.2f} intervals")
+    console.say(
+        f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
+        f" in {len(merge.files)} file{'s' if len(merge.files) > 1 else ''}, buffers {console.human_bytes(plan.budget.bytes)}"
+        f" ({plan.budget.workers} threads), device {plan.device.name}"
+        + (f" ({console.human_bytes(plan.budget.device_bytes)} of its memory)" if plan.device.is_accelerator else "")
+    )
+    side = merge.inputs[merge.base].side_files
+    if side.kept or side.skipped:
+        console.say(f"  kept from the base: {console.names(side.kept) or 'nothing'}")
+        console.say(f"  left out: {console.names(side.skipped) or 'nothing'}")
+    copied = sorted({key for file in merge.files for run in file.extents if run.is_copy for key in run.keys})
+    if copied:
+        console.say(f"  copied, not averaged: {len(copied)} tensors ({console.names(copied, 3)})")
+    if merge.spec.dtype != "keep":
+        from merge_cli.output.manifest import with_dtype
+
+        config = merge.inputs[merge.base].config
+        says_so = "; config.json says so" if with_dtype(config, "bf16") != with_dtype(config, "fp32") else ""
+        console.say(f"  floats are written as {merge.spec.dtype}{says_so}")
+    for note in plan.notes:
+        console.say(f"note: {note}")
+    for warning in plan.warnings:
+        console.say(f"warning: {warning}")
+
+
+def _show_shares(plan: AveragePlan) -> None:
+    from merge_cli.ranks.shares import cut, shares
+
+    pieces = cut(plan.merge.files, plan.rank.world_size)
+    loads = [sum(piece.end - piece.begin for piece in share) for share in shares(pieces, plan.rank.world_size)]
+    largest = max(loads) * len(loads) / max(sum(loads), 1)
+    many = sum(not piece.is_whole for piece in pieces)
+    console.say(
+        f"  {plan.rank} (from {plan.rank.source}): {len(pieces)} pieces{f', {many} of them parts of files' if many else ''};"
+        f" the largest share is {largest:.2f} x the mean"
+    )
+
+
+def finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwidth: int | None) -> None:
+    from merge_cli.tuning.estimate import estimate
+
+    if not (as_json and quiet):
+        for finding in plan.findings:
+            console.print_error(finding, "finding")
+    expected = estimate(plan.merge, storage_bandwidth, device=plan.device)
+    rate = console.human_bytes(expected.storage_bandwidth)
+    if not quiet:
+        console.say(
+            f"  about {console.human_seconds(expected.seconds)}, decided by {expected.bottleneck}, at {rate}/s"
+            f" {'as given' if storage_bandwidth else 'measured on the first bytes'}"
+        )
+        fine = "" if plan.findings else "; nothing that headers show would stop this run (values were not read)"
+        console.say(f"dry run: nothing was written{fine}")
+    if as_json:
+        console.out_json({**plan_as_json(plan), "estimate": asdict(expected)})
+    else:
+        console.out(plan.output)
+
+
+def show_result(plan: AveragePlan, result: AverageResult) -> None:
+    from merge_cli.features.share import ShareResult
+    from merge_cli.ranks.launcher import WORKER
+
+    if isinstance(result, ShareResult) and not result.has_published:
+        if result.stood:
+            console.say("the result stands already, complete: nothing was left to do")
+        elif plan.rank.source == WORKER:
+            console.say("done by all workers")
+        else:
+            left = f"{result.missing} of {len(plan.merge.files)} files are with other ranks, the last of which publishes"
+            console.say(f"{plan.rank} has done what was there for it in {result.seconds:.1f} s; {left}")
+        return
+    statistics = result.statistics
+    parts = {
+        "reading": statistics.seconds_reading,
+        "computing": statistics.seconds_computing,
+        "writing": statistics.seconds_writing,
+    }
+    moved = statistics.bytes_read + statistics.bytes_written
+    shares = ", ".join(f"{name} {100 * seconds / max(sum(parts.values()), 1e-9):.0f} %" for name, seconds in parts.items())
+    console.say(
+        f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s; most time went into"
+        f" {max(parts, key=lambda name: parts[name])} ({shares})"
+    )
+    if statistics.requantization_error is not None:
+        largest, mean = statistics.requantization_error
+        console.say(f"quantising again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
+    for note in statistics.notes:
+        console.say(f"note: {note}")
+    if result.reused:
+        console.say(f"{result.reused} files had been finished by an earlier run and were kept")
+    warn_of_nonfinite(result)
+
+
+def warn_of_nonfinite(result: AverageResult) -> None:
+    for line in first_ten([f"`{key}` has {count} NaN or Inf elements" for key, count in result.nonfinite.items()], "such tensors"):
+        console.say(f"warning: {line}")
+
+
+def plan_as_json(plan: AveragePlan) -> dict[str, Any]:
+    merge = plan.merge
+    chosen = merge.outputs[0].coefficients
+    return {
+        "output": str(plan.output),
+        "method": merge.spec.method,
+        "parameters": dict(merge.spec.parameters),
+        "inputs": [
+            {"path": c.path, "step": c.step, "coefficient": value} for c, value in zip(plan.candidates, chosen.values, strict=True)
+        ],
+        "base": plan.candidates[merge.base].path,
+        "effective_sample_size": chosen.effective_sample_size,
+        "mean_age": chosen.mean_age(),
+        "bytes_to_read": merge.bytes_to_read,
+        "bytes_to_write": merge.bytes_to_write,
+        "files": len(merge.files),
+        "memory_bytes": plan.budget.bytes,
+        "device": plan.device.name,
+        "rank": None if plan.rank.is_alone else str(plan.rank),
+        "device_memory_bytes": plan.budget.device_bytes,
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+        "findings": [str(finding) for finding in plan.findings],
+    }
+
+
+def result_as_json(result: AverageResult) -> dict[str, Any]:
+    statistics = result.statistics
+    return {
+        "seconds": result.seconds,
+        "seconds_reading": statistics.seconds_reading,
+        "seconds_computing": statistics.seconds_computing,
+        "seconds_writing": statistics.seconds_writing,
+        "bytes_read": statistics.bytes_read,
+        "bytes_written": statistics.bytes_written,
+        "files_reused": result.reused,
+        "nonfinite": result.nonfinite,
+        "requantization_error": statistics.requantization_error,
+        "run_notes": statistics.notes,
+    }

@@ -1,0 +1,35 @@
+"""The folder of a result: as typed, or named after the method and the steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from merge_cli.errors import UsageError
+from merge_cli.request.labels import Candidate
+from merge_cli.stores.store import StrPath, as_path, name_of
+
+
+def destination_of(output: StrPath, example: str = "merged") -> Path:
+    """The folder that `-o` names. Raises UsageError if it cannot be the name of a folder."""
+    if not os.fspath(output):
+        raise UsageError("-o is empty", hint=f"name the folder of the result:  -o {example}")
+    if any(ord(character) < 32 for character in os.fspath(output)):
+        raise UsageError("-o holds a line break or another control character", hint=f"name the folder of the result:  -o {example}")
+    destination = Path(as_path(output))
+    if destination.suffix == ".safetensors":
+        without = destination.with_suffix("")
+        raise UsageError(f"the result is a folder, and {destination} looks like a file", hint=f"-o {without}")
+    if destination.name in ("", ".."):
+        destination = destination.resolve()
+        if not destination.name:
+            raise UsageError(f"the result cannot be {destination}", hint=f"name the folder of the result:  -o {example}")
+    return destination
+
+
+def default_destination(method: str, candidates: Sequence[Candidate]) -> Path:
+    """`merged-<method>-<oldest step>-<newest step>` in the current folder."""
+    ends = [candidates[0], candidates[-1]]
+    labels = [str(c.step) if c.step is not None else name_of(c.path).removesuffix(".safetensors") for c in ends]
+    return Path(f"merged-{method}-{labels[0]}-{labels[1]}")

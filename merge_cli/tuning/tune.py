@@ -1,0 +1,45 @@
+"""The device, memory and kind of reads for a planned merge, from what RunConfig leaves open. May time some reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from merge_cli.engine.budget import Budget, fit_memory
+from merge_cli.engine.device import Device
+from merge_cli.planning.plan import MergePlan
+from merge_cli.ranks.launcher import WORKER, Rank
+from merge_cli.request.spec import RunConfig
+from merge_cli.tuning.backend import settle
+from merge_cli.tuning.direct import choose_direct
+
+
+class Tuning(NamedTuple):
+    """The device, the reasons for it, and the use of memory there for this merge or others of its inputs."""
+
+    device: Device
+    notes: tuple[str, ...]
+    fit: Callable[[MergePlan], Budget]
+
+
+def tune(merge: MergePlan, run: RunConfig, rank: Rank | None = None) -> Tuning:
+    """Settle how `rank` carries out `merge`. Raises UsageError for a missing device or too little memory."""
+    rank = rank or Rank()
+    direct = choose_direct(merge, run.direct)
+
+    def fit(where: Device, plan: MergePlan) -> Budget:
+        return fit_memory(
+            plan,
+            run.memory,
+            where,
+            threads=run.threads or rank.threads(len(os.sched_getaffinity(0))),
+            device_memory=run.device_memory,
+            chunk_bytes=run.chunk_size,
+            direct=direct.use,
+            processes=rank.world_size if rank.source == WORKER else 1,
+        )
+
+    device, _, reasons = settle(run.device, merge, partial(fit, plan=merge), rank.local_rank)
+    return Tuning(device, (*filter(None, [direct.note]), *reasons), partial(fit, device))
