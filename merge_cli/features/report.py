@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_cli.errors import OutputError, UsageError
-from merge_cli.request.spec import StrPath
+from merge_cli.stores.store import StrPath
 from merge_cli.system.durable import write_file
 from merge_cli.trajectory.evidence import collect
 from merge_cli.trajectory.folder import ANALYSIS, RUN, Run, folder_of, read_analysis, read_run
