@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ from hypothesis import strategies as st
 from reference import round_fraction
 from torch import Tensor
 
-from merge_cli.engine.arithmetic import WeightedSum, accumulator_dtype, add_term, divide, store, torch_dtype, weighted_sum
+from merge_cli.engine.arithmetic import add_term, divide, store, torch_dtype
 from merge_cli.engine.kernels import build, native
-from merge_cli.engine.kernels.native import Kernel, Sum
+from merge_cli.engine.kernels.native import Job, Kernel
 from merge_cli.errors import UsageError
+from merge_cli.planning.sums import WeightedSum, sum_dtype, weighted_sum
 from merge_cli.request.methods import Coefficients, coefficients
 
 NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000, "F64": 0x7FF8000000000000}
@@ -52,37 +54,57 @@ def dtype_of(tensor: Tensor) -> str:
     return next(name for name in DTYPES if torch_dtype(name) == tensor.dtype)
 
 
-def as_sum(operation: WeightedSum, sources: Sequence[Tensor], dtype: str, setting: str) -> Sum:
-    """The sum that the engine asks for."""
-    wide = accumulator_dtype(setting, operation, [dtype_of(sources[i]) for i in operation.inputs], dtype) == torch.float64
-    mend = setting == "auto"
-    return Sum(dtype, "F64" if wide else "F32", operation.inputs, operation.factors, operation.divisor, mend)
+class Sum(NamedTuple):
+    """A sum and the dtype that it is rounded to."""
+
+    dtype: str
+    operation: WeightedSum
+
+
+def sum_of(
+    dtype: str,
+    accumulator: str,
+    inputs: tuple[int, ...],
+    factors: tuple[float, ...],
+    divisor: float | None = None,
+    retry: bool = False,
+) -> Sum:
+    return Sum(dtype, WeightedSum(inputs, factors, divisor, accumulator, retry))
+
+
+def planned(inputs: tuple[int, ...], chosen: Coefficients, sources: Sequence[Tensor], dtype: str, setting: str) -> Sum:
+    """The sum that a plan has."""
+    accumulator = sum_dtype(setting, chosen.numerators is not None, [dtype_of(sources[i]) for i in inputs], dtype)
+    return Sum(dtype, weighted_sum(inputs, chosen, accumulator, retry=setting == "auto" and accumulator == "F32"))
 
 
 def by_torch(each: Sum, sources: Sequence[Tensor]) -> Tensor:
     """The sum by the reference: bits as integers, NaN as the one pattern."""
-    operation = WeightedSum(each.inputs, each.factors, each.divisor, False)
 
-    def reduced(accumulator: torch.dtype) -> Tensor:
-        total = torch.empty(len(sources[0]), dtype=accumulator)
+    def reduced(operation: WeightedSum) -> Tensor:
+        total = torch.empty(len(sources[0]), dtype=torch_dtype(operation.dtype))
         for position, i in enumerate(operation.inputs):
-            add_term(operation, position, sources[i].to(accumulator), total)
+            add_term(operation, position, sources[i].to(total.dtype), total)
         divide(operation, total)
         output = torch.empty(len(total), dtype=torch_dtype(each.dtype))
         store(total, output)
         return output
 
-    output = reduced(torch_dtype(each.accumulator))
-    if each.mend and each.accumulator == "F32" and not output.isfinite().all():
-        output = torch.where(output.isfinite(), output, reduced(torch.float64))
+    output = reduced(each.operation)
+    if each.operation.retry and not output.isfinite().all():
+        output = torch.where(output.isfinite(), output, reduced(each.operation.again_in_float64()))
     bits = output.view(INTEGERS[output.itemsize])
     return torch.where(output.isnan(), torch.tensor(NAN[each.dtype], dtype=bits.dtype), bits)
+
+
+def prepare(kernel: Kernel, dtypes: Sequence[str], sums: Sequence[Sum]) -> Job:
+    return kernel.prepare(dtypes, [each.operation for each in sums], [each.dtype for each in sums])
 
 
 def by_kernel(kernel: Kernel, sums: Sequence[Sum], sources: Sequence[Tensor]) -> list[Tensor]:
     """The sums by the kernel, as bits. Checks which outputs it reports as not finite."""
     outputs = [torch.full((len(sources[0]),), 7, dtype=torch_dtype(each.dtype)) for each in sums]
-    job = kernel.prepare([dtype_of(source) for source in sources], sums)
+    job = prepare(kernel, [dtype_of(source) for source in sources], sums)
     bad = job.run([source.data_ptr() for source in sources], [output.data_ptr() for output in outputs], len(sources[0]))
     assert bad == [k for k, output in enumerate(outputs) if not output.isfinite().all()]
     return [output.view(INTEGERS[output.itemsize]) for output in outputs]
@@ -124,10 +146,10 @@ METHODS = {
 @pytest.mark.parametrize("setting", ["auto", "fp32", "fp64"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_dtype_and_setting(method: str, setting: str) -> None:
-    operation = weighted_sum(tuple(range(len(METHODS[method].values))), METHODS[method])
+    inputs = tuple(range(len(METHODS[method].values)))
     for dtype, special in itertools.product(DTYPES, (False, True)):
-        sources = [values(dtype, 1100, seed, special) for seed in range(len(operation.inputs))]
-        check([as_sum(operation, sources, output, setting) for output in DTYPES], sources)
+        sources = [values(dtype, 1100, seed, special) for seed in inputs]
+        check([planned(inputs, METHODS[method], sources, output, setting) for output in DTYPES], sources)
 
 
 def all_patterns(dtype: str) -> Tensor:
@@ -138,7 +160,7 @@ def all_patterns(dtype: str) -> Tensor:
 def test_every_pattern_of_16_bits(dtype: str) -> None:
     operations = [(1.0, None), (1.0, 3.0), (0.3, None), (3.0, 4.0)]
     for output, accumulator, (factor, divisor) in itertools.product(DTYPES, ("F32", "F64"), operations):
-        check([Sum(output, accumulator, (0,), (factor,), divisor)], [all_patterns(dtype)])
+        check([sum_of(output, accumulator, (0,), (factor,), divisor)], [all_patterns(dtype)])
 
 
 @pytest.mark.parametrize(("accumulator", "factors", "divisor"), [("F32", (1.0, 1.0), 2.0), ("F64", (0.7, 0.3), None)])
@@ -150,18 +172,18 @@ def test_every_pattern_of_16_bits_with_64_partners(
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, 3e-8, 65504.0, torch.inf, torch.nan]).to(every.dtype)
     for few in torch.cat([every[77 :: 1 << 10][:56], special]).split(16):
         sources = [every.repeat(len(few)), few.repeat_interleave(len(every))]
-        check([Sum(dtype, accumulator, (0, 1), factors, divisor, mend=True)], sources)
+        check([sum_of(dtype, accumulator, (0, 1), factors, divisor, retry=True)], sources)
 
 
 @pytest.mark.parametrize(("dtype", "output"), [("BF16", "BF16"), ("F16", "F32"), ("F32", "F16"), ("F64", "F64")])
 def test_every_tail_at_every_alignment(dtype: str, output: str) -> None:
     """The bits of an element depend on nothing around it, and nothing around the output is touched."""
-    each = Sum(output, "F64", (0, 1, 2), (1.0, 2.0, 3.0), 6.0)
+    each = sum_of(output, "F64", (0, 1, 2), (1.0, 2.0, 3.0), 6.0)
     sources = [values(dtype, 576, seed) for seed in range(3)]
     width, width_out = sources[0].itemsize, torch_dtype(output).itemsize
     stored, expected = [bytes_of(source) for source in sources], bytes_of(by_torch(each, sources))
     for kernel in KERNELS.values():
-        job = kernel.prepare([dtype] * 3, [each])
+        job = prepare(kernel, [dtype] * 3, [each])
         for tail, alignment in itertools.product(range(64), range(64)):
             count = tail + 512 * (alignment % 2)
             inputs = [bytearray(alignment) + data[: count * width] for data in stored]
@@ -181,9 +203,9 @@ def test_no_byte_outside_is_touched(dtype: str) -> None:
     for memory in maps:
         for guard in (0, 3 * page):
             assert libc.mprotect(ctypes.c_void_p(native.address_of(memory) + guard), page, 0) == 0
-    sums = [Sum(dtype, "F32", (0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0), 3.0), Sum(dtype, "F64", (0, 1, 3), (0.1, 0.2, 0.7))]
+    sums = [sum_of(dtype, "F32", (0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0), 3.0), sum_of(dtype, "F64", (0, 1, 3), (0.1, 0.2, 0.7))]
     for kernel, some in itertools.product(KERNELS.values(), (sums, sums[:1], sums[1:])):
-        job = kernel.prepare([dtype] * 4, some)
+        job = prepare(kernel, [dtype] * 4, some)
         for count in [*range(1, 65), 512, 513, 2 * page // width]:
             for offset in (page, 3 * page - count * width):
                 addresses = [native.address_of(memory) + offset for memory in maps]
@@ -214,7 +236,7 @@ def test_float64_is_rounded_once(numbers: list[float], output: str) -> None:
     source, dtype = torch.tensor(numbers, dtype=torch.float64), torch_dtype(output)
     exact = torch.tensor([round_fraction(Fraction(x), dtype) for x in numbers], dtype=torch.float64).copysign(source).to(dtype)
     for kernel in KERNELS.values():
-        (found,) = by_kernel(kernel, [Sum(output, "F64", (0,), (1.0,))], [source])
+        (found,) = by_kernel(kernel, [sum_of(output, "F64", (0,), (1.0,))], [source])
         assert torch.equal(found, exact.view(found.dtype)), kernel.name
 
 
@@ -231,7 +253,9 @@ def jobs(draw: st.DrawFn) -> tuple[list[Sum], list[Tensor]]:
         factors = tuple(draw(st.sampled_from([whole, st.floats(-2, 2)]).flatmap(lambda kind: kind)) for _ in inputs)
         divisor = draw(st.none() | st.integers(2, 50).map(float))
         sums.append(
-            Sum(draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["F32", "F64"])), inputs, factors, divisor, draw(st.booleans()))
+            sum_of(
+                draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["F32", "F64"])), inputs, factors, divisor, draw(st.booleans())
+            )
         )
     return sums, sources
 
@@ -244,21 +268,15 @@ def test_any_job(job: tuple[list[Sum], list[Tensor]]) -> None:
 
 def test_more_outputs_than_are_summed_at_once() -> None:
     sources = [values("BF16", 1500, seed) for seed in range(11)]
-    sums = [as_sum(weighted_sum(tuple(range(n)), coefficients("ema", range(n))), sources, "BF16", "auto") for n in range(2, 11)]
-    check(
-        [
-            *sums,
-            *(as_sum(weighted_sum(tuple(range(n)), coefficients("sma", range(n))), sources, "BF16", "auto") for n in range(2, 11)),
-        ],
-        sources,
-    )
+    chosen = [coefficients(method, range(n)) for method in ("ema", "sma") for n in range(2, 11)]
+    check([planned(tuple(range(len(each.values))), each, sources, "BF16", "auto") for each in chosen], sources)
 
 
-def test_sums_too_large_for_float32_are_mended() -> None:
+def test_sums_too_large_for_float32_are_made_again() -> None:
     most = torch.tensor([torch.finfo(torch.bfloat16).max] * 700).bfloat16()
-    mended, kept = (Sum("BF16", "F32", (0, 1), (1.0, 1.0), 2.0, mend) for mend in (True, False))
+    again, once = (sum_of("BF16", "F32", (0, 1), (1.0, 1.0), 2.0, retry) for retry in (True, False))
     for kernel in KERNELS.values():
-        found, infinite = by_kernel(kernel, [mended, kept], [most, most])
+        found, infinite = by_kernel(kernel, [again, once], [most, most])
         assert torch.equal(found, most.view(torch.int16))
         assert torch.equal(infinite, torch.full_like(infinite, 0x7F80))
 
@@ -273,7 +291,7 @@ def flushing() -> Iterator[None]:
 
 
 def test_subnormals_are_kept_where_they_are_flushed(request: pytest.FixtureRequest) -> None:
-    sums = [Sum(output, accumulator, (0, 1), (1.0, 3.0), 4.0) for output in DTYPES for accumulator in ("F32", "F64")]
+    sums = [sum_of(output, accumulator, (0, 1), (1.0, 3.0), 4.0) for output in DTYPES for accumulator in ("F32", "F64")]
     cases = []
     for dtype in DTYPES:
         sources = [values(dtype, 900, seed) / 2.0 ** (torch.finfo(torch_dtype(dtype)).bits * 2) for seed in (0, 1)]
@@ -290,11 +308,11 @@ def test_rounding_is_to_nearest_whatever_is_set() -> None:
     libm = ctypes.CDLL("libm.so.6")
     before = libm.fegetround()
     sources = [values("F32", 900, seed) for seed in (0, 1)]
-    each = Sum("BF16", "F64", (0, 1), (0.1, 0.9))
+    each = sum_of("BF16", "F64", (0, 1), (0.1, 0.9))
     expected = by_torch(each, sources)
     for kernel in KERNELS.values():
         output = torch.empty(900, dtype=torch.bfloat16)
-        job = kernel.prepare(["F32", "F32"], [each])
+        job = prepare(kernel, ["F32", "F32"], [each])
         for mode in (0x400, 0x800, 0xC00) if os.uname().machine == "x86_64" else (0x400000, 0x800000, 0xC00000):
             assert libm.fesetround(mode) == 0
             job.run([source.data_ptr() for source in sources], [output.data_ptr()], 900)
@@ -316,10 +334,10 @@ def test_what_is_not_finite_is_found(dtype: str) -> None:
 
 def test_inputs_that_no_sum_uses_are_not_read() -> None:
     sources = [values("F32", 100, seed) for seed in range(3)]
-    each = Sum("F32", "F64", (0, 2), (0.5, 0.5))
+    each = sum_of("F32", "F64", (0, 2), (0.5, 0.5))
     for kernel in KERNELS.values():
         outputs = torch.empty(2, 100)
-        job = kernel.prepare(["F32", "F32", "F32"], [each, each])
+        job = prepare(kernel, ["F32", "F32", "F32"], [each, each])
         assert job.inputs == (0, 2)
         job.run([sources[0].data_ptr(), 0, sources[2].data_ptr()], [output.data_ptr() for output in outputs], 100)
         assert torch.equal(outputs.view(torch.int32), by_torch(each, sources).repeat(2, 1))

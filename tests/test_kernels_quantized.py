@@ -17,19 +17,21 @@ from torch import Tensor
 
 from merge_cli.engine.kernels import native
 from merge_cli.engine.kernels.layouts import layout_of
-from merge_cli.engine.kernels.native import Kernel, Parts, Sum
+from merge_cli.engine.kernels.native import Kernel, Parts
 from merge_cli.formats.quantization.codec import Codec, Shape
 from merge_cli.formats.quantization.fp8 import Fp8
 from merge_cli.formats.quantization.integer import Integer
 from merge_cli.formats.quantization.layout import Grid, num_rows
 from merge_cli.formats.quantization.mxfp4 import MxFp4, MxFp4Transposed
 from merge_cli.formats.quantization.nvfp4 import NvFp4
+from merge_cli.planning.sums import WeightedSum
 
 KERNELS = native.kernels()
 if not KERNELS and shutil.which("cc") is None:
     pytest.skip("no C compiler here", allow_module_level=True)
 assert KERNELS, f"{native.why_none()}: run scripts/setup"
 
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CASES: dict[str, tuple[Codec, Shape]] = {
     "fp8 block": (Fp8(Grid(128, 128)), (256, 384)),
     "fp8 block, long rows": (Fp8(Grid(8, 128), "BF16"), (16, 1500)),
@@ -77,7 +79,7 @@ def random_parts(codec: Codec, shape: Shape, seed: int) -> dict[str, Tensor]:
     ]
     sizes = {name: codec.part_range(name, shape, 0, num_rows(shape))[1] for name in names}
     parts = {name: torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8) for name, size in sizes.items()}
-    kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(getattr(codec, "scale_dtype", ""))
+    kind = FLOATS.get(getattr(codec, "scale_dtype", ""))
     if seed % 2 and kind is not None:
         parts["scale"] = (torch.rand(sizes["scale"] // kind.itemsize, generator=generator) + 0.5).to(kind).view(torch.uint8)
     if seed % 2 and isinstance(codec, NvFp4):
@@ -108,7 +110,9 @@ def check(kernel: Kernel, codec: Codec, shape: Shape, parts: Mapping[str, Tensor
     assert layout is not None
     expected = codec.decode(parts, shape, r0, r1).reshape(-1)
     found = torch.empty_like(expected)
-    bad = kernel.prepare([layout], [Sum("F32", "F32", (0,), (1.0,))]).run([addresses(parts, r0)], [found.data_ptr()], len(found))
+    bad = kernel.prepare([layout], [WeightedSum((0,), (1.0,), None, "F32")], ["F32"]).run(
+        [addresses(parts, r0)], [found.data_ptr()], len(found)
+    )
     assert bad == ([] if expected.isfinite().all() else [0])
     positions = (~expected.isfinite()).nonzero().flatten().tolist()
     assert kernel.find_nonfinite(layout, addresses(parts, r0), len(found), len(found)) == (len(positions), positions)
@@ -176,34 +180,33 @@ def jobs(draw: st.DrawFn) -> tuple[list[tuple[Codec | str, Shape]], int, int, in
 def test_sums_of_any_inputs(job: tuple[list[tuple[Codec | str, Shape]], int, int, int]) -> None:
     """Values decoded beside plain ones, for one output and for several."""
     inputs, r0, r1, seed = job
-    values, dtypes, given_, kept = [], [], [], []
+    values, dtypes, places, kept = [], [], [], []
     for i, (codec, shape) in enumerate(inputs):
         if isinstance(codec, str):
             kind = torch.bfloat16 if codec == "BF16" else torch.float32
             plain = torch.randn((r1 - r0) * shape[1], generator=torch.Generator().manual_seed(seed + i)).to(kind)
-            values.append(plain), dtypes.append(codec), given_.append(plain.data_ptr())
+            values.append(plain), dtypes.append(codec), places.append(plain.data_ptr())
             continue
         parts = cut(codec, shape, random_parts(codec, shape, seed + i), r0, r1)
         values.append(codec.decode(parts, shape, r0, r1).reshape(-1))
-        dtypes.append(layout_of(codec, shape)), given_.append(addresses(parts, r0)), kept.append(parts)
+        dtypes.append(layout_of(codec, shape)), places.append(addresses(parts, r0)), kept.append(parts)
     every = tuple(range(len(inputs)))
     factors = tuple(0.3 + i for i in every)
     sums = [
-        Sum("BF16", "F64", every, factors),
-        Sum("F32", "F32", every[-2:], factors[-2:], 3.0),
-        Sum("BF16", "F32", every[:1], (2.0,), None, True),
+        WeightedSum(every, factors),
+        WeightedSum(every[-2:], factors[-2:], 3.0, "F32"),
+        WeightedSum(every[:1], (2.0,), None, "F32", retry=True),
     ]
+    rounded = ["BF16", "F32", "BF16"]
     plain_names = ["BF16" if value.dtype == torch.bfloat16 else "F32" for value in values]
     for kernel, some in itertools.product(KERNELS.values(), (sums, sums[:1])):
-        found, expected = (
-            [torch.empty(len(values[0]), dtype=torch.bfloat16 if each.dtype == "BF16" else torch.float32) for each in some]
-            for _ in range(2)
-        )
-        kernel.prepare(dtypes, some).run(given_, [output.data_ptr() for output in found], len(values[0]))
-        kernel.prepare(plain_names, some).run(
-            [value.data_ptr() for value in values], [output.data_ptr() for output in expected], len(values[0])
-        )
-        for a, b in zip(found, expected, strict=True):
+        found = []
+        for names, at in [(dtypes, places), (plain_names, [value.data_ptr() for value in values])]:
+            outputs = [torch.empty(len(values[0]), dtype=FLOATS[dtype]) for dtype in rounded[: len(some)]]
+            job_of_kernel = kernel.prepare(names, some, rounded[: len(some)])
+            job_of_kernel.run(at, [output.data_ptr() for output in outputs], len(values[0]))
+            found.append(outputs)
+        for a, b in zip(*found, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), kernel.name
 
 

@@ -215,7 +215,7 @@ static int store_slowly(
     for (int i = 0; i < n; i++) {
         char *out = (char *)o->data + (begin + i) * bytes_of[o->dtype];
         int here = store_one(o->sum == F32 ? sums->narrow[i] : sums->wide[i], out, o->dtype);
-        if (!here && o->mend) here = store_one(sum_one(inputs, num_inputs, o, begin + i), out, o->dtype);
+        if (!here && o->retry) here = store_one(sum_one(inputs, num_inputs, o, begin + i), out, o->dtype);
         is_finite &= here;
     }
     return is_finite;

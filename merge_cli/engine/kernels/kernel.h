@@ -37,7 +37,7 @@ struct output {
     double divisor;        /* 1: no division */
     int32_t dtype;
     int32_t sum;       /* F32 or F64 */
-    int32_t mend;      /* results of float32 sums that are not finite are summed again in float64 */
+    int32_t retry;     /* results of float32 sums that are not finite are summed again in float64 */
     int32_t nonfinite; /* set by the call: whether a result is NaN or infinite */
 };
 

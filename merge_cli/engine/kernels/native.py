@@ -1,7 +1,7 @@
 """Weighted sums by the native kernel, one call for a chunk, which gives up the interpreter's lock (no torch, no numpy).
 
     kernel = load()                                     # None without a built library: the torch path gives the same bytes
-    job = kernel.prepare(["BF16"] * 4, [Sum("BF16", "F32", (0, 1, 2, 3), (1.0,) * 4, 4.0, mend=True)])
+    job = kernel.prepare(["BF16"] * 4, [WeightedSum((0, 1, 2, 3), (1.0,) * 4, 4.0, "F32")], ["BF16"])
     bad = job.run(inputs, outputs, count)               # addresses of memory; outputs whose results are not all finite
 
 The bits are those of the reference in torch, on every processor and in whatever state its
@@ -25,6 +25,7 @@ from typing import NamedTuple
 from merge_cli.engine.kernels import build
 from merge_cli.engine.kernels.layouts import Layout
 from merge_cli.errors import UsageError
+from merge_cli.planning.sums import WeightedSum
 
 VARIABLE = "PMERGE_KERNEL"
 _ABI = 3
@@ -32,20 +33,6 @@ _DTYPES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 _SCALES = {**_DTYPES, "F8_E4M3": 4, "F8_E8M0": 5, "U8": 5}
 _CODES = {"E4M3": 0, "E2M1": 1, "I8": 2, "2": 3, "4": 4, "8": 5}
 _ZEROS = {"": 0, "I8": 1, "packed": 2}
-
-
-class Sum(NamedTuple):
-    """One output: `factors[i]` times input `inputs[i]`, ascending, summed in `accumulator` (F32 or F64) and divided by `divisor`.
-
-    `mend`: where a float32 sum ends as NaN or infinite, that element is summed again in float64.
-    """
-
-    dtype: str
-    accumulator: str
-    inputs: tuple[int, ...]
-    factors: tuple[float, ...]
-    divisor: float | None = None
-    mend: bool = False
 
 
 class Parts(NamedTuple):
@@ -91,7 +78,7 @@ class _Output(ctypes.Structure):
         ("divisor", ctypes.c_double),
         ("dtype", ctypes.c_int32),
         ("sum", ctypes.c_int32),
-        ("mend", ctypes.c_int32),
+        ("retry", ctypes.c_int32),
         ("nonfinite", ctypes.c_int32),
     )
 
@@ -99,24 +86,26 @@ class _Output(ctypes.Structure):
 class Job:
     """Sums of inputs of given dtypes, ready to be run on any number of chunks. For one thread at a time."""
 
-    def __init__(self, kernel: Kernel, dtypes: Sequence[str | Layout], sums: Sequence[Sum]) -> None:
+    def __init__(
+        self, kernel: Kernel, dtypes: Sequence[str | Layout], sums: Sequence[WeightedSum], output_dtypes: Sequence[str]
+    ) -> None:
         self.inputs = tuple(sorted({i for each in sums for i in each.inputs}))
         """The positions of the inputs that a sum uses, ascending. No other is read."""
         self._kernel = kernel
         self._inputs = (_Input * len(self.inputs))()
         self._coded = [_describe(record, dtypes[i]) for record, i in zip(self._inputs, self.inputs, strict=True)]
         self._kept: list[object] = []  # arrays that the records below point to
-        self._outputs = (_Output * len(sums))(*map(self._output, sums))
+        self._outputs = (_Output * len(sums))(*map(self._output, sums, output_dtypes))
 
-    def _output(self, each: Sum) -> _Output:
+    def _output(self, each: WeightedSum, dtype: str) -> _Output:
         given = dict(zip(each.inputs, each.factors, strict=True))
-        assert list(given) == sorted(given) and each.accumulator in ("F32", "F64")
+        assert list(given) == sorted(given) and each.dtype in ("F32", "F64")
         factors = (ctypes.c_double * len(self.inputs))(*(given.get(i, 0.0) for i in self.inputs))
         used = (ctypes.c_uint8 * len(self.inputs))(*(i in given for i in self.inputs))
         self._kept += [factors, used]
         divisor = 1.0 if each.divisor is None else each.divisor
-        mend = each.mend and each.accumulator == "F32"
-        return _Output(None, factors, used, divisor, _DTYPES[each.dtype], _DTYPES[each.accumulator], mend)
+        retry = each.retry and each.dtype == "F32"
+        return _Output(None, factors, used, divisor, _DTYPES[dtype], _DTYPES[each.dtype], retry)
 
     def run(self, inputs: Sequence[int | Parts], outputs: Sequence[int], count: int) -> list[int]:
         """Reduce `count` elements; the outputs, by position, of which a result is NaN or infinite.
@@ -171,9 +160,9 @@ class Kernel:
         self.call = functools.partial(library.pmerge_average, number)
         self._find_nonfinite = library.pmerge_find_nonfinite
 
-    def prepare(self, dtypes: Sequence[str | Layout], sums: Sequence[Sum]) -> Job:
-        """The job of making `sums` of inputs of `dtypes`, or of a layout where they are quantized."""
-        return Job(self, dtypes, sums)
+    def prepare(self, dtypes: Sequence[str | Layout], sums: Sequence[WeightedSum], output_dtypes: Sequence[str]) -> Job:
+        """The job of making `sums` of inputs of `dtypes` (of a layout where they are quantized), each rounded to a dtype."""
+        return Job(self, dtypes, sums, output_dtypes)
 
     def find_nonfinite(self, dtype: str | Layout, data: int | Parts, count: int, most: int = 0) -> tuple[int, list[int]]:
         """How many of `count` elements are NaN or infinite, and the positions of the first `most` of these."""
