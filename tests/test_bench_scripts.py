@@ -241,7 +241,7 @@ def test_plot_is_well_formed():
     assert heights[1] / heights[0] == pytest.approx(260 / 250, rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="ten merges in processes; test_fit_line and test_plot_is_well_formed")
 def test_bench_of_a_series(tmp_path):
     options = ["--grow=size", "--values=1MB,2MB,3MB", "--rounds=1", f"--folder={tmp_path}", f"--plot={tmp_path}/m.svg"]
     done = bench(*options)
@@ -249,7 +249,7 @@ def test_bench_of_a_series(tmp_path):
     ElementTree.parse(tmp_path / "m.svg")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="ten merges in processes; test_contest_runs_in_turn_and_drops_who_fails")
 def test_bench_from_the_command_line(tmp_path):
     options = ["--size=1MB", "--rounds=1", "--peers=safe_open", f"--folder={tmp_path}", "--json"]
     done = bench(*options)
@@ -259,7 +259,7 @@ def test_bench_from_the_command_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="ten merges in processes; test_contest_runs_in_turn_and_drops_who_fails")
 def test_bench_of_a_sweep(tmp_path):
     options = ["--sweep", "--size=1MB", "--count=3", "--rounds=1", f"--folder={tmp_path}", "--json"]
     done = bench(*options)

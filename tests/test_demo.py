@@ -11,7 +11,7 @@ from reference import load
 DEMO = Path(__file__).parent.parent / "scripts" / "lib" / "demo"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="trains two models; scripts/demo checks the same, and nothing of pmerge depends on it")
 @pytest.mark.parametrize("flags", [[], ["--moe"]])
 def test_demo_trains_merges_and_evaluates(flags: list[str], tmp_path: Path) -> None:
     def run(*command: object, expect: int = 0) -> subprocess.CompletedProcess[str]:

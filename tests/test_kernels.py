@@ -402,7 +402,7 @@ def test_no_compiler_is_no_library(elsewhere: Path, monkeypatch: pytest.MonkeyPa
         build.build(elsewhere)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="builds with sanitizers; the tests above compare the same kernels with torch")
 def test_sanitizers_find_nothing(elsewhere: Path) -> None:
     """Random jobs in a C program with AddressSanitizer and UBSan, which also compares the kernels with each other."""
     flags = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
