@@ -29,8 +29,8 @@ from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
 from merge_cli.features.share import ShareResult
 from merge_cli.output.joint import JointStaging
 from merge_cli.output.lock import Lock
-from merge_cli.output.manifest import request_state
 from merge_cli.planning.plan import WorkItem
+from merge_cli.planning.record import describe
 from merge_cli.system.files import read_json
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID", "PMERGE_RANK")
@@ -193,11 +193,11 @@ def test_only_a_rank_that_is_alone_looks_into_the_records(tmp_path: Path) -> Non
         for module in ("joint", "folder"):
             patch.setattr(f"merge_cli.output.{module}.read_json", watched)
         with JointStaging(out, plans[0].merge, plans[0].rank) as first:
-            first.join(request_state(plans[0].merge))
+            first.join(describe(plans[0].merge))
             assert {path.name for path in read} >= {f"model-0000{number}-of-00003.safetensors.json" for number in (1, 2, 3)}
             read.clear()
             with JointStaging(out, plans[1].merge, plans[1].rank) as second:
-                second.join(request_state(plans[1].merge))
+                second.join(describe(plans[1].merge))
                 assert not read
                 assert first.missing() == second.missing() == ["model-00001-of-00003.safetensors"]
 

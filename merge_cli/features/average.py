@@ -22,6 +22,7 @@ from merge_cli.names import MANIFEST
 from merge_cli.output.manifest import complete
 from merge_cli.planning.plan import MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
+from merge_cli.planning.record import describe
 from merge_cli.ranks.launcher import WORKER, Rank
 from merge_cli.request.destination import default_destination, destination_of
 from merge_cli.request.discovery import find_candidates
@@ -158,7 +159,7 @@ def run_average(
     from merge_cli.engine.sink import FolderSink
     from merge_cli.engine.stream import stream
     from merge_cli.output.folder import Done, Staging
-    from merge_cli.output.manifest import count_nonfinite, request_state
+    from merge_cli.output.manifest import count_nonfinite
 
     if plan.findings:
         raise plan.findings[0]
@@ -172,7 +173,7 @@ def run_average(
             on_progress(Progress(statistics.bytes_read, total_read, statistics.bytes_written, total_write, seconds))
 
     with Staging(plan.output, plan.run.overwrite) as staging:
-        done = staging.prepare(request_state(merge), restart=plan.run.restart, verify=plan.run.verify_resume)
+        done = staging.prepare(describe(merge), restart=plan.run.restart, verify=plan.run.verify_resume)
         if staging.is_published:  # by an earlier run of this request, which died before it could say so
             staging.clean()
             nonfinite = json.loads((plan.output / MANIFEST).read_bytes())["nonfinite"]

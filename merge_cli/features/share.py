@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merge_cli.errors import InputError, OutputError, UsageError, first_ten
 from merge_cli.features.average import AveragePlan, AverageResult, Progress
@@ -24,11 +24,9 @@ from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.safetensors import Header
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.manifest import complete
-from merge_cli.planning.plan import MergePlan, Output, WorkItem
-from merge_cli.planning.planner import build_plan
+from merge_cli.planning.plan import WorkItem
+from merge_cli.planning.record import describe, from_state, replan
 from merge_cli.ranks.shares import cut, order_of_work, shares
-from merge_cli.request.methods import Coefficients
-from merge_cli.request.spec import MergeSpec
 from merge_cli.stores.store import StrPath
 
 if TYPE_CHECKING:
@@ -59,14 +57,14 @@ def run_share(
     from merge_cli.engine.sink import FolderSink
     from merge_cli.engine.stream import stream
     from merge_cli.output.joint import JointStaging
-    from merge_cli.output.manifest import count_nonfinite, request_state
+    from merge_cli.output.manifest import count_nonfinite
 
     if plan.findings:
         raise plan.findings[0]
     began = time.perf_counter()
     merge, rank = plan.merge, plan.rank
     with JointStaging(plan.output, merge, rank, plan.run.overwrite) as staging:
-        staging.join(request_state(merge), restart=plan.run.restart)
+        staging.join(describe(merge), restart=plan.run.restart)
         if staging.is_published:
             return ShareResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), stood=True)
         reused = len(merge.files) - len(staging.missing())
@@ -138,7 +136,6 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     from merge_cli.engine.input_checks import check_inputs_unchanged
     from merge_cli.output.folder import differences, with_fingerprints
     from merge_cli.output.joint import JointStaging
-    from merge_cli.output.manifest import request_state
     from merge_cli.output.schema import check_schema
     from merge_cli.system.files import read_json
 
@@ -153,13 +150,15 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     check_schema(record, folder / "state.json", "finalize it with that version of pmerge, or a newer one", OutputError)
     try:
         state, command = with_fingerprints(record["state"]), record["command"]
-        merge = plan_of(state)
+        planned = from_state(state)
+        seen: dict[str, Header] = {}
+        merge = replan(planned, [open_checkpoint(each, seen=seen) for each in planned.paths])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise OutputError(
             f"{folder / 'state.json'} does not describe a run of this version of pmerge: {error!r:.200}",
             hint="run the command that began it again; to throw its work away, add --restart",
         ) from error
-    now = request_state(merge)
+    now = describe(merge)
     if changed := differences(state, json.loads(json.dumps(now))):
         raise InputError(f"the inputs of {path} have changed since its ranks began", details=first_ten(changed, "more differences"))
     with JointStaging(path, merge, None, overwrite) as staging:
@@ -178,16 +177,3 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
             check_inputs_unchanged(merge)
             staging.publish()
     return path
-
-
-def plan_of(state: Mapping[str, Any]) -> MergePlan:
-    """The plan that a `state.json` was made from, as far as its inputs still are what they were. Raises InputError."""
-    request: dict[str, Any] = {**state["request"]}
-    request |= {key: tuple(request[key]) for key in ("include", "exclude")}
-    seen: dict[str, Header] = {}
-    inputs = [open_checkpoint(path, seen=seen) for path in state["inputs"]]
-    values, (numerators, denominator) = state["coefficients"][0], state["rational"][0]
-    chosen = Coefficients(tuple(values), None if numerators is None else tuple(numerators), denominator)
-    base = list(state["inputs"]).index(state["base"])
-    output = Output(tuple(range(len(inputs))), chosen, base)
-    return build_plan(MergeSpec(**request), inputs, state["steps"], base, [output])

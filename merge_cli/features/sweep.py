@@ -31,6 +31,7 @@ from merge_cli.output.manifest import complete
 from merge_cli.output.schema import SCHEMA, check_schema
 from merge_cli.planning.plan import ALGORITHM, MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
+from merge_cli.planning.record import describe, fingerprint
 from merge_cli.request.amounts import parse_amount
 from merge_cli.request.destination import destination_of
 from merge_cli.request.discovery import find_candidates
@@ -270,7 +271,7 @@ def as_dict(plan: SweepPlan) -> dict[str, Any]:
                 "base": each.candidates[-1].path,
                 "effective_sample_size": each.coefficients.effective_sample_size,
                 "mean_age": each.coefficients.mean_age(),
-                "plan": each.merge.fingerprint(),
+                "plan": fingerprint(each.merge),
             }
             for each in plan.outputs
         ],
@@ -288,13 +289,12 @@ def _run_group(
     from merge_cli.engine.sink import FolderSink
     from merge_cli.engine.stream import stream
     from merge_cli.output.folder import Done, Staging
-    from merge_cli.output.manifest import request_state
 
     merge = group.merge
     with ExitStack() as stack:
         stagings = [stack.enter_context(Staging(each.path, plan.run.overwrite)) for each in group.outputs]
         done = [
-            staging.prepare(request_state(each.merge), restart=plan.run.restart, verify=plan.run.verify_resume)
+            staging.prepare(describe(each.merge), restart=plan.run.restart, verify=plan.run.verify_resume)
             for staging, each in zip(stagings, group.outputs, strict=True)
         ]
         unpublished = [k for k, staging in enumerate(stagings) if not staging.is_published]

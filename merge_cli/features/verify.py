@@ -32,10 +32,9 @@ from merge_cli.formats.checkpoint import INDEX_SUFFIX, open_checkpoint, read_ind
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header_at
 from merge_cli.formats.untrusted_json import check_depth
 from merge_cli.names import MANIFEST
-from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, Output, OutputFile, QuantizedExtent, WorkItem
-from merge_cli.planning.planner import build_plan
-from merge_cli.request.methods import Coefficients
-from merge_cli.request.spec import MergeSpec, RunConfig
+from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, OutputFile, QuantizedExtent, WorkItem
+from merge_cli.planning.record import fingerprint, from_result, replan
+from merge_cli.request.spec import RunConfig
 from merge_cli.stores.local import STORE as LOCAL
 from merge_cli.stores.store import join, read_file
 from merge_cli.system.files import read_up_to
@@ -305,35 +304,14 @@ def _plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan |
             inputs.append(checkpoint)
         if problems:
             return None
-        paths = [entry["path"] for entry in manifest["inputs"]]
-        numerators = manifest["numerators"]
-        chosen = Coefficients(
-            tuple(float(entry["coefficient"]) for entry in manifest["inputs"]),
-            None if numerators is None else tuple(numerators),
-            manifest["denominator"],
-        )
-        spec = MergeSpec(
-            method=manifest["method"],
-            parameters=manifest["parameters"],
-            dtype=manifest["dtype"],
-            accumulate=manifest["accumulate"],
-            include=tuple(manifest["include"]),
-            exclude=tuple(manifest["exclude"]),
-            int_policy=manifest["int_policy"],
-            allow_nonfinite=manifest["allow_nonfinite"],
-            shard_bytes=manifest["shard_bytes"],
-            requantize=manifest["requantize"],
-        )
-        steps = [entry["step"] for entry in manifest["inputs"]]
-        base = paths.index(manifest["base"])
-        plan = build_plan(spec, inputs, steps, base, [Output(tuple(range(len(inputs))), chosen, base)])
+        plan = replan(from_result(manifest), inputs)
     except (KeyError, TypeError, ValueError) as error:
         problems.append(f"pmerge.json does not describe a run of this version of pmerge: {error!r:.200}")
         return None
     except PmergeError as error:
         problems.append(f"the inputs cannot be averaged again: {error.message}")
         return None
-    if plan.fingerprint() != manifest.get("plan"):
+    if fingerprint(plan) != manifest.get("plan"):
         problems.append(
             "pmerge.json and its inputs give another plan than the one that was carried out; another version of pmerge?"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
@@ -19,8 +18,9 @@ from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES, check_side_files
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.folder import Done
 from merge_cli.output.schema import SCHEMA
-from merge_cli.planning.plan import ALGORITHM, MergePlan, Output
-from merge_cli.stores.store import join, read_file, resolve
+from merge_cli.planning.plan import ALGORITHM, MergePlan
+from merge_cli.planning.record import describe_result, fingerprint, input_records
+from merge_cli.stores.store import join, read_file
 from merge_cli.system.durable import write_file
 from merge_cli.system.files import sha256_of
 from merge_cli.system.process import process_start
@@ -29,69 +29,19 @@ from merge_cli.version import __version__
 _SEAL = b',\n  "sha256": "%s"\n}\n'
 
 
-def input_fingerprints(plan: MergePlan) -> list[dict[str, Any]]:
-    """What identifies each input: its files with size, version and header hash."""
-    return [
-        {
-            "path": resolve(checkpoint.path),
-            "files": [{"name": file.name, **file.fingerprint} for file in checkpoint.files],
-        }
-        for checkpoint in plan.inputs
-    ]
-
-
-def request_state(plan: MergePlan) -> dict[str, Any]:
-    """What an unfinished run must agree on to be continued, in a form in which differences can be shown."""
-    return {
-        "algorithm": ALGORITHM,
-        "request": dataclasses.asdict(plan.spec),
-        "base": resolve(plan.inputs[plan.base].path),
-        "coefficients": [list(output.coefficients.values) for output in plan.outputs],
-        "rational": [[output.coefficients.numerators, output.coefficients.denominator] for output in plan.outputs],
-        "steps": list(plan.steps),
-        "inputs": {entry["path"]: {file.pop("name"): file for file in entry["files"]} for entry in input_fingerprints(plan)},
-        "plan": plan.fingerprint(),
-    }
-
-
-def manifest(
-    plan: MergePlan, output: Output, done: Mapping[str, Done], command: list[str], beside: Mapping[str, Done]
-) -> dict[str, Any]:
+def manifest(plan: MergePlan, done: Mapping[str, Done], command: list[str], beside: Mapping[str, Done]) -> dict[str, Any]:
     """The content of `pmerge.json`: where the checkpoint comes from and what its files must hash to.
 
     `done` are the weight files, `beside` the side files and the index.
     """
     import torch
 
-    fingerprints = input_fingerprints(plan)
     return {
         "pmerge": __version__,
         "schema": SCHEMA,
         "algorithm": ALGORITHM,
-        "method": plan.spec.method,
-        "parameters": dict(plan.spec.parameters),
-        "inputs": [
-            {
-                "step": plan.steps[index],
-                "coefficient": coefficient,
-                "bytes": sum(file["file_bytes"] for file in fingerprints[index]["files"]),
-                **fingerprints[index],
-            }
-            for index, coefficient in zip(output.inputs, output.coefficients.values, strict=True)
-        ],
-        "numerators": output.coefficients.numerators,
-        "denominator": output.coefficients.denominator,
-        "base": resolve(plan.inputs[plan.base].path),
-        "dtype": plan.spec.dtype,
-        "accumulate": plan.spec.accumulate,
-        "include": list(plan.spec.include),
-        "exclude": list(plan.spec.exclude),
-        "int_policy": plan.spec.int_policy,
-        "allow_nonfinite": plan.spec.allow_nonfinite,
-        "requantize": plan.spec.requantize,
+        **describe_result(plan),
         "nonfinite": count_nonfinite(done),
-        "shard_bytes": plan.spec.shard_bytes,
-        "plan": plan.fingerprint(),
         "files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(done.items())},
         "side_files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(beside.items())},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -123,9 +73,9 @@ def stands(path: Path, merge: MergePlan) -> bool:
     try:
         raw = (path / MANIFEST).read_bytes()
         content = json.loads(raw) if is_sealed(raw) else {}
-        same = content["plan"] == merge.fingerprint() and [
+        same = content["plan"] == fingerprint(merge) and [
             [recorded_fingerprint(file) for file in each["files"]] for each in content["inputs"]
-        ] == [each["files"] for each in input_fingerprints(merge)]
+        ] == [each["files"] for each in input_records(merge)]
         files = {**content["files"], **content["side_files"]}
         return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -212,7 +162,7 @@ def complete(merge: MergePlan, folder: Path, done: Mapping[str, Done], command: 
     index = index_of(merge)
     if index is not None:
         beside[index[0]] = digest(index[1])
-    content = manifest(merge, merge.outputs[0], done, list(command or sys.argv), beside)
+    content = manifest(merge, done, list(command or sys.argv), beside)
     write_file(folder / MANIFEST, seal(content))
     if index is not None:
         write_file(folder / index[0], index[1])

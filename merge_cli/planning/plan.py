@@ -13,8 +13,6 @@ has a `QuantizedExtent` of its own.
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -361,28 +359,6 @@ class MergePlan:
     def bytes_to_write(self) -> int:
         """The bytes of all weight files of all outputs, headers included."""
         return len(self.outputs) * sum(file.file_bytes for file in self.files)
-
-    def fingerprint(self) -> str:
-        """The sha256 of everything that decides the output's bytes: request, coefficients, input headers, layout."""
-        described = {
-            "algorithm": ALGORITHM,
-            "spec": {
-                "dtype": self.spec.dtype,
-                "accumulate": self.spec.accumulate,
-                "include": self.spec.include,
-                "exclude": self.spec.exclude,
-                "int_policy": self.spec.int_policy,
-                "allow_nonfinite": self.spec.allow_nonfinite,
-                "requantize": self.spec.requantize,
-            },
-            "inputs": [[[f.name, f.header.sha256, f.file_bytes] for f in c.files] for c in self.inputs],
-            "base": self.base,
-            "outputs": [
-                [o.inputs, o.coefficients.values, o.coefficients.numerators, o.coefficients.denominator] for o in self.outputs
-            ],
-            "files": [[f.name, hashlib.sha256(f.header).hexdigest()] for f in self.files],
-        }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 class ExtentBuilder:
