@@ -15,33 +15,49 @@ from merge_cli.version import __version__
 
 if TYPE_CHECKING:
     from merge_cli.features.average import AveragePlan, AverageResult, Progress, average, plan_average, run_average
+    from merge_cli.features.evaluate import EvaluationPlan, EvaluationResult, evaluate, plan_evaluation, run_evaluation
+    from merge_cli.features.forecast import forecast
+    from merge_cli.features.report import report
     from merge_cli.features.share import ShareResult, finalize, run_share
     from merge_cli.features.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
     from merge_cli.features.verify import Verification, verify
     from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
     from merge_cli.ranks.launcher import Rank, find_rank
     from merge_cli.request.methods import Coefficients, coefficients
+    from merge_cli.trajectory.evaluators import CommandEvaluator
+    from merge_cli.trajectory.forecast import Forecast
+    from merge_cli.trajectory.heldout import TextEvaluator
 
 __all__ = [
     "AveragePlan",
     "AverageResult",
     "Checkpoint",
     "Coefficients",
+    "CommandEvaluator",
+    "EvaluationPlan",
+    "EvaluationResult",
+    "Forecast",
     "Progress",
     "Rank",
     "ShareResult",
     "SweepPlan",
     "SweepResult",
+    "TextEvaluator",
     "Verification",
     "__version__",
     "average",
     "coefficients",
+    "evaluate",
     "finalize",
     "find_rank",
+    "forecast",
     "open_checkpoint",
     "plan_average",
+    "plan_evaluation",
     "plan_sweep",
+    "report",
     "run_average",
+    "run_evaluation",
     "run_share",
     "run_sweep",
     "sweep",
@@ -53,6 +69,12 @@ _HOMES = {
     **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
     **dict.fromkeys(["Coefficients", "coefficients"], "request.methods"),
     **dict.fromkeys(["Rank", "find_rank"], "ranks.launcher"),
+    **dict.fromkeys(["EvaluationPlan", "EvaluationResult", "evaluate", "plan_evaluation", "run_evaluation"], "features.evaluate"),
+    "forecast": "features.forecast",
+    "report": "features.report",
+    "CommandEvaluator": "trajectory.evaluators",
+    "Forecast": "trajectory.forecast",
+    "TextEvaluator": "trajectory.heldout",
     **dict.fromkeys(["ShareResult", "finalize", "run_share"], "features.share"),
     **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "features.sweep"),
     **dict.fromkeys(["Verification", "verify"], "features.verify"),

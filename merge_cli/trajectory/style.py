@@ -68,5 +68,7 @@ polyline { fill: none; stroke-linejoin: round; }
 .dot3 { fill: #9fcde2; }
 @media (max-width: 560px) { body { padding: 16px 12px 40px; } h1 { font-size: 20px; } text { font-size: 13.5px; }
   .label { font-size: 14px; } .cell { font-size: 11.5px; } }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } .card, .warn { break-inside: avoid; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } .card, .warn { break-inside: avoid; }
+  .cards { grid-template-columns: repeat(3, 1fr); } .panels { grid-template-columns: 1fr 1fr; gap: 18px 22px; }
+  summary { display: none; } }
 """
