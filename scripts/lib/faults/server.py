@@ -8,7 +8,6 @@ import importlib
 import io
 import json
 import os
-import pkgutil
 import resource
 import signal
 import sys
@@ -57,8 +56,9 @@ def import_everything() -> None:
     from merge_cli.cli.app import app
 
     torch.set_num_threads(1)
-    for module in pkgutil.walk_packages(merge_cli.__path__, "merge_cli."):
-        importlib.import_module(module.name)
+    package = Path(merge_cli.__file__).parent
+    for path in package.rglob("*.py"):  # pkgutil would take the library of the kernels for a module
+        importlib.import_module(".".join(("merge_cli", *path.relative_to(package).with_suffix("").parts)).removesuffix(".__init__"))
     with tempfile.TemporaryDirectory(prefix="pmerge-faults-") as folder:
         for step in (1, 2):
             path = Path(folder) / "in" / f"checkpoint-{step}" / "model.safetensors"
