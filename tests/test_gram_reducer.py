@@ -10,9 +10,9 @@ from torch import Tensor
 
 from merge_cli import plan_average
 from merge_cli.engine.budget import fit_memory
+from merge_cli.engine.chunk import GRAM_BLOCK_ELEMENTS
 from merge_cli.engine.device import CPU
 from merge_cli.engine.reducers.gram import GramTotals
-from merge_cli.engine.schedule import GRAM_BLOCK_ELEMENTS
 from merge_cli.engine.stream import stream
 from merge_cli.planning.plan import GRAM, MergePlan, WorkItem
 

@@ -18,8 +18,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
 from merge_cli.planning.plan import MergePlan, QuantizedExtent
@@ -100,6 +98,8 @@ def estimate(
 
 def measure_pcie(device: Device) -> float:
     """Bytes per second from pinned memory to a CUDA device."""
+    import torch
+
     host = torch.empty(SAMPLE_BYTES, dtype=torch.uint8, pin_memory=True)
     there = host.to(device.torch)
     torch.cuda.synchronize(device.torch)

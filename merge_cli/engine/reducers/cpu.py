@@ -6,12 +6,13 @@ from its buffers: a copy to a stage first, as a device needs it, would cost as m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from merge_cli.engine.arithmetic import Scratch, add_term, divide, is_finite, store, terms_by_input, torch_dtype
-from merge_cli.engine.buffers import HostRows, elements
+from merge_cli.engine.buffers import HostBuffer, elements
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
 from merge_cli.engine.matmul_sums import FilteredSums, filter_bytes
@@ -61,7 +62,7 @@ class CpuReducer:
 
     def _nonfinite(self, extent: Extent, first: int, end: int, operations: Mapping[int, WeightedSum]) -> Mapping[str, int]:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
-        found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations)
+        found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations, positions_of_nonfinite)
         if not self._plan.spec.allow_nonfinite:
             raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
         for k in operations:
@@ -79,6 +80,23 @@ class CpuReducer:
         buffers = (num_inputs + num_outputs) * size.num_bytes + num_inputs * size.slack_bytes
         sums = min(BLOCK_ELEMENTS, size.elements) * (44 + 8 * num_outputs)
         return Memory(buffers + sums + filter_bytes(size.elements, num_inputs, num_outputs))
+
+
+class HostRows:
+    """Buffers of `num_bytes` each, at equal distances in memory, so that several can be one tensor."""
+
+    def __init__(self, num_rows: int, num_bytes: int) -> None:
+        width = max(-(-num_bytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+        self._rows = torch.frombuffer(mmap.mmap(-1, num_rows * width), dtype=torch.uint8).view(num_rows, width)
+        self.buffers = [HostBuffer.of(row[: max(num_bytes, 1)]) for row in self._rows]
+
+    def together(self, which: Sequence[int], dtypes: Sequence[torch.dtype], count: int) -> torch.Tensor | list[torch.Tensor]:
+        """The first `count` elements of some buffers: a view [buffers, count] where they are alike, else one [count] for each."""
+        begins = {self.buffers[i].begin for i in which}
+        if len(begins) == len(set(dtypes)) == 1 and list(which) == list(range(which[0], which[-1] + 1)):
+            begin, dtype = begins.pop(), dtypes[0]
+            return self._rows[which[0] : which[-1] + 1, begin : begin + count * dtype.itemsize].view(dtype)
+        return [elements(self.buffers[i], dtype, 0, count) for i, dtype in zip(which, dtypes, strict=True)]
 
 
 class Lane:
@@ -162,3 +180,9 @@ def _store(accumulator: torch.Tensor, output: torch.Tensor, retry_nonfinite: boo
     store(accumulator, rounded)
     output.copy_(torch.where(output.isfinite(), output, rounded))
     return is_finite(output)
+
+
+def positions_of_nonfinite(buffer: HostBuffer, dtype: str, first: int, end: int) -> list[int]:
+    """The positions of NaN and Inf among elements `first` to `end` of a buffer."""
+    bad = (~elements(buffer, torch_dtype(dtype), first, end - first).isfinite()).nonzero()
+    return [first + position for position in bad.flatten().tolist()]

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from merge_cli.engine.arithmetic import torch_dtype
 from merge_cli.engine.buffers import elements, page_aligned
-from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
+from merge_cli.engine.chunk import GRAM_BLOCK_ELEMENTS, Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import CPU, Device
 from merge_cli.engine.reads import Reads
 from merge_cli.engine.reducers.quantized import BYTES_PER_VALUE, QuantizedSums
-from merge_cli.engine.schedule import GRAM_BLOCK_ELEMENTS
 from merge_cli.engine.sink import NoSink
 from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent
 
