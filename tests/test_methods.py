@@ -221,6 +221,24 @@ def test_explicit_weights_are_used_as_given() -> None:
     assert coefficients("weights", [1, 2], weights=[1, 3], normalize=True).values == (0.25, 0.75)
 
 
+def test_explicit_weights_are_rational_as_their_decimals() -> None:
+    def rational(weights: list[Any], normalize: bool = False) -> tuple[tuple[int, ...] | None, int | None]:
+        found = coefficients("weights", range(len(weights)), weights=weights, normalize=normalize)
+        return found.numerators, found.denominator
+
+    assert rational([0.7, 0.3]) == ((7, 3), 10)
+    assert rational([1, 1, 1], normalize=True) == ((1, 1, 1), 3)
+    assert rational([0.2, 0.4], normalize=True) == ((1, 2), 3)
+    assert rational([1.5, -0.5]) == ((3, -1), 2)
+    assert rational([-1, -3], normalize=True) == ((1, 3), 4)
+    assert rational([Fraction(1, 3), Fraction(2, 3)]) == ((1, 2), 3)
+    assert rational([1e-05, 0.99999]) == ((1, 99999), 100000)
+    assert rational([0.0, 1.0]) == ((0, 1), 1)
+    assert rational([0.1234567890123456, 0.8765432109876544]) == (None, None)  # more digits than a sum has bits
+    assert rational([5e-324, 1.0]) == (None, None)
+    assert rational([1e300, 1.0], normalize=True) == (None, None)
+
+
 @pytest.mark.parametrize(
     "weights",
     [

@@ -6,9 +6,9 @@ function and one entry in `METHODS`. Sources: PMA = arXiv 2505.12082, WSM = arXi
 arXiv 2312.02696.
 
 Rational methods also give integer numerators and one denominator: dividing the integer-weighted sum once
-keeps exact ties exact, which multiplying by a rounded 1/3 does not. All other values are float64 and sum to 1
-within 1e-12; only explicit weights may be as far off as 1e-6, and are then used as they are (`warnings_for`
-states their sum).
+keeps exact ties exact, which multiplying by a rounded 1/3 does not. Explicit weights are rational too, as
+decimals, unless they have very many digits. All other values are float64 and sum to 1 within 1e-12; only
+explicit weights may be as far off as 1e-6, and are then used as they are (`warnings_for` states their sum).
 
 Nothing here says that an average is any good: `warnings_for` names what is known to hurt, the rest takes an
 evaluation.
@@ -19,13 +19,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any
 
 from merge_cli.errors import UsageError, first_ten
 from merge_cli.request.option import Option, not_a_choice
 
+MOST_NUMERATORS = 1 << 37
+"""Of explicit weights, all together: more than this, times any float, is no exact sum in float64 (see `planning/sums.py`)."""
 SUM_TOLERANCE = 1e-6  # how far the sum of explicit weights may be from 1: six typed digits
 AGE_HELPS, AGE_HURTS = 0.15, 0.25  # of `age_share`: below the one every merge of the pilots helped, above the other each hurt
 
@@ -279,7 +282,7 @@ def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize:
     """The `weights` as given, one per checkpoint; `normalize` divides them by their sum.
 
     Without it they must sum to 1 within 1e-6 and are not touched: what was typed is what is used. Negative
-    ones are allowed.
+    ones are allowed. A float means its shortest decimal, so 0.7 is 7/10.
 
     Raises UsageError: not one weight per checkpoint, NaN or Inf, a sum that is not 1 (or 0 to normalize).
     """
@@ -305,7 +308,15 @@ def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize:
             details=[f"found     {total!r}", f"expected  1 within {SUM_TOLERANCE:g}"],
             hint="correct them, or divide them by their sum with --normalize",
         )
-    return _inexact([weight / total if normalize else float(weight) for weight in weights])
+    if len(weights) == 1:
+        return IDENTITY
+    decimals = [Fraction(weight) if isinstance(weight, Rational) else Fraction(repr(float(weight))) for weight in weights]
+    shares = [each / sum(decimals) for each in decimals] if normalize else decimals
+    denominator = math.lcm(*(share.denominator for share in shares))
+    numerators = tuple(int(share * denominator) for share in shares)
+    if sum(map(abs, numerators)) > MOST_NUMERATORS:
+        return Coefficients(tuple(map(float, shares)))
+    return Coefficients(tuple(map(float, shares)), numerators, denominator)
 
 
 def _number(value: Any, flag: str) -> float:
