@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from merge_cli.features.verify import Verification, verify
     from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
     from merge_cli.ranks.launcher import Rank, find_rank
-    from merge_cli.request.methods import Coefficients, coefficients
+    from merge_cli.request.coefficients import Coefficients
+    from merge_cli.request.methods import coefficients
     from merge_cli.trajectory.analysis import Analysis
     from merge_cli.trajectory.evaluators import CommandEvaluator
     from merge_cli.trajectory.forecast import Forecast
@@ -76,7 +77,8 @@ _HOMES = {
     "Analysis": "trajectory.analysis",
     **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "features.average"),
     **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
-    **dict.fromkeys(["Coefficients", "coefficients"], "request.methods"),
+    "Coefficients": "request.coefficients",
+    "coefficients": "request.methods",
     **dict.fromkeys(["Rank", "find_rank"], "ranks.launcher"),
     **dict.fromkeys(["EvaluationPlan", "EvaluationResult", "evaluate", "plan_evaluation", "run_evaluation"], "features.evaluate"),
     "forecast": "features.forecast",

@@ -30,7 +30,8 @@ from merge_cli.engine.kernels import build, native
 from merge_cli.engine.kernels.native import Job, Kernel
 from merge_cli.errors import UsageError
 from merge_cli.planning.sums import WeightedSum, weighted_sum
-from merge_cli.request.methods import Coefficients, coefficients
+from merge_cli.request.coefficients import Coefficients
+from merge_cli.request.methods import coefficients
 
 NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000, "F64": 0x7FF8000000000000}
 DTYPES = tuple(NAN)

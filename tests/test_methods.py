@@ -12,17 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_cli.errors import UsageError
-from merge_cli.request.methods import (
-    DECAY_SHAPES,
-    IDENTITY,
-    METHODS,
-    Coefficients,
-    coefficients,
-    gamma_of,
-    needs_step_values,
-    relative_width,
-    warnings_for,
-)
+from merge_cli.request.coefficients import IDENTITY, Coefficients, warnings_for
+from merge_cli.request.methods import DECAY_SHAPES, METHODS, coefficients, gamma_of, needs_step_values, relative_width
 
 EVEN = list(range(1000, 11000, 1000))
 

@@ -22,7 +22,7 @@ from merge_cli.formats.checkpoint import Checkpoint, WeightFile
 from merge_cli.formats.quantization import Codec
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.sums import WeightedSum, weighted_sum
-from merge_cli.request.methods import IDENTITY, Coefficients
+from merge_cli.request.coefficients import IDENTITY, Coefficients
 from merge_cli.request.spec import MergeSpec
 
 ALGORITHM = 1

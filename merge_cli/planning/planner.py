@@ -32,7 +32,7 @@ from merge_cli.planning.plan import (
     QuantizedSource,
 )
 from merge_cli.planning.sums import notes_on_weights
-from merge_cli.request.methods import EXPLICIT
+from merge_cli.request.methods import METHODS
 from merge_cli.request.spec import MergeSpec
 
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -84,7 +84,7 @@ def build_plan(
     entries = list(_entries(spec, views[base], tensors[base], base, len(inputs)))
     _check_something_is_averaged(spec, entries, len(inputs))
     files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
-    if spec.method == EXPLICIT and len(outputs) == 1:
+    if METHODS[spec.method].is_explicit and len(outputs) == 1:
         notes += _notes_on_weights(spec, outputs[0], files)
     return MergePlan(
         spec,

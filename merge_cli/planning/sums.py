@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from merge_cli.errors import first_ten
-from merge_cli.request.methods import Coefficients
+from merge_cli.request.coefficients import Coefficients
 
 
 class WeightedSum(NamedTuple):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from merge_cli.planning.sums import notes_on_weights, weighted_sum
-from merge_cli.request.methods import Coefficients, coefficients
+from merge_cli.request.coefficients import Coefficients
+from merge_cli.request.methods import coefficients
 
 
 def explicit(weights: Sequence[float], normalize: bool = False) -> Coefficients:
