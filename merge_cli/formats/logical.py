@@ -74,6 +74,7 @@ class View:
     tensors: Mapping[str, Logical]
     owner: Mapping[str, str] = field(default_factory=dict)
     activation_scales: tuple[str, ...] = ()
+    leftover_config: bool = False
 
     @property
     def schemes(self) -> dict[str, int]:
@@ -106,6 +107,7 @@ def view(checkpoint: Checkpoint, seen: dict[object, Found] | None = None) -> Vie
         {key: tensor for part in parts for key, tensor in part.tensors.items()},
         {key: owner for part in parts for key, owner in part.owner.items()},
         tuple(key for part in parts for key in part.activation_scales),
+        any(part.leftover_config for part in parts),
     )
 
 
@@ -116,7 +118,8 @@ def _view(checkpoint: Checkpoint, prefix: str, stored: Mapping[str, Stored], see
     if found is None:
         found = seen[same] = find_quantized({name: tensor.info for name, tensor in stored.items()}, checkpoint.config)
     if not found.tensors and not found.activation_scales:
-        return View(checkpoint, stored if not prefix else {prefix + name: tensor for name, tensor in stored.items()})
+        named = stored if not prefix else {prefix + name: tensor for name, tensor in stored.items()}
+        return View(checkpoint, named, leftover_config=found.leftover_config)
     tensors: dict[str, Logical] = {}
     activation = set(found.activation_scales)
     for name, tensor in stored.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import InputError, OutputError
-from merge_cli.formats.checkpoint import Checkpoint, recorded_fingerprint
+from merge_cli.formats.checkpoint import INDEX_SUFFIX, Checkpoint, recorded_fingerprint
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
 from merge_cli.formats.safetensors import read_header_at
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES, check_side_files
@@ -20,6 +20,7 @@ from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.folder import Done
 from merge_cli.output.schema import SCHEMA
 from merge_cli.planning.plan import ALGORITHM, MergePlan
+from merge_cli.planning.planner import stem_of
 from merge_cli.planning.record import describe_result, fingerprint, input_records
 from merge_cli.stores.store import join, read_file
 from merge_cli.system.durable import write_file
@@ -106,7 +107,7 @@ def index_of(plan: MergePlan) -> tuple[str, bytes] | None:
     weight_map = {name: file.name for file in plan.files for name in file.names}
     content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
     resharded = plan.spec.shard_bytes is not None
-    name = base.index_name if base.index_name and not resharded else "model.safetensors.index.json"
+    name = base.index_name if base.index_name and not resharded else stem_of(base) + INDEX_SUFFIX
     return name, content.encode()
 
 

@@ -47,7 +47,8 @@ def check_same_tensors(
         raise MismatchError(
             f"checkpoints disagree on which tensors there are ({len(absent)} differences)",
             details=first_ten(absent),
-            hint=f"compare them:  pmerge inspect {inputs[base].path} {other.path}",
+            hint=f"copy them from the base with  --exclude {_glob_of(absent)!r},"
+            f" or compare:  pmerge inspect {inputs[base].path} {other.path}",
         )
     if shapes:
         raise _shape_error(shapes, inputs, tensors, steps, base)
@@ -56,6 +57,13 @@ def check_same_tensors(
             f"checkpoints disagree on the dtype of {len(kinds)} tensors, and no average is defined between these",
             details=first_ten(kinds),
         )
+
+
+def _glob_of(lines: Sequence[str]) -> str:
+    """A glob for the tensors that `lines` begin with: the name, or the end that all names have."""
+    names = [line.split("`")[1] for line in lines]
+    last = {name.rpartition(".")[2] for name in names}
+    return names[0] if len(set(names)) == 1 else f"*.{last.pop()}" if len(last) == 1 else names[0]
 
 
 def _alike(found: Logical, wanted: Logical) -> bool:
@@ -94,13 +102,16 @@ def _shape_error(
     key, wrong = shapes[0]
     lines = []
     for here, step in zip(tensors, steps, strict=True):
+        if key not in here:
+            continue
         label = "" if step is None else f"step {step}  "
         lines.append(f"{label}{list(shape_of(here[key]))}  {file_of(here[key])}")
     more = len({k for k, _ in shapes}) - 1
     return MismatchError(
         f"checkpoints disagree on the shape of `{key}`" + (f" and of {more} more tensors" if more else ""),
         details=first_ten(lines),
-        hint=f"leave {inputs[wrong].path} out, or compare:  pmerge inspect {inputs[base].path} {inputs[wrong].path}",
+        hint=f"leave {inputs[wrong].path} out, copy the tensor from the base with  --exclude {key!r},"
+        f" or compare:  pmerge inspect {inputs[base].path} {inputs[wrong].path}",
     )
 
 
@@ -143,7 +154,7 @@ def _mixed_dtypes(tensors: Sequence[Mapping[str, Logical]], base: int, checkpoin
     mixed = [
         key
         for key, wanted in tensors[base].items()
-        if any(here is not tensors[base] and dtype_of(here[key]) != dtype_of(wanted) for here in tensors)
+        if any(key in here and dtype_of(here[key]) != dtype_of(wanted) for here in tensors)
     ]
     if not mixed:
         return []

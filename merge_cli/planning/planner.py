@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from merge_cli.errors import UnsupportedError, UsageError, first_ten
-from merge_cli.formats.checkpoint import Checkpoint, Stored
+from merge_cli.formats.checkpoint import SHARD_NUMBER, Checkpoint, Stored
 from merge_cli.formats.experts import as_dialect_of
-from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, shape_of, view
+from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, kind_of, shape_of, view
 from merge_cli.formats.safetensors import DTYPES, Header, lay_out
 from merge_cli.formats.side_files import check_side_files
 from merge_cli.planning.compatibility import check_same_ranks, check_same_tensors, disagreements
@@ -38,6 +38,8 @@ from merge_cli.request.spec import MergeSpec
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 DEQUANTIZED = "BF16"
 ROUTER_BIAS = "e_score_correction_bias"
+_IN_ONE_FILE = ("adapter_model", "consolidated")
+"""Stems of weights whose loaders (PEFT, Mistral) know no shards."""
 
 
 class Entry(NamedTuple):
@@ -71,17 +73,18 @@ def build_plan(
     seen: dict[object, Any] = {}
     views = [view(checkpoint, seen) for checkpoint in inputs]
     notes: list[str] = []
-    tensors = [_in_base_dialect(views[base], other, notes) for other in views]
+    tensors = [_with_cache_scales(views[base], other, _in_base_dialect(views[base], other, notes)) for other in views]
     for used in {base, *(output.base for output in outputs)}:
         check_side_files(inputs[used].path, inputs[used].side_files.kept)
     check_same_ranks(inputs, base)
-    check_same_tensors(inputs, tensors, steps, base)
+    averaged = _glob_filter(spec, tensors)
+    check_same_tensors(inputs, [_compared(spec, each, averaged) for each in tensors], steps, base)
     if spec.requantize and not views[base].owner:
         raise UsageError(
             f"--requantize writes the weights as the base has them, and {inputs[base].path} is not quantised",
             hint="leave --requantize out, or name a quantised checkpoint:  --base PATH",
         )
-    entries = list(_entries(spec, views[base], tensors[base], base, len(inputs)))
+    entries = list(_entries(spec, views[base], tensors[base], base, len(inputs), averaged))
     _check_something_is_averaged(spec, entries, len(inputs))
     files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
     if METHODS[spec.method].is_explicit and len(outputs) == 1:
@@ -113,6 +116,20 @@ def _check_something_is_averaged(spec: MergeSpec, entries: Sequence[Entry], num_
     raise UsageError("nothing would be averaged: the checkpoints hold no tensor of floats")
 
 
+def _compared(spec: MergeSpec, tensors: Mapping[str, Logical], averaged: Callable[[str], bool]) -> Mapping[str, Logical]:
+    """The tensors that all checkpoints must agree on: those of which more than the base's, or the newest's, is used."""
+    if not (spec.include or spec.exclude or spec.int_policy == "newest"):
+        return tensors
+    newest = spec.int_policy == "newest"
+    return {key: each for key, each in tensors.items() if averaged(key) and not (newest and kind_of(each) == "integer")}
+
+
+def _with_cache_scales(base: View, other: View, tensors: Mapping[str, Logical]) -> Mapping[str, Logical]:
+    """`tensors`, with the calibrated scales of `other` that are plain tensors in the base, where nothing is quantized."""
+    scales = [key for key in other.activation_scales if isinstance(base.tensors.get(key), Stored)]
+    return {**tensors, **{key: other.checkpoint.tensors[key] for key in scales}} if scales else tensors
+
+
 def _in_base_dialect(base: View, other: View, notes: list[str]) -> Mapping[str, Logical]:
     if other is base:
         return base.tensors
@@ -124,7 +141,12 @@ def _in_base_dialect(base: View, other: View, notes: list[str]) -> Mapping[str, 
 
 def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Sequence[Entry]) -> list[str]:
     """What the user should know about tensors that are not simply averaged as they are."""
-    notes = []
+    notes = [
+        f"{other.checkpoint.path}/config.json declares a quantization of which its tensors show nothing: they are averaged as they"
+        " are; to be rid of this note, remove `quantization_config` there"
+        for other in views
+        if other.leftover_config
+    ]
     for other in views:
         if other.owner and (other is views[base] or not views[base].owner):
             schemes = ", ".join(f"{count} tensors {scheme}" for scheme, count in other.schemes.items())
@@ -142,12 +164,18 @@ def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Se
     return notes
 
 
-def _entries(spec: MergeSpec, base_view: View, tensors: Mapping[str, Logical], base: int, num_inputs: int) -> Iterable[Entry]:
+def _entries(
+    spec: MergeSpec,
+    base_view: View,
+    tensors: Mapping[str, Logical],
+    base: int,
+    num_inputs: int,
+    averaged: Callable[[str], bool],
+) -> Iterable[Entry]:
     """Every tensor of the output, in the order in which the base stores them.
 
     Raises UnsupportedError for codes without a meaning, UsageError for a glob that matches nothing.
     """
-    averaged = _glob_filter(spec, tensors)
     everyone = tuple(range(num_inputs))
     equal = everyone[-1:] if spec.int_policy == "newest" else everyone
     equal_kind = "copy" if spec.int_policy == "newest" else "equal"
@@ -191,14 +219,14 @@ def _output_dtype(spec: MergeSpec, name: str, dtype: str) -> str:
     return dtype if name.endswith(ROUTER_BIAS) else OUTPUT_DTYPES.get(spec.dtype, dtype)
 
 
-def _glob_filter(spec: MergeSpec, tensors: Mapping[str, Logical]) -> Callable[[str], bool]:
+def _glob_filter(spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]]) -> Callable[[str], bool]:
     """Which tensors are averaged: those that match an --include (all, where none is given) and no --exclude."""
     patterns = {glob: re.compile(fnmatch.translate(glob)) for glob in (*spec.include, *spec.exclude)}
     for glob, pattern in patterns.items():
-        if not any(map(pattern.match, tensors)):
+        if not any(pattern.match(key) for each in tensors for key in each):
             raise UsageError(
                 f"no tensor matches the glob {glob!r}",
-                details=[f"names look like `{key}`" for key in list(tensors)[:3]],
+                details=[f"names look like `{key}`" for key in list(tensors[-1])[:3]],
                 hint="globs match whole names: '*.experts.*', 'model.layers.3.*'",
             )
     include = [patterns[glob] for glob in spec.include]
@@ -234,12 +262,19 @@ def _resharded(shard_bytes: int, base: Checkpoint, entries: Sequence[Entry]) -> 
     if base.layout == "ranks":
         raise UsageError("--shard-size cannot be used with one file per rank: names repeat between the files")
     by_name = {entry.name: entry for entry in entries}
+    stem = stem_of(base)
     split = split_state_dict_into_shards_factory(
         {name: (name,) for name in by_name},
         get_storage_size=lambda tensor: DTYPES[by_name[tensor[0]].dtype].num_bytes(math.prod(by_name[tensor[0]].shape)),
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=shard_bytes,
     )
+    if len(split.filename_to_tensors) > 1 and stem in _IN_ONE_FILE:
+        raise UsageError(
+            f"--shard-size would cut {stem}.safetensors, which its loader reads in one file only",
+            details=[f"found     {len(split.filename_to_tensors)} files of at most {shard_bytes} bytes"],
+            hint="leave --shard-size out",
+        )
     metadata = {"format": "pt", **base.files[0].header.metadata}
     return [(name, metadata, [by_name[key] for key in keys]) for name, keys in split.filename_to_tensors.items()]
 
@@ -368,3 +403,12 @@ def _extent(
     codec = None if like is None else like.codec
     dtype = "" if like is not None else entry.dtype
     return QuantizedExtent(entry.key, tuple(entry.shape), tuple(sources), is_copy, dtype, codec, base, tuple(sinks))
+
+
+def stem_of(base: Checkpoint) -> str:
+    """The name of a checkpoint's weights without number and ending, which its loader looks for: `model`, `adapter_model` ..."""
+    if base.root is None:
+        return "model"
+    shards = [(SHARD_NUMBER.match(file.name), file.name) for file in base.files]
+    stems = {shard["stem"] if shard else name.removesuffix(".safetensors") for shard, name in shards}
+    return stems.pop() if len(stems) == 1 else "model"

@@ -90,12 +90,14 @@ class Found:
     and KV caches (`input_scale`, `k_scale`, ...).
       They belong to the quantised form and describe one checkpoint's activations. A dequantised output leaves
       them out; a requantised one copies them if all inputs agree and otherwise has to be refused (calibrate
-      anew).
+      anew). None where no tensor is quantized: they are tensors like others then.
+    leftover_config: config.json declares a quantization of which the tensors show nothing.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
     activation_scales: tuple[str, ...] = ()
+    leftover_config: bool = False
 
 
 class Codec(Protocol):

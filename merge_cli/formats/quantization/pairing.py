@@ -67,12 +67,17 @@ def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any])
 
     Raises UnsupportedError, naming scheme and tensor, for whatever is quantised and cannot be read.
     """
-    settings = read_settings(config)
     suspects = [
         name
         for name, stored in tensors.items()
         if stored.dtype in _CODE_DTYPES or stored.dtype.startswith(_ONLY_QUANTIZED) or name.endswith(_SUFFIXES)
     ]
+    try:
+        settings = read_settings(config)
+    except UnsupportedError:
+        if suspects:
+            raise
+        return Found(leftover_config=True)
     found: dict[str, QuantizedTensor] = {}
     owner: dict[str, str] = {}
     for name in suspects:
@@ -89,6 +94,8 @@ def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any])
                 raise _refused(candidate.what, stored_name, f"it belongs to `{tensor.name}` and `{owner[stored_name]}`")
             owner[stored_name] = tensor.name
     activations = _leftovers(suspects, tensors, settings, found, owner)
+    if not found:  # scales of caches and activations belong to no quantized tensor here, and are tensors like others
+        return Found(leftover_config=bool(settings.method) and not activations)
     return Found(found, owner, activations)
 
 
