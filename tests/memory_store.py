@@ -27,6 +27,11 @@ class MemorySource:
 
 
 class MemoryStore:
+    requests_at_once = 4
+
+    def expand(self, path: str) -> Sequence[str]:
+        return [path]
+
     def list(self, path: str) -> Sequence[Entry]:
         below = [name[len(path) + 1 :] for name in FILES if name.startswith(path + "/")]
         if not below:

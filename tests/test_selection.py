@@ -296,12 +296,11 @@ def test_the_time_of_a_checkpoint_is_that_of_its_newest_weights(tmp_path: Path) 
         "c": ["tp_0/x.safetensors", "tp_1/x.safetensors"],
     }
     for number, (name, files) in enumerate(names.items()):
-        for path in (checkpoint(tmp_path / name), tmp_path / name):
-            for file in files:
-                (path / file).parent.mkdir(exist_ok=True)
-                (path / file).write_bytes(b"")
-                os.utime(path / file, (1_700_000_000 + number, 1_700_000_000 + number))
-        os.utime(tmp_path / name / files[0], (1, 1) if len(files) > 1 else (1_700_000_000, 1_700_000_000))
+        for file in files:
+            checkpoint((tmp_path / name / file).parent, Path(file).name)
+            os.utime(tmp_path / name / file, (1_700_000_000 + number, 1_700_000_000 + number))
+        if len(files) > 1:
+            os.utime(tmp_path / name / files[0], (1, 1))
     (tmp_path / "a" / "eval_results.json").write_text("{}")  # the folder of the oldest is the newest
     found, _ = find_candidates([tmp_path / name for name in "cba"], "mtime")
     assert [candidate.path for candidate in order_candidates(found, "mtime", True)] == [str(tmp_path / name) for name in "abc"]

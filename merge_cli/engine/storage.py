@@ -10,8 +10,9 @@ import ctypes
 import os
 from pathlib import Path
 
-from merge_cli.planning.plan import MergePlan
+from merge_cli.planning.plan import Location, MergePlan
 from merge_cli.stores.local import LocalSource
+from merge_cli.stores.store import is_local, open_store
 
 LARGE_REQUEST_BYTES = 4 << 20
 CACHED_SHARE = 0.25  # of the memory: larger inputs are not left in the page cache
@@ -28,7 +29,7 @@ _LOCAL = {  # linux/magic.h; what is not here may be far away
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def is_local(path: Path) -> bool:
+def _is_on_known_disk(path: Path) -> bool:
     """Whether `path` lies on a filesystem that is known to be in this machine."""
     status = ctypes.create_string_buffer(256)  # struct statfs, which begins with the type as a long
     return _LIBC.statfs(os.fsencode(path), status) == 0 and ctypes.c_long.from_buffer(status).value in _LOCAL
@@ -39,7 +40,23 @@ def are_local(plan: MergePlan) -> bool:
     sources = [file.source for checkpoint in plan.inputs for file in checkpoint.files]
     if not all(isinstance(source, LocalSource) for source in sources):
         return False
-    return all(is_local(folder) for folder in {Path(source.path).parent for source in sources})
+    return all(_is_on_known_disk(folder) for folder in {Path(source.path).parent for source in sources})
+
+
+def requests_at_once(plan: MergePlan) -> int:
+    """How many threads the stores of the inputs can keep busy, see `Store`."""
+    return max(open_store(checkpoint.path).requests_at_once for checkpoint in plan.inputs)
+
+
+def requests_for(plan: MergePlan, chunk_bytes: int) -> int:
+    """About how many requests reading the weights takes that are not on this machine: a link for each file, and ranges of it."""
+    links = sum(len(checkpoint.files) for checkpoint in plan.inputs if not is_local(checkpoint.path))
+    ranges = 0
+    for extent in (extent for file in plan.files for extent in file.extents):
+        for source, size in zip(extent.sources, extent.source_bytes, strict=True):
+            file = source.file if isinstance(source, Location) else source.parts[0].file
+            ranges += 0 if is_local(file.path) else -(-size // chunk_bytes)
+    return links + ranges
 
 
 def is_larger_than_cache(plan: MergePlan) -> bool:

@@ -16,6 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -255,7 +256,14 @@ def _open_files(
         )
     for name in names:
         store.check_inside(folder, join(folder, name))
-    return tuple(_weight_file(store, join(folder, name), name, seen) for name in names)
+
+    def open_file(name: str) -> WeightFile:
+        return _weight_file(store, join(folder, name), name, seen)
+
+    if store.requests_at_once == 1:
+        return tuple(map(open_file, names))
+    with ThreadPoolExecutor(store.requests_at_once) as pool:
+        return tuple(pool.map(open_file, names))
 
 
 def _weight_file(store: Store, path: str, name: str, seen: dict[str, Header]) -> WeightFile:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from merge_cli.errors import InputError
 from merge_cli.names import MANIFEST
-from merge_cli.stores.store import Store, join, open_store, read_file
+from merge_cli.stores.store import Source, Store, is_local, join, open_store, read_bytes
 
 SKIPPED = (
     # training state
@@ -97,8 +98,8 @@ def differing_files(folders: Sequence[str], kept: Sequence[str], base: str) -> l
     for name in kept:
         if not _gives_meaning(name):
             continue
-        expected = _digest(join(base, name))
-        others = [folder for folder in folders if folder != base and _digest(join(folder, name)) != expected]
+        digests = _digests([join(base, name), *(join(folder, name) for folder in folders)])
+        others = [folder for folder, found in zip(folders, digests[1:], strict=True) if found != digests[0]]
         if others:
             shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
             warnings.append(f"{name} differs between {base} (which is kept) and {shown}")
@@ -118,10 +119,21 @@ def _gives_meaning(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _digest(path: str) -> str:
-    if open_store(path).stat(path) is None:
+def _digests(paths: Sequence[str]) -> list[str]:
+    """For each file something that is equal where the content is: its sha256, or its version where stores have hashes for that."""
+    if not any(map(is_local, paths)):
+        versions = [_fact(path, lambda source: source.version) for path in paths]
+        if all(version.startswith(("sha256 ", "git ", "absent")) for version in versions):
+            return versions
+    return [_fact(path, lambda source: hashlib.sha256(read_bytes(source, 0, source.num_bytes)).hexdigest()) for path in paths]
+
+
+def _fact(path: str, fact: Callable[[Source], str]) -> str:
+    store = open_store(path)
+    if store.stat(path) is None:
         return "absent"
     try:
-        return hashlib.sha256(read_file(path, MAX_SIDE_FILE_BYTES)).hexdigest()
+        with closing(store.open(path)) as source:
+            return fact(source) if source.num_bytes <= MAX_SIDE_FILE_BYTES else "unreadable"
     except InputError:
         return "unreadable"

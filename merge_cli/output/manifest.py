@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import sys
@@ -36,6 +35,8 @@ def manifest(plan: MergePlan, done: Mapping[str, Done], command: list[str], besi
 
     `done` are the weight files, `beside` the side files and the index.
     """
+    import torch
+
     return {
         "pmerge": __version__,
         "schema": SCHEMA,
@@ -44,7 +45,7 @@ def manifest(plan: MergePlan, done: Mapping[str, Done], command: list[str], besi
         "nonfinite": count_nonfinite(done),
         "files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(done.items())},
         "side_files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(beside.items())},
-        "versions": {"python": platform.python_version(), "torch": _version_of("torch")},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": command,
     }
 
@@ -178,11 +179,3 @@ def _check_complete(merge: MergePlan, folder: Path) -> None:
             raise OutputError(f"cannot read back what was written: {error.message}", details=error.details) from error
         if tuple(header.tensors) != file.names and set(header.tensors) != set(file.names):
             raise OutputError(f"{folder / file.name} does not hold the tensors that were planned")
-
-
-def _version_of(package: str) -> str:
-    """The version of an installed package, which is not imported for that; "" where it is missing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

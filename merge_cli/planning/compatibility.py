@@ -12,6 +12,7 @@ from merge_cli.errors import MismatchError, first_ten
 from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
 from merge_cli.formats.logical import Logical, dtype_of, file_of, kind_of, shape_of
 from merge_cli.formats.side_files import differing_files
+from merge_cli.names import MANIFEST
 from merge_cli.stores.store import join
 
 _VOLATILE = {"transformers_version", "_name_or_path", "use_cache", "_commit_hash"}
@@ -116,8 +117,10 @@ def _shape_error(
 
 
 def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, Logical]], base: int) -> list[str]:
-    """What may be wrong with averaging these, as warnings: dtypes, configs, tokenizers and vocabularies that differ, LoRA."""
-    warnings = _mixed_dtypes(tensors, base, inputs[base])
+    """What may be wrong with averaging these, as warnings: results, LoRA, dtypes, configs and tokenizers that differ."""
+    merged = [checkpoint.path for checkpoint in inputs if MANIFEST in checkpoint.side_files.skipped]
+    warnings = [f"results of pmerge are averaged again: {', '.join(first_ten(merged))}"] if merged else []
+    warnings += _mixed_dtypes(tensors, base, inputs[base])
     warnings += config_differences(inputs, inputs[base])
     without = [
         checkpoint for checkpoint in inputs if checkpoint.root is not None and "config.json" not in checkpoint.side_files.kept

@@ -15,13 +15,14 @@ from pathlib import Path
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
-from merge_cli.request.labels import BARE_NUMBER, Candidate, parse_label
+from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
 from merge_cli.stores.store import (
     Entry,
     Store,
     StrPath,
     as_path,
     folder_of,
+    is_glob,
     is_local,
     join,
     name_of,
@@ -51,17 +52,18 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
     if status is None:
         raise no_such_checkpoint(path)
     named = str(Path(path).absolute()) if is_local(path) else path
-    if status.kind == "file" and parse_label(name_of(path)).step is None:
+    if status.kind == "file" and _label_of(path).step is None:
         named = folder_of(named)
-    label = parse_label(name_of(named))
+    label = _label_of(named)
     if label.step is None:
-        label = parse_label(name_of(store.resolve(named)))
-    above = parse_label(name_of(folder_of(named)))
+        label = _label_of(store.resolve(named))
+    above = _label_of(folder_of(named))
     warning = step = None
-    try:
-        step = _trainer_step(store, join(named, "trainer_state.json"))
-    except InputError as error:
-        warning = error
+    if is_local(path) or label.step is None:  # elsewhere each look is a request
+        try:
+            step = _trainer_step(store, join(named, "trainer_state.json"))
+        except InputError as error:
+            warning = error
     if step is not None and label.step not in (None, step):
         warning = InputError(f"{path} is step {step} by its trainer_state.json, not {label.step} as in its name")
     return Candidate(
@@ -71,23 +73,24 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
         label.ingredient or above.ingredient,
         _weights_time(store, path) if with_time else 0,
         warning,
-        is_merged=store.stat(join(path, MANIFEST)) is not None,
     )
+
+
+def _label_of(path: str) -> StepLabel:
+    """The label in the last part of a path; of a revision on the Hub, in the revision's name."""
+    name = name_of(path)
+    return parse_label(name if is_local(path) else name.rpartition("@")[2])
 
 
 def no_such_checkpoint(path: str) -> InputError:
     """The error for a path where nothing is; a glob in it means that the shell found nothing either."""
     if not is_local(path):
         return InputError(f"no such checkpoint: {path}")
-    parent = next((above for above in Path(path).parents if above.exists() and not _is_glob(str(above))), Path())
+    parent = next((above for above in Path(path).parents if above.exists() and not is_glob(str(above))), Path())
     hint = f"look what is there:  ls {parent}"
-    if _is_glob(path):
+    if is_glob(path):
         return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=hint)
     return InputError(f"no such checkpoint: {path}", hint=hint)
-
-
-def _is_glob(path: str) -> bool:
-    return any(character in path for character in "*?[")
 
 
 def _weights_time(store: Store, path: str) -> int:
@@ -141,13 +144,15 @@ def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] 
 
     Raises InputError where nothing is found or one shard of several is given alone, UsageError when one checkpoint is named twice.
     """
+    on_skip = on_skip or (lambda line: None)
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     found: list[str] = []
-    for given in paths:
-        if not os.fspath(given):
-            raise UsageError("a checkpoint's path is empty", hint="is a variable of the shell unset?")
-        path = as_path(given)
+    expanded = [(path, given) for given in paths for path in _expand(given, on_skip)]
+    for path, given in expanded:
+        if not is_local(path) and is_glob(os.fspath(given)):
+            found.append(path)  # to look into each would be a request each, and most are not selected
+            continue
         status = open_store(path).stat(path)
         if status is None or status.kind == "broken link":
             raise no_such_checkpoint(path)
@@ -157,14 +162,13 @@ def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] 
             continue
         inside, skipped = _checkpoints_in(path)
         by_step = [entry for entry in inside if _is_named_by_step(entry)]
-        if is_checkpoint(path) and not (len(paths) == 1 and len(by_step) >= 2):
+        if is_checkpoint(path) and not (len(expanded) == 1 and len(by_step) >= 2):
             found.append(path)
         elif inside:
             found += by_step or inside
             skipped += [f"{entry} is left out: its name has no step" for entry in inside if by_step and entry not in by_step]
-            if on_skip is not None:
-                for line in skipped:
-                    on_skip(line)
+            for line in skipped:
+                on_skip(line)
         else:
             raise _nothing_found(path)
     places: dict[str, str] = {}
@@ -173,6 +177,33 @@ def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] 
         if other is not path:
             raise UsageError(f"the same checkpoint is named twice: {other} and {path}", hint="name it once")
     return found
+
+
+def _expand(given: StrPath, on_skip: Callable[[str], None]) -> list[str]:
+    """The paths that a pattern means, oldest first, without those that have no step, or are another's, where others have one."""
+    if not os.fspath(given):
+        raise UsageError("a checkpoint's path is empty", hint="is a variable of the shell unset?")
+    path = as_path(given)
+    store = open_store(path)
+    matching = list(store.expand(path))
+    if is_local(path) or not is_glob(path):
+        return matching
+    unfinished = [each for each in matching if _UNFINISHED.search(name_of(each))]
+    for each in unfinished:
+        on_skip(f"{each} is left out: its name says that it is unfinished")
+    matching = [each for each in matching if each not in unfinished]
+    named = sorted((each for each in matching if _label_of(each).step is not None), key=lambda each: (_label_of(each).step, each))
+    if not named:
+        return matching
+    for each in matching:
+        if each not in named:
+            on_skip(f"{each} is left out: its name has no step")
+    first: dict[str, str] = {}
+    for each in named:
+        other = first.setdefault(store.resolve(each), each)
+        if other is not each:
+            on_skip(f"{each} is left out: it is the same as {other}")
+    return list(first.values())
 
 
 def _check_whole_file(path: str) -> None:
@@ -191,7 +222,7 @@ def _entries(folder: str) -> list[Entry]:
 
 
 def _is_named_by_step(path: str) -> bool:
-    if parse_label(name_of(path)).step is not None:
+    if _label_of(path).step is not None:
         return True
     status = open_store(path).stat(join(path, "trainer_state.json"))
     return status is not None and status.kind == "file"

@@ -29,7 +29,7 @@ class StepLabel:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that may be averaged; `path` is as it was given, `is_merged` when it is itself a result of pmerge.
+    """A checkpoint that may be averaged; `path` is as it was given.
 
     `step_warning`: why the step may be wrong, such as another number in the name or a broken `trainer_state.json`.
     """
@@ -40,7 +40,6 @@ class Candidate:
     ingredient: str | None
     mtime_ns: int
     step_warning: InputError | None = None
-    is_merged: bool = False
 
 
 def parse_label(name: str) -> StepLabel:

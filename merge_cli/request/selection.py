@@ -14,9 +14,8 @@ from itertools import islice, pairwise
 
 from merge_cli.errors import MismatchError, UsageError, first_ten
 from merge_cli.request.amounts import is_in_tokens, parse_amount
-from merge_cli.request.coefficients import Coefficients, warnings_for
 from merge_cli.request.labels import Candidate
-from merge_cli.request.methods import METHODS, coefficients, needs_step_values
+from merge_cli.request.methods import METHODS, Coefficients, coefficients, needs_step_values, warnings_for
 from merge_cli.request.spec import MergeSpec, Selection
 
 
@@ -48,9 +47,6 @@ def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method
     steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
     if order == "given" and steps_known != sorted(steps_known):
         notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
-    merged = [candidate.path for candidate in chosen if candidate.is_merged]
-    if merged:
-        warnings.append(f"results of pmerge are averaged again: {', '.join(first_ten(merged))}")
     if len(chosen) == 1:
         warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
     return Selected(chosen, (*selected.notes, *notes), tuple(warnings))

@@ -161,6 +161,11 @@ def version_of_time(mtime_ns: int) -> str:
 class LocalStore:
     """The folders and files of this machine."""
 
+    requests_at_once = 1
+
+    def expand(self, path: str) -> Sequence[str]:
+        return [path]  # patterns are the shell's
+
     def list(self, path: str) -> Sequence[Entry]:
         try:
             with os.scandir(path) as entries:

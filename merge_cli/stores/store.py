@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import closing
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -19,7 +20,7 @@ from merge_cli.errors import InputError
 
 StrPath = str | os.PathLike[str]
 
-STORES = {"": "merge_cli.stores.local"}
+STORES = {"": "merge_cli.stores.local", "hf": "merge_cli.stores.hub"}
 """Scheme -> the module whose `STORE` reads such paths, imported when it is needed; "" is this machine."""
 
 Kind = Literal["file", "folder", "broken link", "other"]
@@ -65,7 +66,16 @@ class Source(Protocol):
 
 
 class Store(Protocol):
-    """A place that holds folders and files. Raises StoreError where it does not answer."""
+    """A place that holds folders and files. Raises StoreError where it does not answer.
+
+    `requests_at_once` is how many threads reading keeps busy: 1 where the machine's own cores are the limit.
+    """
+
+    @property
+    def requests_at_once(self) -> int: ...
+
+    def expand(self, path: str) -> Sequence[str]:
+        """The paths that a pattern (`*`, `?`, `[...]`) means, [`path`] for others. Raises InputError where nothing matches."""
 
     def list(self, path: str) -> Sequence[Entry]:
         """The names in the folder `path`, sorted. Raises InputError where it cannot be listed."""
@@ -125,6 +135,19 @@ def name_of(path: str) -> str:
 def folder_of(path: str) -> str:
     """The folder that a path lies in."""
     return str(Path(path).parent) if is_local(path) else path.rpartition("/")[0]
+
+
+def is_glob(text: str) -> bool:
+    """Whether `text` is a pattern."""
+    return any(character in text for character in "*?[")
+
+
+def match_names(store: Store, folder: str, pattern: str) -> list[str]:
+    """The paths below `folder` that `pattern` means, sorted. Raises InputError where a folder in it is missing."""
+    first, _, rest = pattern.partition("/")
+    names = [entry.name for entry in store.list(folder) if fnmatchcase(entry.name, first)] if is_glob(first) else [first]
+    found = [path for path in (join(folder, name) for name in names) if store.stat(path) is not None]
+    return found if not rest else [each for path in found for each in match_names(store, path, rest)]
 
 
 def resolve(path: str) -> str:

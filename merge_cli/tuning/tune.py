@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from merge_cli.engine.budget import Budget, fit_memory
 from merge_cli.engine.device import Device
+from merge_cli.engine.storage import requests_at_once, requests_for
 from merge_cli.planning.plan import MergePlan
 from merge_cli.ranks.launcher import WORKER, Rank
 from merge_cli.request.spec import RunConfig
@@ -28,18 +29,21 @@ def tune(merge: MergePlan, run: RunConfig, rank: Rank | None = None) -> Tuning:
     """Settle how `rank` carries out `merge`. Raises UsageError for a missing device or too little memory."""
     rank = rank or Rank()
     direct = choose_direct(merge, run.direct)
+    at_once = requests_at_once(merge)
 
     def fit(where: Device, plan: MergePlan) -> Budget:
         return fit_memory(
             plan,
             run.memory,
             where,
-            threads=run.threads or rank.threads(len(os.sched_getaffinity(0))),
+            threads=run.threads or (at_once if at_once > 1 else rank.threads(len(os.sched_getaffinity(0)))),
             device_memory=run.device_memory,
             chunk_bytes=run.chunk_size,
             direct=direct.use,
             processes=rank.world_size if rank.source == WORKER else 1,
         )
 
-    device, _, reasons = settle(run.device, merge, partial(fit, plan=merge), rank.local_rank)
-    return Tuning(device, (*filter(None, [direct.note]), *reasons), partial(fit, device))
+    device, budget, reasons = settle(run.device, merge, partial(fit, plan=merge), rank.local_rank)
+    requests = requests_for(merge, budget.size.num_bytes)
+    far = f"reading takes about {requests:,} requests, {budget.workers} at once" if requests else ""
+    return Tuning(device, (*filter(None, [direct.note, far]), *reasons), partial(fit, device))
