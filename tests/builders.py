@@ -129,6 +129,21 @@ def write_checkpoint(
     return folder
 
 
+def write_trained(folder: Path, step: int, *, rows: int = 40) -> None:
+    """A checkpoint in two shards as a trainer leaves it: with its state, an optimizer, and 3 tensors drawn from `step`."""
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "model.embed.weight": torch.randn(rows, 7, generator=generator).bfloat16(),
+        "model.norm.weight": torch.randn(13, generator=generator),
+        "model.count": torch.tensor(3),
+    }
+    shards = (["model.embed.weight"], ["model.norm.weight", "model.count"])
+    write_checkpoint(folder, tensors, shards=shards, config={"model_type": "llama", "dtype": "bfloat16"}, side_files=False)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+
 def perturbed(tensors: Mapping[str, Tensor], seed: int, noise: float = 0.02) -> dict[str, Tensor]:
     """`tensors` some steps of training later: floats change a little, integers and zeros do not."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import command
 import pytest
 
 
@@ -20,6 +21,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow and not config.option.all_tiers:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
+
+
+def pytest_unconfigure() -> None:
+    command.stop_server()
 
 
 def _reason(item: pytest.Item, mark: pytest.Mark) -> str:

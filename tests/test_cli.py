@@ -1,4 +1,4 @@
-"""The command as a user types it: real processes, real folders."""
+"""The command as a user types it: processes (forked, see command.py), real folders."""
 
 import json
 import os
@@ -10,35 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import write_trained as write
+from command import pmerge, start
 from safetensors.torch import load_file, save_file
-
-PMERGE = str(Path(sys.executable).with_name("pmerge"))
-
-
-def pmerge(*arguments: object, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([PMERGE, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == expect, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def write(folder: Path, step: int, *, rows: int = 40) -> None:
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(step)
-    first = {"model.embed.weight": torch.randn(rows, 7, generator=generator).bfloat16()}
-    second = {
-        "model.norm.weight": torch.randn(13, generator=generator),
-        "model.count": torch.tensor(3),
-    }
-    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
-    for name, tensors in files.items():
-        save_file(tensors, folder / name, {"format": "pt"})
-    weight_map = {key: name for name, tensors in files.items() for key in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "optimizer.pt").write_bytes(b"x")
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
 @pytest.fixture
@@ -207,33 +181,28 @@ def test_an_interrupted_run_leaves_nothing_and_continues(run: Path) -> None:
         for shard in range(3):
             tensors = {f"w{shard}.{i}": torch.full((4 << 20,), float(step)) for i in range(4)}
             save_file(tensors, big / f"step_{step}" / f"part{shard}.safetensors")
-    process = subprocess.Popen(
-        [PMERGE, "average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB"],
-        cwd=run.parent,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ("average", "big", "-o", "out", "--threads", 1, "--memory", "8MiB")
+    process = start(*command, cwd=run.parent)
     done = run.parent / "out.pmerge-partial" / "done"
     deadline = time.monotonic() + 60
-    while not (done.is_dir() and any(done.glob("*.json"))) and process.poll() is None and time.monotonic() < deadline:
+    while not (done.is_dir() and any(done.glob("*.json"))) and process.is_running and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    if process.returncode == 0:
+    process.send(signal.SIGTERM)
+    ended = process.end()
+    if ended.code == 0:
         pytest.skip("the run finished before the signal arrived")
-    assert process.returncode == 143
-    assert "run the same command again" in stderr
+    assert ended.code == 143
+    assert "run the same command again" in ended.stderr
     assert not (run.parent / "out").exists()
-    again = json.loads(pmerge("average", "big", "-o", "out", "--threads", "1", "--memory", "8MiB", "--json", cwd=run.parent).stdout)
+    again = json.loads(pmerge(*command, "--json", cwd=run.parent).stdout)
     assert again["files_reused"] >= 1
     assert torch.equal(load_file(run.parent / "out" / "part2.safetensors")["w2.3"], torch.full((4 << 20,), 1.5))
 
 
 def test_a_reader_that_went_away_is_no_failure(run: Path) -> None:
     for command in ("average run --last 3 -o out", "inspect run", "methods"):
-        script = f"{PMERGE} {command} | true; echo ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", script], cwd=run.parent, capture_output=True, text=True, timeout=120)
-        assert done.stdout == "0\n" and "roken" not in done.stderr and "rror" not in done.stderr
+        done = pmerge(*command.split(), cwd=run.parent, streams={"stdout": "broken"})
+        assert "roken" not in done.stderr and "rror" not in done.stderr
     assert (run.parent / "out" / "pmerge.json").exists()
 
 
@@ -307,10 +276,8 @@ def test_raw_checkpoints_are_never_overwritten(run: Path) -> None:
 
 
 def test_a_closed_or_full_stream_is_no_traceback(run: Path) -> None:
-    for number, (redirect, code) in enumerate([("2>&-", 0), (">/dev/full", 1)]):
-        script = f"{PMERGE} average run --last 2 -o out{number} {redirect}"
-        done = subprocess.run(["bash", "-c", script], cwd=run.parent, capture_output=True, text=True, timeout=120)
-        assert done.returncode == code and "Traceback" not in done.stderr
+    for number, (streams, code) in enumerate([({"stderr": "closed"}, 0), ({"stdout": "full"}, 1)]):
+        done = pmerge("average", "run", "--last", 2, "-o", f"out{number}", cwd=run.parent, expect=code, streams=streams)
         assert (run.parent / f"out{number}" / "pmerge.json").exists()
         assert done.stdout in ("", f"out{number}\n")
 

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 from builders import digests, nasty_run, nasty_tensors, training_run, write_checkpoint, write_run
+from command import start
 from safetensors.torch import load_file, save_file
 from test_quantized_average import quantized_run
 
 from faults import ranks
 from faults.ground import Ground
-from faults.runs import FaultRuns
+from faults.runs import Ended, FaultRuns
 from merge_cli import Rank, average, finalize, plan_average, run_average, run_share
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
 from merge_cli.features.share import ShareResult
@@ -371,10 +372,9 @@ def test_a_rank_comes_back_to_what_another_had_claimed_and_left(tmp_path: Path) 
 # --- the command
 
 
-def pmerge(cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def pmerge(cwd: Path, *arguments: object, **environment: str) -> Ended:
     clean = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
-    command = [sys.executable, "-m", "merge_cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=120)
+    return start(*arguments, cwd=cwd, environment=clean | environment).end()
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def run_folder() -> Iterator[Path]:
 
 def test_only_one_rank_tells_the_path_and_only_rank_0_talks(run_folder: Path, tmp_path: Path) -> None:
     runs = [pmerge(run_folder, "average", "run", "-o", tmp_path / "out", RANK=str(rank), WORLD_SIZE="3") for rank in (1, 2, 0)]
-    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert [run.code for run in runs] == [0, 0, 0]
     assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], [], [str(tmp_path / "out")]]  # rank 0: it stood
     assert (
         "rank 1 of 3: came last and has published" in runs[0].stderr and "rank 2 of 3: the result stands already" in runs[1].stderr
@@ -399,7 +399,7 @@ def test_only_one_rank_tells_the_path_and_only_rank_0_talks(run_folder: Path, tm
 
 def test_a_batch_script_with_several_tasks_is_no_rank(run_folder: Path, tmp_path: Path) -> None:
     run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="1")
-    assert run.returncode == 0 and "rank" not in run.stderr
+    assert run.code == 0 and "rank" not in run.stderr
 
 
 def test_dry_run_shows_the_shares_once(run_folder: Path, tmp_path: Path) -> None:
@@ -414,25 +414,25 @@ def test_dry_run_shows_the_shares_once(run_folder: Path, tmp_path: Path) -> None
 
 def test_workers(run_folder: Path, tmp_path: Path) -> None:
     run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--workers", "2")
-    assert run.returncode == 0 and run.stdout.split() == [str(tmp_path / "out")]
+    assert run.code == 0 and run.stdout.split() == [str(tmp_path / "out")]
     as_single(run_folder / "one", tmp_path / "out")
     for wrong in ("0", "some", "-1"):
-        assert pmerge(run_folder, "average", "run", "--workers", wrong).returncode == 2
+        assert pmerge(run_folder, "average", "run", "--workers", wrong).code == 2
     refused = pmerge(run_folder, "average", "run", "--workers", "2", RANK="0", WORLD_SIZE="2")
-    assert refused.returncode == 2 and "a run without a launcher" in refused.stderr
+    assert refused.code == 2 and "a run without a launcher" in refused.stderr
 
 
 def test_workers_do_not_replace_a_result_either(run_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(run_folder / "one", tmp_path / "out")
     for workers in (1, 2):
         run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--workers", workers, "--quiet")
-        assert run.returncode == 1 and not run.stdout and run.stderr.count("exists already") == 1
+        assert run.code == 1 and not run.stdout and run.stderr.count("exists already") == 1
 
 
 @pytest.mark.parametrize("alone", [("--world-size", 1), ("--rank", 0, "--world-size", 1)])
 def test_workers_are_workers_whatever_else_is_said(alone: tuple[object, ...], run_folder: Path, tmp_path: Path) -> None:
     run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--workers", 2, *alone, RANK="3", WORLD_SIZE="8")
-    assert run.returncode == 0 and run.stdout.split() == [str(tmp_path / "out")]
+    assert run.code == 0 and run.stdout.split() == [str(tmp_path / "out")]
     as_single(run_folder / "one", tmp_path / "out")
 
 
@@ -457,7 +457,7 @@ def test_a_worker_that_fails_fails_the_run(run_folder: Path, tmp_path: Path) -> 
     tensors = load_file(shard)
     save_file({name: torch.full_like(t, torch.nan) if t.is_floating_point() else t for name, t in tensors.items()}, shard)
     run = pmerge(tmp_path, "average", "run", "-o", "out", "--workers", "2", "--quiet")
-    assert run.returncode == 1 and not run.stdout and "has NaN" in run.stderr and "Traceback" not in run.stderr
+    assert run.code == 1 and not run.stdout and "has NaN" in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -18,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 from builders import nasty_run, random_bits, training_run, write_checkpoint, write_run
+from builders import write_trained as write
+from command import pmerge, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cli import PMERGE, pmerge, write
 from test_quantized_average import PLAIN, quantized_run
 
+from faults.runs import Ended, Run
 from merge_cli import average, plan_average, plan_sweep, sweep
 from merge_cli.engine import arithmetic as engine_reduce
 from merge_cli.engine.reader import InputFiles
@@ -257,7 +257,7 @@ def test_memory_is_bounded_and_disk_is_looked_at_for_all_outputs_together(tmp_pa
     assert not plan_sweep([tmp_path / "run"], tmp_path / "out", methods=methods[:2]).findings
 
 
-# -- killed, full, interrupted: real processes ------------------------------------------------------------------------------------
+# -- killed, full, interrupted: processes ------------------------------------------------------------------------------------
 
 GRID = ["--method", "sma,wma,ema:0.1", "--last", "2,3", "--threads", "1", "--memory", "16MiB"]
 
@@ -273,16 +273,15 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begin(big: Path, out: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    command = [PMERGE, "sweep", "run", "-o", str(out), *GRID, *arguments]
-    return subprocess.Popen(command, cwd=big, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+def begin(big: Path, out: Path, **setting: Any) -> Run:
+    return start("sweep", "run", "-o", out, *GRID, cwd=big, **setting)
 
 
-def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+def wait_for(process: Run, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not reached() and process.poll() is None and time.monotonic() < deadline:
+    while not reached() and process.is_running and time.monotonic() < deadline:
         time.sleep(0.002)
-    assert process.poll() is None, "it ended before it could be stopped"
+    assert process.is_running, "it ended before it could be stopped"
 
 
 def finished_files(out: Path) -> int:
@@ -297,7 +296,7 @@ def assert_absent_or_complete(big: Path, out: Path) -> int:
     return len(there)
 
 
-def assert_finishes(big: Path, out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def assert_finishes(big: Path, out: Path, *arguments: object) -> Ended:
     done = pmerge("sweep", "run", "-o", out, *GRID, *arguments, cwd=big)
     assert assert_absent_or_complete(big, out) == 6
     assert {path.name for path in out.iterdir()} == {path.name for path in (big / "alone").iterdir()} | {"sweep.json"}
@@ -308,8 +307,8 @@ def assert_finishes(big: Path, out: Path, *arguments: object) -> subprocess.Comp
 def test_killed_anywhere_the_same_command_continues(files: int, big: Path, tmp_path: Path) -> None:
     process = begin(big, tmp_path / "out")
     wait_for(process, lambda: finished_files(tmp_path / "out") >= files and (tmp_path / "out").exists())
-    process.kill()
-    process.communicate(timeout=60)
+    process.send(signal.SIGKILL)
+    process.end()
     assert_absent_or_complete(big, tmp_path / "out")
     kept = finished_files(tmp_path / "out") + 6 * len(list((tmp_path / "out").glob("*/pmerge.json")))
     done = assert_finishes(big, tmp_path / "out")
@@ -320,8 +319,8 @@ def test_killed_while_it_publishes(big: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = begin(big, out)
     wait_for(process, lambda: len(list(out.glob("*/pmerge.json"))) >= 1)
-    process.kill()
-    process.communicate(timeout=60)
+    process.send(signal.SIGKILL)
+    process.end()
     assert assert_absent_or_complete(big, out) >= 1
     assert_finishes(big, out)
 
@@ -339,11 +338,11 @@ def test_what_a_run_left_that_was_killed_while_it_cleaned_up_goes(left: str, big
 
 def test_what_another_grid_or_average_began_is_continued(big: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [PMERGE, "sweep", "run", "-o", str(out), "--method", "wma,sma", "--last", "3", "--threads", "1", "--memory", "16MiB"]
-    process = subprocess.Popen(command, cwd=big, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True)
+    command = ("sweep", "run", "-o", out, "--method", "wma,sma", "--last", "3", "--threads", "1", "--memory", "16MiB")
+    process = start(*command, cwd=big)
     wait_for(process, lambda: finished_files(out) >= 3)
-    process.kill()
-    process.wait(timeout=60)
+    process.send(signal.SIGKILL)
+    process.end()
     pmerge("average", "run", "--last", 2, "-o", out / "sma-last2", cwd=big)
     kept = finished_files(out) + 6
     assert f"{kept} files had been finished" in assert_finishes(big, out).stderr
@@ -353,19 +352,17 @@ def test_what_another_grid_or_average_began_is_continued(big: Path, tmp_path: Pa
 def test_interrupted_it_says_how_to_continue(number: signal.Signals, big: Path, tmp_path: Path) -> None:
     process = begin(big, tmp_path / "out")
     wait_for(process, lambda: finished_files(tmp_path / "out") >= 3)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "pmerge sweep" in stderr and "Traceback" not in stderr
+    process.send(number)
+    ended = process.end()
+    assert ended.code == 128 + number and "pmerge sweep" in ended.stderr and "Traceback" not in ended.stderr
     assert_absent_or_complete(big, tmp_path / "out")
     assert_finishes(big, tmp_path / "out")
 
 
 def test_no_room_for_a_file(big: Path, tmp_path: Path) -> None:
-    limit = 3 << 20  # a shard has 2 MiB, and the last one more
     size = max(path.stat().st_size for path in (big / "alone").rglob("*.safetensors"))
-    process = begin(big, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limit)))
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "ulimit -f" in stderr and "Traceback" not in stderr
+    ended = begin(big, tmp_path / "out", limits={"RLIMIT_FSIZE": size - 1}).end()
+    assert ended.code == 1 and "ulimit -f" in ended.stderr and "Traceback" not in ended.stderr
     assert assert_absent_or_complete(big, tmp_path / "out") == 0
     assert_finishes(big, tmp_path / "out")
 

@@ -5,21 +5,19 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import INDEX, nasty_run, training_run, write_checkpoint, write_run
+from command import pmerge
 from test_quantized_average import quantized_run
 
 from merge_cli import average, verify
 from merge_cli.errors import InputError, UsageError
 from merge_cli.output.manifest import seal
 
-PMERGE = str(Path(sys.executable).with_name("pmerge"))
 FLIPS = 40  # for each file
 
 
@@ -311,24 +309,17 @@ def test_another_request_is_not_taken_for_the_recorded_one(out: Path) -> None:
     assert "does not describe a run" in problems(out, against_inputs=True)
 
 
-def command(*arguments: object, cwd: Path, expect: int) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([PMERGE, "verify", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == expect, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def test_the_command(out: Path) -> None:
     here = out.parent
-    good = command("out", "--against-inputs", "--sample", "all", cwd=here, expect=0)
+    good = pmerge("verify", "out", "--against-inputs", "--sample", "all", cwd=here, expect=0)
     assert good.stdout.endswith("23 of 23 tensors were computed again\nall holds\n") and good.stderr == ""
-    assert command("out", "--quiet", cwd=here, expect=0).stdout == ""
+    assert pmerge("verify", "out", "--quiet", cwd=here, expect=0).stdout == ""
     (out / "tokenizer.json").write_text("{}")
-    bad = command("out", cwd=here, expect=1)
+    bad = pmerge("verify", "out", cwd=here, expect=1)
     assert "1 things do not hold" in bad.stdout and bad.stderr.startswith("error: out/tokenizer.json: has 2 bytes")
-    quiet = command("out", "-q", cwd=here, expect=1)
+    quiet = pmerge("verify", "out", "-q", cwd=here, expect=1)
     assert quiet.stdout == "" and quiet.stderr == bad.stderr
-    found = json.loads(command("out", "--json", cwd=here, expect=1).stdout)
+    found = json.loads(pmerge("verify", "out", "--json", cwd=here, expect=1).stdout)
     assert found["ok"] is False and "tokenizer.json" in found["problems"][0] and found["files"][INDEX] == "ok"
 
 
@@ -345,4 +336,4 @@ def test_the_command(out: Path) -> None:
     ],
 )
 def test_wrong_usage_of_the_command(out: Path, arguments: list[str], text: str) -> None:
-    assert text in command(*arguments, cwd=out.parent, expect=2).stderr
+    assert text in pmerge("verify", *arguments, cwd=out.parent, expect=2).stderr

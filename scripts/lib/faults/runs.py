@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypedDict, Unpack, cast
@@ -32,9 +33,10 @@ class Setting(TypedDict, total=False):
     user: int | None  # run as the user with this id
     umask: int
     clock_s: int  # the clock is wrong by so many seconds
-    streams: str  # stdout and stderr: "closed", "full", "broken"
+    streams: Mapping[str, str]  # {"stdout": "full"}: also "stderr", "closed", and "broken", a pipe that nobody reads
     record: tuple[str, str]  # a file for the record of all changes below a folder
     constants: Mapping[str, object]  # of modules of merge_cli, by name wherever they are
+    environment: Mapping[str, str]  # all variables, instead of the server's
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,17 @@ class Run:
         self._server = server
         self._streams = streams
         self._answer: dict[str, Any] = {}
+        self.pid: int = json.loads(cast(TextIO, server.stdout).readline())["started"]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the run has not ended yet."""
+        return Path(f"/proc/{self.pid}").exists()
+
+    def send(self, number: int) -> None:
+        """Send a signal to the run, unless it has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def stops(self) -> bool:
         """Wait until the run stops; False if it ended instead."""

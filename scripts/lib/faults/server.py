@@ -35,6 +35,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             become_pmerge(request, shim)
+        print(json.dumps({"started": child}), flush=True)
         code, hung, peak_bytes = wait(child, request["signals"], began, request["timeout_s"])
         answer = {
             "code": code,
@@ -115,10 +116,13 @@ def become_pmerge(request: dict[str, Any], shim: ctypes.CDLL) -> None:
         for target, name in zip((1, 2), request["into"], strict=True):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), target)
         os.chdir(request["cwd"])
+        if "environment" in setting:
+            os.environ.clear()
+            os.environ.update(setting["environment"])
         set_constants(setting.get("constants", {}))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)  # whatever nohup or a shell made this process ignore
-        break_streams(setting.get("streams", ""))
+        break_streams(setting.get("streams", {}))
         limit(setting)
         sys.argv = ["pmerge", *request["arguments"]]
         refused = "".join(f",{name}={number}" for name, number in setting.get("refuse", {}).items())
@@ -136,7 +140,7 @@ def become_pmerge(request: dict[str, Any], shim: ctypes.CDLL) -> None:
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(code)
 
@@ -155,21 +159,19 @@ def limit(setting: Mapping[str, Any]) -> None:
         os.setuid(setting["user"])
 
 
-def break_streams(how: str) -> None:
-    """Make stdout and stderr what a careless parent leaves: closed, a full disk, a pipe that nobody reads."""
-    if how == "closed":
-        os.close(1)
-        os.close(2)
-    elif how == "full":
-        full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, 1)
-        os.dup2(full, 2)
-    elif how == "broken":
-        reader, writer = os.pipe()
-        os.close(reader)
-        os.dup2(writer, 1)
-        os.dup2(writer, 2)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+def break_streams(streams: Mapping[str, str]) -> None:
+    """Make stdout or stderr what a careless parent leaves: closed, a full disk, a pipe that nobody reads."""
+    for name, how in streams.items():
+        number = {"stdout": 1, "stderr": 2}[name]
+        if how == "closed":
+            os.close(number)
+            setattr(sys, name, None)  # as Python does when it starts
+            continue
+        reader, writer = os.pipe() if how == "broken" else (-1, os.open("/dev/full", os.O_WRONLY))
+        os.dup2(writer, number)
+        for descriptor in (reader, writer):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 if __name__ == "__main__":
