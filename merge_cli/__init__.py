@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from merge_cli.version import __version__
 
 if TYPE_CHECKING:
+    from merge_cli.features.analyze import AnalysisPlan, analyze, plan_analysis, run_analysis
     from merge_cli.features.average import AveragePlan, AverageResult, Progress, average, plan_average, run_average
     from merge_cli.features.evaluate import EvaluationPlan, EvaluationResult, evaluate, plan_evaluation, run_evaluation
     from merge_cli.features.forecast import forecast
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
     from merge_cli.features.verify import Verification, verify
     from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
     from merge_cli.ranks.launcher import Rank, find_rank
-    from merge_cli.request.methods import Coefficients, coefficients
+    from merge_cli.request.coefficients import Coefficients
+    from merge_cli.request.methods import coefficients
+    from merge_cli.trajectory.analysis import Analysis
     from merge_cli.trajectory.evaluators import CommandEvaluator
     from merge_cli.trajectory.forecast import Forecast
     from merge_cli.trajectory.heldout import TextEvaluator
 
 __all__ = [
+    "Analysis",
+    "AnalysisPlan",
     "AveragePlan",
     "AverageResult",
     "Checkpoint",
@@ -45,6 +50,7 @@ __all__ = [
     "TextEvaluator",
     "Verification",
     "__version__",
+    "analyze",
     "average",
     "coefficients",
     "evaluate",
@@ -52,10 +58,12 @@ __all__ = [
     "find_rank",
     "forecast",
     "open_checkpoint",
+    "plan_analysis",
     "plan_average",
     "plan_evaluation",
     "plan_sweep",
     "report",
+    "run_analysis",
     "run_average",
     "run_evaluation",
     "run_share",
@@ -65,9 +73,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    **dict.fromkeys(["AnalysisPlan", "analyze", "plan_analysis", "run_analysis"], "features.analyze"),
+    "Analysis": "trajectory.analysis",
     **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "features.average"),
     **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
-    **dict.fromkeys(["Coefficients", "coefficients"], "request.methods"),
+    "Coefficients": "request.coefficients",
+    "coefficients": "request.methods",
     **dict.fromkeys(["Rank", "find_rank"], "ranks.launcher"),
     **dict.fromkeys(["EvaluationPlan", "EvaluationResult", "evaluate", "plan_evaluation", "run_evaluation"], "features.evaluate"),
     "forecast": "features.forecast",

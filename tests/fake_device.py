@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from merge_cli.engine.buffers import HostBuffer, HostRows
+from merge_cli.engine.buffers import HostBuffer, page_aligned
 from merge_cli.engine.device import CPU, Device
 from merge_cli.errors import PmergeError
 
@@ -87,7 +87,7 @@ class FakeQueues:
 
     def host_buffer(self, num_bytes: int) -> HostBuffer:
         self._world.host_allocated += 1 << (num_bytes - 1).bit_length()
-        return HostRows(1, num_bytes).buffers[0]
+        return page_aligned(num_bytes)
 
     def memory(self, num_bytes: int) -> Tensor:
         world = self._world

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from builders import (
 from checks import Interval, assert_within, expect, outside, same_bits, sum_is_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import exact_mean, load
+from reference import exact_mean, exact_sum, load, round_quotient
 from torch import Tensor
 
 from merge_cli import average
@@ -198,6 +200,37 @@ def test_the_order_of_arguments_changes_nothing(nasty: dict[str, list[Path]], tm
         found = digests(average(shuffled, tmp_path / str(number), method="ema", alpha=0.3).output)
         first = first or found
         assert found == first
+
+
+@pytest.mark.parametrize(
+    ("weights", "normalize"),
+    [
+        ([0.7, 0.3], False),
+        ([1, 1, 1], True),
+        ([1.5, -0.7, 0.2], False),
+        ([0.1, 0.2, 0.3], True),
+        ([0.123456789, 0.876543211], False),
+        ([0.333333, 0.333333, 0.333334], False),
+    ],
+)
+def test_explicit_weights_give_the_exact_decimal_average(weights: list[float], normalize: bool, tmp_path: Path) -> None:
+    """Rounded once: 0.7 and 0.3, which no float is, put sums on a tie as often as any other tenths."""
+    generator = torch.Generator().manual_seed(len(weights))
+    start = torch.randn(8192, generator=generator) * 0.02
+    drift = [torch.randn(8192, generator=generator) * 0.002 for _ in weights]
+    run = [{"b": (start + d).bfloat16(), "h": (start + d).half(), "f": start + d} for d in drift]
+    out = average(write_run(tmp_path / "run", run), tmp_path / "out", method="weights", weights=weights, normalize=normalize)
+    decimals = [Fraction(repr(weight)) for weight in weights]
+    scale = math.lcm(*(each.denominator for each in decimals))
+    numerators = [int(each * scale) for each in decimals]
+    divisor = sum(numerators) if normalize else scale
+    for name, found in load(out.output).items():
+        total, exact = exact_sum([tensors[name] for tensors in run], numerators)
+        if name == "f" and scale == 10**9:
+            continue  # 30 bits and 24 are more than float64 has
+        assert exact.double().mean() > 0.99, name
+        expected = round_quotient(total, divisor, found.dtype)
+        assert torch.equal(found[exact], expected[exact]), name
 
 
 def test_explicit_weights_stay_with_their_paths(tmp_path: Path) -> None:

@@ -130,8 +130,7 @@ def test_a_sample_minds_no_nan(tmp_path: Path) -> None:
 
 
 def test_a_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("merge_cli.engine.device.num_cuda_devices", lambda: 4)
     assert [choose_device("cuda", rank).name for rank in (0, 3, 4, 7)] == ["cuda:0", "cuda:3", "cuda:0", "cuda:3"]
     assert choose_device("auto", 2).name == "cuda:2" and choose_device("cuda:1", 2).name == "cuda:1"
     assert choose_device("cpu", 2) == CPU

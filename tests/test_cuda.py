@@ -16,7 +16,7 @@ from test_quantized_average import quantized_run
 
 from merge_cli import average, plan_average
 from merge_cli.engine import cuda
-from merge_cli.engine.buffers import HostRows
+from merge_cli.engine.buffers import page_aligned
 from merge_cli.engine.cuda import CudaQueues, CudaStream
 from merge_cli.engine.device import Device
 from merge_cli.engine.reducers.quantized import QuantizedSums
@@ -179,7 +179,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Stream]]:
     monkeypatch.setattr(torch.cuda, "stream", active)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123 << 20, 456 << 20))
-    monkeypatch.setattr(cuda, "pinned_buffer", lambda num_bytes: HostRows(1, num_bytes).buffers[0])
+    monkeypatch.setattr(cuda, "pinned_buffer", lambda num_bytes: page_aligned(num_bytes))
     yield current
     assert current == []
 

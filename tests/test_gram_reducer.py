@@ -10,10 +10,11 @@ from torch import Tensor
 
 from merge_cli import plan_average
 from merge_cli.engine.budget import fit_memory
+from merge_cli.engine.chunk import GRAM_BLOCK_ELEMENTS
 from merge_cli.engine.device import CPU
 from merge_cli.engine.reducers.gram import GramTotals
-from merge_cli.engine.schedule import GRAM_BLOCK_ELEMENTS
 from merge_cli.engine.stream import stream
+from merge_cli.errors import NonFiniteError
 from merge_cli.planning.plan import GRAM, MergePlan, WorkItem
 
 SHAPES = {"a": (3 * GRAM_BLOCK_ELEMENTS + 5,), "b": (7, 11), "c": (GRAM_BLOCK_ELEMENTS,), "empty": (0, 4)}
@@ -33,7 +34,7 @@ def totals_of(plan: MergePlan, threads: int = 1, chunk_bytes: int | None = None)
     sink = GramTotals()
     budget = fit_memory(plan, 1 << 28, CPU, threads, chunk_bytes=chunk_bytes, reducer=GRAM)
     stream(plan, [WorkItem.whole(file, (), GRAM) for file in plan.files], sink, budget)
-    return sink.totals()
+    return {key: total.products for key, total in sink.totals().items()}
 
 
 def products(tensors: list[dict[str, Tensor]], key: str) -> Tensor:
@@ -78,4 +79,15 @@ def test_groups_are_sums_of_tensors(tmp_path: Path) -> None:
     sink = GramTotals(group=lambda key: "all")
     stream(plan, [WorkItem.whole(file, (), GRAM) for file in plan.files], sink, fit_memory(plan, 1 << 28, CPU, reducer=GRAM))
     expected = sum(products(tensors, key) for key in ("a", "b", "c"))
-    assert torch.equal(torch.tensor(sink.totals()["all"], dtype=torch.float64), expected)
+    total = sink.totals()["all"]
+    assert torch.equal(torch.tensor(total.products, dtype=torch.float64), expected)
+    newest = torch.cat([tensors[-1][key].double().flatten() for key in ("a", "b", "c")])
+    assert total.norm2 == float(newest @ newest) and total.num_elements == len(newest)
+
+
+def test_nan_is_named(tmp_path: Path) -> None:
+    _, tensors = run_of(tmp_path / "run", torch.float32)
+    tensors[1]["b"][3, 4] = torch.nan
+    broken = plan_average(write_run(tmp_path / "broken", tensors), device="cpu").merge
+    with pytest.raises(NonFiniteError, match="`b` has NaN"):
+        totals_of(broken)

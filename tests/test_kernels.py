@@ -29,8 +29,9 @@ from merge_cli.engine.arithmetic import add_term, divide, store, torch_dtype
 from merge_cli.engine.kernels import build, native
 from merge_cli.engine.kernels.native import Job, Kernel
 from merge_cli.errors import UsageError
-from merge_cli.planning.sums import WeightedSum, sum_dtype, weighted_sum
-from merge_cli.request.methods import Coefficients, coefficients
+from merge_cli.planning.sums import WeightedSum, weighted_sum
+from merge_cli.request.coefficients import Coefficients
+from merge_cli.request.methods import coefficients
 
 NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000, "F64": 0x7FF8000000000000}
 DTYPES = tuple(NAN)
@@ -74,8 +75,7 @@ def sum_of(
 
 def planned(inputs: tuple[int, ...], chosen: Coefficients, sources: Sequence[Tensor], dtype: str, setting: str) -> Sum:
     """The sum that a plan has."""
-    accumulator = sum_dtype(setting, chosen.numerators is not None, [dtype_of(sources[i]) for i in inputs], dtype)
-    return Sum(dtype, weighted_sum(inputs, chosen, accumulator, retry=setting == "auto" and accumulator == "F32"))
+    return Sum(dtype, weighted_sum(inputs, chosen, setting, [dtype_of(sources[i]) for i in inputs], dtype))
 
 
 def by_torch(each: Sum, sources: Sequence[Tensor]) -> Tensor:
@@ -138,7 +138,8 @@ METHODS = {
     "ema": coefficients("ema", [1, 2, 3, 4], alpha=0.2),
     "decay": coefficients("decay", range(7)),
     "power": coefficients("power", [100, 200, 300], sigma_rel=0.2),
-    "weights": Coefficients((0.7, 0.5, -0.3, 0.1, 0.0, 1.0)),
+    "weights": coefficients("weights", range(6), weights=[0.7, 0.5, -0.3, 0.1, 0.0, 1.0], normalize=True),
+    "many digits": Coefficients((0.7, 0.5, -0.3, 0.1, 0.0, 1.0)),
     "one": Coefficients((1.0,), (1,), 1),
 }
 

@@ -12,17 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_cli.errors import UsageError
-from merge_cli.request.methods import (
-    DECAY_SHAPES,
-    IDENTITY,
-    METHODS,
-    Coefficients,
-    coefficients,
-    gamma_of,
-    needs_step_values,
-    relative_width,
-    warnings_for,
-)
+from merge_cli.request.coefficients import IDENTITY, Coefficients, warnings_for
+from merge_cli.request.methods import DECAY_SHAPES, METHODS, coefficients, gamma_of, needs_step_values, relative_width
 
 EVEN = list(range(1000, 11000, 1000))
 
@@ -219,6 +210,24 @@ def test_explicit_weights_are_used_as_given() -> None:
     assert any("0.999999" in line for line in warnings_for(thirds))
     assert coefficients("weights", [1, 2], weights=(1.5, -0.5)).values == (1.5, -0.5)
     assert coefficients("weights", [1, 2], weights=[1, 3], normalize=True).values == (0.25, 0.75)
+
+
+def test_explicit_weights_are_rational_as_their_decimals() -> None:
+    def rational(weights: list[Any], normalize: bool = False) -> tuple[tuple[int, ...] | None, int | None]:
+        found = coefficients("weights", range(len(weights)), weights=weights, normalize=normalize)
+        return found.numerators, found.denominator
+
+    assert rational([0.7, 0.3]) == ((7, 3), 10)
+    assert rational([1, 1, 1], normalize=True) == ((1, 1, 1), 3)
+    assert rational([0.2, 0.4], normalize=True) == ((1, 2), 3)
+    assert rational([1.5, -0.5]) == ((3, -1), 2)
+    assert rational([-1, -3], normalize=True) == ((1, 3), 4)
+    assert rational([Fraction(1, 3), Fraction(2, 3)]) == ((1, 2), 3)
+    assert rational([1e-05, 0.99999]) == ((1, 99999), 100000)
+    assert rational([0.0, 1.0]) == ((0, 1), 1)
+    assert rational([0.1234567890123456, 0.8765432109876544]) == (None, None)  # more digits than a sum has bits
+    assert rational([5e-324, 1.0]) == (None, None)
+    assert rational([1e300, 1.0], normalize=True) == (None, None)
 
 
 @pytest.mark.parametrize(

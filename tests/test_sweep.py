@@ -398,7 +398,7 @@ def test_names_speak_and_leave_out_what_was_not_given() -> None:
         ({}, "nothing"),
         ({"combinations": [3]}, "expected an object"),
         ({"combinations": [{"methd": "sma"}]}, "unknown option 'methd'"),
-        ({"combinations": [{"last": "3"}]}, "--last cannot be '3'"),
+        ({"combinations": [{"last": "three"}]}, "--last cannot be 'three'"),
         ({"combinations": [{"at": 400, "before": 300}]}, "--at"),
         ({"combinations": [{"name": "../x"}]}, "cannot be the name"),
         ({"combinations": [{"name": "x"}, {"name": "x", "last": 2}]}, "two outputs"),

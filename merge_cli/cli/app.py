@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from merge_cli.cli.analyze import analyze_command
 from merge_cli.cli.average import average_command
 from merge_cli.cli.evaluate import evaluate_command
 from merge_cli.cli.finalize import finalize_command
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("analyze")(analyze_command)
 app.command("average")(average_command)
 app.command("evaluate")(evaluate_command)
 app.command("finalize")(finalize_command)

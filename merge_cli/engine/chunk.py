@@ -18,11 +18,15 @@ from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent, WorkItem
 if TYPE_CHECKING:
     from merge_cli.engine.reads import Reads
 
+GRAM_BLOCK_ELEMENTS = 1 << 14
+"""Inner products are summed over blocks of so many elements, counted from the beginning of an extent."""
+
 
 class Chunk(NamedTuple):
     """Elements (rows of a quantized tensor) `first` to `end` of an extent of `item`.
 
     `number`: (position of the item in the work, of the chunk in the item), ascending in file order.
+    `kind` of work: see `reducers/kinds.py`.
     """
 
     number: tuple[int, int]
@@ -30,6 +34,7 @@ class Chunk(NamedTuple):
     extent: Extent | QuantizedExtent
     first: int
     end: int
+    kind: str
 
 
 @dataclass

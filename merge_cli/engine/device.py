@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from merge_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from merge_cli.engine.cuda import CudaStream
     from merge_cli.engine.queues import Queues
 
@@ -22,6 +23,8 @@ class Device:
 
     @property
     def torch(self) -> torch.device:
+        import torch
+
         return torch.device(self.name)
 
     @property
@@ -48,6 +51,8 @@ class Device:
 
     def release_freed(self) -> None:
         """Give memory that is no longer used, pinned memory too, back."""
+        import torch
+
         torch.cuda.empty_cache()
         empty_pinned = getattr(torch._C, "_host_emptyCache", None)  # otherwise it stays with torch for buffers of the same size
         if empty_pinned is not None:
@@ -60,14 +65,27 @@ CPU = Device("cpu")
 def choose_device(name: str, local_rank: int = 0) -> Device:
     """The device called "auto", "cpu", "cuda" or "cuda:K". Raises UsageError for one that is not there.
 
-    "auto" and "cuda" are the CUDA device of this process's `local_rank` among those of its machine; "auto" may be the CPU.
+    "auto" and "cuda" are the CUDA device of this process's `local_rank` among those of its machine; "auto"
+    may be the CPU. torch is asked (which takes seconds) only on a machine with a device file of a GPU.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "cpu":
         return CPU
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return Device(f"cuda:{local_rank % torch.cuda.device_count()}")
+    count = num_cuda_devices()
+    if name == "auto" and not count:
+        return CPU
+    if name in ("auto", "cuda") and count:
+        return Device(f"cuda:{local_rank % count}")
     number = name.removeprefix("cuda:")
-    if number.isdecimal() and torch.cuda.is_available() and int(number) < torch.cuda.device_count():
+    if number.isdecimal() and int(number) < count:
         return Device(name)
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    raise UsageError(f"there is no device {name!r}", details=[f"found     {', '.join(there)}"], hint="--device cpu")
+    found = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    raise UsageError(f"there is no device {name!r}", details=[f"found     {found}"], hint="--device cpu")
+
+
+def num_cuda_devices() -> int:
+    """The number of CUDA devices that torch can use."""
+    if not any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "dxg", "nvgpu", "nvhost-gpu")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

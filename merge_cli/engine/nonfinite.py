@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from merge_cli.engine.arithmetic import torch_dtype
-from merge_cli.engine.buffers import HostBuffer, elements
+from merge_cli.engine.buffers import HostBuffer
 from merge_cli.planning.plan import Extent
 from merge_cli.planning.sums import WeightedSum
 
 _SLICE_ELEMENTS = 1 << 16
+Find = Callable[[HostBuffer, str, int, int], list[int]]
+"""The positions of NaN and Inf among elements `first` to `end` of a buffer of `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ def describe_nonfinite(
     start: int,
     end: int,
     operations: Mapping[int, WeightedSum],
+    find: Find,
 ) -> Nonfinite:
     """Look through elements `start` to `end` of `extent` in the buffers that `operations` read and write."""
     count = end - start
@@ -42,7 +42,7 @@ def describe_nonfinite(
     first = count
     for i in sorted({i for operation in operations.values() for i in operation.inputs}):
         source = extent.sources[i]
-        for position in _bad_positions(elements(inputs[i], torch_dtype(source.dtype), 0, count)):
+        for position in _in_slices(find, inputs[i], source.dtype, count):
             first = min(first, position)
             key = extent.key_at(start + position)
             by_file.setdefault(key, Counter())[str(source.file.path)] += 1
@@ -52,18 +52,15 @@ def describe_nonfinite(
         details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file[culprit].items())
         hint = "leave that checkpoint out; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
         return Nonfinite(culprit, "has NaN or Inf in an input", details, hint, dict(counts))
-    values = (elements(outputs[k], torch_dtype(extent.dtype), 0, count) for k in operations)
-    overflowed = next(filter(None, map(_bad_positions, values)), [])
+    found = (_in_slices(find, outputs[k], extent.dtype, count) for k in operations)
+    overflowed = next(filter(None, found), [])
     counts.update(extent.key_at(start + position) for position in overflowed)
     key = next(iter(counts), extent.key_at(start))
     details = (f"{counts[key] or 'some'} results are too large for {extent.dtype}",)
     return Nonfinite(key, f"overflows {extent.dtype}", details, "write a wider dtype:  --dtype fp32", dict(counts))
 
 
-def _bad_positions(values: torch.Tensor) -> list[int]:
+def _in_slices(find: Find, buffer: HostBuffer, dtype: str, count: int) -> list[int]:
     """The positions of NaN and Inf, looked for slice by slice to keep the memory small."""
-    found: list[int] = []
-    for begin in range(0, values.numel(), _SLICE_ELEMENTS):
-        bad = (~values[begin : begin + _SLICE_ELEMENTS].isfinite()).nonzero()
-        found += [begin + position for position in bad.flatten().tolist()]
-    return found
+    starts = range(0, count, _SLICE_ELEMENTS)
+    return [position for first in starts for position in find(buffer, dtype, first, min(first + _SLICE_ELEMENTS, count))]

@@ -10,12 +10,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from merge_cli.engine.chunk import Chunk, ChunkSize, Reduced
+from merge_cli.engine.chunk import GRAM_BLOCK_ELEMENTS, Chunk, ChunkSize, Reduced
+from merge_cli.engine.reducers.kinds import kind_of
 from merge_cli.engine.sink import Sink, Writer
 from merge_cli.planning.plan import GRAM, Extent, QuantizedExtent, WorkItem
-
-GRAM_BLOCK_ELEMENTS = 1 << 14
-"""Inner products are summed over blocks of so many elements, counted from the beginning of an extent."""
 
 
 class OpenItem:
@@ -119,9 +117,9 @@ class Schedule:
     def _cut(self, number: int, item: WorkItem, parts: Sequence[tuple[Extent | QuantizedExtent, int, int]]) -> Iterator[Chunk]:
         count = 0
         for extent, first, end in parts:
-            step = chunk_step(extent, self._size, item.reducer)
+            step, kind = chunk_step(extent, self._size, item.reducer), kind_of(extent, item.reducer)
             for start in range(first, end, step) if end > first else [first]:
-                yield Chunk((number, count), item, extent, start, min(start + step, end))
+                yield Chunk((number, count), item, extent, start, min(start + step, end), kind)
                 count += 1
 
     def _complete(self, number: int, k: int) -> None:

@@ -24,7 +24,7 @@ class Reducers:
 
     def reduce(self, chunk: Chunk) -> Iterator[Reduced]:
         """Start a chunk; the outcomes of those that have to be finished now."""
-        kind = kinds.kind_of_chunk(chunk)
+        kind = chunk.kind
         reducer, in_flight = self._reducers[kind], self._in_flight[kind]
         self.at = chunk.number
         reducer.start(chunk)

@@ -27,7 +27,7 @@ from merge_cli.output.manifest import complete
 from merge_cli.planning.plan import WorkItem
 from merge_cli.planning.record import describe, from_state, replan
 from merge_cli.ranks.shares import cut, order_of_work, shares
-from merge_cli.stores.store import StrPath
+from merge_cli.stores.store import StrPath, as_path
 
 if TYPE_CHECKING:
     from merge_cli.engine.chunk import Statistics
@@ -139,7 +139,7 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     from merge_cli.output.schema import check_schema
     from merge_cli.system.files import read_json
 
-    path = Path(destination)
+    path = Path(as_path(destination))
     path = path.with_name(path.name.removesuffix(STAGING_SUFFIX)) if path.name.endswith(STAGING_SUFFIX) else path
     folder = path.with_name(path.name + STAGING_SUFFIX)
     record = read_json(folder / "state.json")

@@ -33,11 +33,12 @@ from merge_cli.planning.plan import ALGORITHM, MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.planning.record import describe, fingerprint
 from merge_cli.request.amounts import parse_amount
+from merge_cli.request.coefficients import Coefficients
 from merge_cli.request.destination import destination_of
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.grid import SELECTION, Combination, entry, grid, unique
 from merge_cli.request.labels import Candidate
-from merge_cli.request.methods import PARAMETERS, Coefficients
+from merge_cli.request.methods import PARAMETERS
 from merge_cli.request.selection import check_tokens_per_step, coefficients_of, select_checkpoints
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
 from merge_cli.stores.store import StrPath

@@ -36,7 +36,7 @@ from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, Outp
 from merge_cli.planning.record import fingerprint, from_result, replan
 from merge_cli.request.spec import RunConfig
 from merge_cli.stores.local import STORE as LOCAL
-from merge_cli.stores.store import join, read_file
+from merge_cli.stores.store import as_path, join, read_file
 from merge_cli.system.files import read_up_to
 
 MAX_MANIFEST_BYTES = 64 << 20
@@ -87,7 +87,7 @@ def verify(
     `against_inputs` also computes `sample` tensors, drawn at random (None: all), again from the recorded inputs, on `device`. What
     does not hold is in the result. Raises UsageError or InputError where there is no result of pmerge to check.
     """
-    folder = Path(path)
+    folder = Path(as_path(path))
     if sample is not None and sample < 1:
         raise UsageError(f"a sample of {sample} tensors checks nothing", hint="--sample 64, or --sample all")
     if not folder.is_dir() or not os.path.lexists(folder / MANIFEST):

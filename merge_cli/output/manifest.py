@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import platform
 import sys
@@ -35,8 +36,6 @@ def manifest(plan: MergePlan, done: Mapping[str, Done], command: list[str], besi
 
     `done` are the weight files, `beside` the side files and the index.
     """
-    import torch
-
     return {
         "pmerge": __version__,
         "schema": SCHEMA,
@@ -45,7 +44,7 @@ def manifest(plan: MergePlan, done: Mapping[str, Done], command: list[str], besi
         "nonfinite": count_nonfinite(done),
         "files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(done.items())},
         "side_files": {name: {"bytes": entry.file_bytes, "sha256": entry.sha256} for name, entry in sorted(beside.items())},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": _version_of("torch")},
         "command": command,
     }
 
@@ -179,3 +178,11 @@ def _check_complete(merge: MergePlan, folder: Path) -> None:
             raise OutputError(f"cannot read back what was written: {error.message}", details=error.details) from error
         if tuple(header.tensors) != file.names and set(header.tensors) != set(file.names):
             raise OutputError(f"{folder / file.name} does not hold the tensors that were planned")
+
+
+def _version_of(package: str) -> str:
+    """The version of an installed package, which is not imported for that; "" where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

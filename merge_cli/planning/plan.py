@@ -21,8 +21,8 @@ from typing import NamedTuple
 from merge_cli.formats.checkpoint import Checkpoint, WeightFile
 from merge_cli.formats.quantization import Codec
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.sums import WeightedSum, sum_dtype, weighted_sum
-from merge_cli.request.methods import IDENTITY, Coefficients
+from merge_cli.planning.sums import WeightedSum, weighted_sum
+from merge_cli.request.coefficients import IDENTITY, Coefficients
 from merge_cli.request.spec import MergeSpec
 
 ALGORITHM = 1
@@ -317,9 +317,8 @@ class MergePlan:
         """The sum that makes output `k` of `extent`, with the dtype in which it is summed."""
         output = self.outputs[k]
         inputs, chosen = ((0,), IDENTITY) if extent.is_copy else (output.inputs, output.coefficients)
-        dtypes, accumulate = extent.value_dtypes, self.spec.accumulate
-        dtype = sum_dtype(accumulate, chosen.numerators is not None, [dtypes[i] for i in inputs], extent.written_dtype)
-        return weighted_sum(inputs, chosen, dtype, retry=accumulate == "auto" and dtype == "F32")
+        dtypes = [extent.value_dtypes[i] for i in inputs]
+        return weighted_sum(inputs, chosen, self.spec.accumulate, dtypes, extent.written_dtype)
 
     def base_of(self, extent: Extent, k: int) -> int:
         """The position among the sources of `extent` of the input whose bytes output `k` takes over unchanged."""

@@ -31,6 +31,8 @@ from merge_cli.planning.plan import (
     QuantizedExtent,
     QuantizedSource,
 )
+from merge_cli.planning.sums import notes_on_weights
+from merge_cli.request.methods import METHODS
 from merge_cli.request.spec import MergeSpec
 
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -85,6 +87,8 @@ def build_plan(
     entries = list(_entries(spec, views[base], tensors[base], base, len(inputs), averaged))
     _check_something_is_averaged(spec, entries, len(inputs))
     files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
+    if METHODS[spec.method].is_explicit and len(outputs) == 1:
+        notes += _notes_on_weights(spec, outputs[0], files)
     return MergePlan(
         spec,
         tuple(inputs),
@@ -96,6 +100,12 @@ def build_plan(
         notes=(*notes, *_what_happens(spec, views, base, entries)),
         dequantized=bool(views[base].owner) and not spec.requantize,
     )
+
+
+def _notes_on_weights(spec: MergeSpec, output: Output, files: Iterable[OutputFile]) -> list[str]:
+    averaged = [each for file in files for each in file.extents if each.kind != "equal" and not each.is_copy]
+    kinds = {(tuple(each.value_dtypes[i] for i in output.inputs), each.written_dtype) for each in averaged}
+    return notes_on_weights(output.coefficients, spec.accumulate, sorted(kinds))
 
 
 def _check_something_is_averaged(spec: MergeSpec, entries: Sequence[Entry], num_inputs: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.planning.plan import ALGORITHM, MergePlan, Output
 from merge_cli.planning.planner import build_plan
-from merge_cli.request.methods import Coefficients
+from merge_cli.request.coefficients import Coefficients
 from merge_cli.request.spec import MergeSpec
 from merge_cli.stores.store import resolve
 

@@ -6,9 +6,9 @@ function and one entry in `METHODS`. Sources: PMA = arXiv 2505.12082, WSM = arXi
 arXiv 2312.02696.
 
 Rational methods also give integer numerators and one denominator: dividing the integer-weighted sum once
-keeps exact ties exact, which multiplying by a rounded 1/3 does not. All other values are float64 and sum to 1
-within 1e-12; only explicit weights may be as far off as 1e-6, and are then used as they are (`warnings_for`
-states their sum).
+keeps exact ties exact, which multiplying by a rounded 1/3 does not. Explicit weights are rational too, as
+decimals, unless they have very many digits. All other values are float64 and sum to 1 within 1e-12; only
+explicit weights may be as far off as 1e-6, and are then used as they are (`warnings_for` states their sum).
 
 Nothing here says that an average is any good: `warnings_for` names what is known to hurt, the rest takes an
 evaluation.
@@ -19,61 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any
 
 from merge_cli.errors import UsageError, first_ten
+from merge_cli.request.coefficients import IDENTITY, Coefficients
 from merge_cli.request.option import Option, not_a_choice
 
+MOST_NUMERATORS = 1 << 37
+"""Of explicit weights, all together: more than this, times any float, is no exact sum in float64 (see `planning/sums.py`)."""
 SUM_TOLERANCE = 1e-6  # how far the sum of explicit weights may be from 1: six typed digits
-AGE_HELPS, AGE_HURTS = 0.15, 0.25  # of `age_share`: below the one every merge of the pilots helped, above the other each hurt
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """The weights of one average, oldest to newest; rational ones also as exact numerators / denominator."""
-
-    values: tuple[float, ...]
-    numerators: tuple[int, ...] | None = None
-    denominator: int | None = None
-
-    @property
-    def total(self) -> float:
-        """The sum of the coefficients, correctly rounded: 1 but for explicit weights."""
-        return math.fsum(self.values)
-
-    @property
-    def effective_sample_size(self) -> float:
-        """`1 / sum c^2`: how many equally weighted checkpoints would average away as much noise."""
-        return 1.0 / math.fsum(value * value for value in self.values)
-
-    def mean_age(self, steps: Sequence[float] | None = None) -> float:
-        """`sum c_i (N-1-i)`: how far the average lags behind the newest checkpoint, in intervals.
-
-        With `steps`, which may be uneven: `sum c_i (T_{N-1} - T_i)` in mean intervals.
-        """
-        n = len(self.values)
-        if n == 1:
-            return 0.0
-        if steps is None:
-            return math.fsum(value * (n - 1 - i) for i, value in enumerate(self.values))
-        return self.lag(steps) / ((steps[-1] - steps[0]) / (n - 1))
-
-    def lag(self, steps: Sequence[float]) -> float:
-        """`sum c_i (T_{N-1} - T_i)`: the mean age in the unit of `steps`."""
-        return math.fsum(value * (steps[-1] - step) for value, step in zip(self.values, steps, strict=True))
-
-    def age_share(self, steps: Sequence[float]) -> float | None:
-        """The mean age over the steps so far, T_{N-1}; None unless those are above 0.
-
-        At a constant learning rate this alone separates merges that help from merges that hurt: the loss falls as a power of
-        the steps, so a merge that lags by this share of the run has lost a fixed share of the progress.
-        """
-        return self.lag(steps) / steps[-1] if steps[-1] > 0 else None
-
-
-IDENTITY = Coefficients((1.0,), (1,), 1)  # of a single checkpoint, whatever the method
 
 
 @dataclass(frozen=True)
@@ -279,7 +236,7 @@ def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize:
     """The `weights` as given, one per checkpoint; `normalize` divides them by their sum.
 
     Without it they must sum to 1 within 1e-6 and are not touched: what was typed is what is used. Negative
-    ones are allowed.
+    ones are allowed. A float means its shortest decimal, so 0.7 is 7/10.
 
     Raises UsageError: not one weight per checkpoint, NaN or Inf, a sum that is not 1 (or 0 to normalize).
     """
@@ -305,7 +262,15 @@ def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize:
             details=[f"found     {total!r}", f"expected  1 within {SUM_TOLERANCE:g}"],
             hint="correct them, or divide them by their sum with --normalize",
         )
-    return _inexact([weight / total if normalize else float(weight) for weight in weights])
+    if len(weights) == 1:
+        return IDENTITY
+    decimals = [Fraction(weight) if isinstance(weight, Rational) else Fraction(repr(float(weight))) for weight in weights]
+    shares = [each / sum(decimals) for each in decimals] if normalize else decimals
+    denominator = math.lcm(*(share.denominator for share in shares))
+    numerators = tuple(int(share * denominator) for share in shares)
+    if sum(map(abs, numerators)) > MOST_NUMERATORS:
+        return Coefficients(tuple(map(float, shares)))
+    return Coefficients(tuple(map(float, shares)), numerators, denominator)
 
 
 def _number(value: Any, flag: str) -> float:
@@ -404,34 +369,6 @@ _ALL = (
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 PARAMETERS = {name: parameter for method in _ALL for name, parameter in method.parameters.items()}
-
-
-def warnings_for(coeffs: Coefficients, steps: Sequence[float] | None = None) -> list[str]:
-    """A line for each thing about an average that is known to hurt; window and spacing need true `steps`."""
-    lines = []
-    n = len(coeffs.values)
-    if abs(coeffs.total - 1.0) > 1e-12:
-        lines.append(f"the coefficients sum to {coeffs.total!r}, not 1, and are used as given")
-    negative = [f"checkpoint {i + 1} of {n}: {value:g}" for i, value in enumerate(coeffs.values) if value < 0]
-    if negative:
-        lines.append("negative coefficients: " + "; ".join(first_ten(negative)))
-    if n > 1 and coeffs.effective_sample_size < 3 - 1e-9:
-        lines.append(f"only {coeffs.effective_sample_size:.2f} effective checkpoints: little noise is averaged away")
-    if n == 1 or steps is None:
-        return lines
-    share = coeffs.age_share(steps)
-    if share is not None and share > AGE_HURTS:
-        lines.append(
-            f"the average lags {coeffs.lag(steps):.10g} steps behind, {100 * share:.0f} % of the steps so far:"
-            f" above {100 * AGE_HURTS:.0f} % merges hurt, below {100 * AGE_HELPS:.0f} % they helped"
-        )
-    span = steps[-1] - steps[0]
-    gaps = [newer - older for older, newer in pairwise(steps)]
-    mean_gap = span / (n - 1)
-    jitter = max(abs(gap - mean_gap) for gap in gaps)
-    if jitter > 0.1 * abs(mean_gap) * (1 + 1e-9):
-        lines.append(f"the checkpoints are unevenly spaced: {min(gaps):.10g} to {max(gaps):.10g} steps apart, mean {mean_gap:.10g}")
-    return lines
 
 
 def _rational(numerators: Sequence[int]) -> Coefficients:

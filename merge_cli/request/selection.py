@@ -14,8 +14,9 @@ from itertools import islice, pairwise
 
 from merge_cli.errors import MismatchError, UsageError, first_ten
 from merge_cli.request.amounts import is_in_tokens, parse_amount
+from merge_cli.request.coefficients import Coefficients, warnings_for
 from merge_cli.request.labels import Candidate
-from merge_cli.request.methods import METHODS, Coefficients, coefficients, needs_step_values, warnings_for
+from merge_cli.request.methods import METHODS, coefficients, needs_step_values
 from merge_cli.request.spec import MergeSpec, Selection
 
 

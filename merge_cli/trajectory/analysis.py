@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from merge_cli.errors import UsageError
-from merge_cli.request.methods import AGE_HELPS, AGE_HURTS, Coefficients
+from merge_cli.request.coefficients import AGE_HELPS, AGE_HURTS, Coefficients
 from merge_cli.trajectory.findings import Finding, findings_of, router_findings
 from merge_cli.trajectory.gram import Geometry, Gram, geometry, total
 from merge_cli.trajectory.groups import KINDS, Group

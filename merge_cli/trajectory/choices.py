@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from merge_cli.request.methods import AGE_HURTS, coefficients
+from merge_cli.request.coefficients import AGE_HURTS
+from merge_cli.request.methods import coefficients
 from merge_cli.trajectory.model import Measured, gain
 from merge_cli.trajectory.plans import window
 

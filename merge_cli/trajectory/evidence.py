@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from merge_cli.errors import UsageError
-from merge_cli.request.methods import AGE_HURTS
+from merge_cli.request.coefficients import AGE_HURTS
 from merge_cli.trajectory.analysis import Analysis
 from merge_cli.trajectory.ledger import Row
 from merge_cli.trajectory.model import Measured

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from merge_cli.errors import UsageError
-from merge_cli.request.methods import AGE_HURTS
+from merge_cli.request.coefficients import AGE_HURTS
 
 PLANS = ("auto", "rolling", "grid", "pairs", "plane")
 MERGE_OF = 8

@@ -18,12 +18,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
 from merge_cli.planning.plan import MergePlan, QuantizedExtent
-from merge_cli.planning.sums import sum_dtype
+from merge_cli.planning.sums import weighted_sum
 
 READ_S_PER_BYTE = {"copy": 0.06e-9, "F32": 0.17e-9, "F64": 0.33e-9, "quantized": 1.9e-9}
 WRITE_S_PER_BYTE = 1.0e-9
@@ -84,8 +82,8 @@ def estimate(
     else:
         read_s = coded * READ_S_PER_BYTE["quantized"]
         for output in plan.outputs:
-            dtype = sum_dtype(plan.spec.accumulate, output.coefficients.numerators is not None, ["BF16"], "BF16")
-            read_s += plain * READ_S_PER_BYTE[dtype]
+            each = weighted_sum(output.inputs, output.coefficients, plan.spec.accumulate, ["BF16"], "BF16")
+            read_s += plain * READ_S_PER_BYTE[each.dtype]
     parts = parts_of(
         plan.bytes_to_read,
         plan.bytes_to_write,
@@ -100,6 +98,8 @@ def estimate(
 
 def measure_pcie(device: Device) -> float:
     """Bytes per second from pinned memory to a CUDA device."""
+    import torch
+
     host = torch.empty(SAMPLE_BYTES, dtype=torch.uint8, pin_memory=True)
     there = host.to(device.torch)
     torch.cuda.synchronize(device.torch)

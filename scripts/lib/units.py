@@ -1,21 +1,17 @@
-"""Sizes as people write them: `1.7GB` is decimal, `256MiB` is binary, as in pmerge's own `--memory`."""
+"""Sizes as people write them, read as pmerge's own `--memory` is: `1.7GB` is decimal, `256MiB` is binary."""
 
 from __future__ import annotations
 
-import re
-
-UNITS = {"": 1, "B": 1}
-for power, letter in enumerate("KMGT", start=1):
-    UNITS[f"{letter}B"] = 1000**power
-    UNITS[f"{letter}IB"] = 1024**power
+from merge_cli.errors import UsageError
+from merge_cli.request import amounts
 
 
 def parse_size(text: str) -> int:
-    """Number of bytes that `text` stands for; ValueError when it stands for none."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
-        raise ValueError(f"not a size: {text!r} (write 1.7GB or 256MiB)")
-    return round(float(match[1]) * UNITS[match[2].upper()])
+    """The number of bytes in `text`. Raises ValueError, which argparse reports."""
+    try:
+        return amounts.parse_size(text, "a size")
+    except UsageError as error:
+        raise ValueError(f"not a size: {text!r} (write 1.7GB or 256MiB)") from error
 
 
 def format_size(num_bytes: float) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from merge_cli.cli.weights import split_weights
 from merge_cli.errors import UsageError
+from merge_cli.request.destination import destination_of
+from merge_cli.request.discovery import discover
+from merge_cli.request.labels import Candidate
 from merge_cli.request.option import Options, options_of
-from merge_cli.request.spec import MergeSpec, Processes, RunConfig, Selection
+from merge_cli.request.selection import select
+from merge_cli.request.spec import MergeSpec, Processes, RunConfig, Selection, read_options
 
 SPECS: list[type[Options]] = [Selection, MergeSpec, RunConfig, Processes]
 
@@ -71,3 +77,54 @@ def test_a_choice_that_is_nearly_right_gets_the_right_one(field: str, typed: str
     with pytest.raises(UsageError) as error:
         MergeSpec(**{field: typed})
     assert error.value.hint == f"did you mean  {meant}"
+
+
+def test_keywords_are_laid_over_specs() -> None:
+    given = MergeSpec(method="ema", parameters={"alpha": 0.3}, dtype="fp32")
+    assert read_options({"last": 2, "memory": "1GiB"}, spec=given) == (Selection(last=2), given, RunConfig(memory=2**30))
+    assert read_options({"alpha": 0.5}, spec=given)[1] == MergeSpec(method="ema", parameters={"alpha": 0.5}, dtype="fp32")
+    assert read_options({"method": "sma"}, spec=given)[1] == MergeSpec(dtype="fp32")
+    assert read_options({"dtype": None}, spec=given)[1] == given
+    assert read_options({"shard_size": "5GB"})[1].shard_bytes == 5_000_000_000
+
+
+def test_weights_alone_mean_the_method_of_weights() -> None:
+    assert read_options({"weights": "0.25,0.75"})[1] == MergeSpec(method="weights", parameters={"weights": [0.25, 0.75]})
+    with pytest.raises(UsageError, match="method sma does not take --weights"):
+        read_options({"weights": [1.0], "method": "sma"})
+    with pytest.raises(UsageError, match="method sma does not take --alpha"):
+        read_options({"alpha": 0.5})
+
+
+def test_an_unknown_keyword_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="no option 'lst'; there are"):
+        read_options({"lst": 2})
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match="--at ends a selection"):
+        Selection(at=1, before=2)
+    with pytest.raises(UsageError, match="--requantize keeps"):
+        MergeSpec(dtype="bf16", requantize=True)
+    with pytest.raises(UsageError, match="--alpha and --half-life"):
+        MergeSpec(method="ema", parameters={"alpha": 0.1, "half_life": 2})
+
+
+def test_a_selection_ends_at_a_checkpoint_of_this_step() -> None:
+    run = [Candidate(f"ckpt_{step}", step, None, None, 0) for step in (1000, 2000, 3000)]
+    assert [each.step for each in select(run, Selection(at="2k", last=1)).candidates] == [2000]
+    with pytest.raises(UsageError, match="no checkpoint at step 2500"):
+        select(run, Selection(at=2500))
+    assert [each.step for each in select(run, Selection(at="10k", tokens_per_step=4)).candidates] == [1000, 2000]
+
+
+def test_paths_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for step in (1, 2):
+        (tmp_path / "run" / f"step_{step}").mkdir(parents=True)
+        (tmp_path / "run" / f"step_{step}" / "model.safetensors").write_bytes(b"")
+    expected = [str(tmp_path / "run" / f"step_{step}") for step in (1, 2)]
+    assert discover("~/run") == discover(["~/run/step_1", Path("~/run/step_2")]) == expected
+    assert split_weights(["~/run/step_1:0.5", "~/run/step_2:0.5"]) == (["~/run/step_1", "~/run/step_2"], [0.5, 0.5])
+    assert destination_of("~/merged") == tmp_path / "merged"
+    assert destination_of("./~") == Path("~")

@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="trains a tiny model, seven processes; test_evaluate, test_forecast, test_report")
 @pytest.mark.parametrize("example", SHELL)
 def test_shell_example(example: str, place: Path) -> None:
     """Processes, because the examples are what a user types; --text loads transformers once."""
@@ -69,12 +69,13 @@ def test_shell_example(example: str, place: Path) -> None:
         assert json.loads(data[0])["forecast"]["now"]["value"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="trains a tiny model; test_evaluate.test_a_forecast_from_start_to_end")
 def test_python_example(place: Path) -> None:
     """A process, as in the examples of the shell."""
     (example,) = (text for text in PYTHON if "from merge_cli" in text)
     done = subprocess.run([sys.executable, "-c", example], cwd=place, check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split()[0] in ("sma", "wma", "ema", "decay")
+    verdict, choice = done.stdout.splitlines()
+    assert verdict == "measure it" and choice.split()[0] in ("sma", "wma", "ema", "decay")
 
 
 def test_the_page_names_every_plan_and_every_reason_to_refuse() -> None:

@@ -102,6 +102,9 @@ def test_what_is_known_is_not_measured_again_and_changed_weights_are(run: Path, 
     assert do(run, CommandEvaluator(command(tmp_path) + " ")).measured  # another command is another evaluator
 
 
+@pytest.mark.slow(
+    reason="kills processes again and again; test_what_is_known_is_not_measured_again, and the torn lines of test_ledger"
+)
 def test_a_killed_evaluation_goes_on_where_it_was(run: Path, tmp_path: Path) -> None:
     """Killed processes, which is the point: SIGKILL in the middle of an evaluation, again and again until all is done."""
     slow = QUADRATIC + "\nimport time; time.sleep(0.25)\n"

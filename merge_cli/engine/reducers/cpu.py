@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from merge_cli.engine.arithmetic import Scratch, add_term, divide, is_finite, store, terms_by_input, torch_dtype
-from merge_cli.engine.buffers import HostRows, elements
+from merge_cli.engine.buffers import HostBuffer, elements, page_aligned
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
-from merge_cli.engine.matmul_sums import FilteredSums, filter_bytes
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reads import Reads
 from merge_cli.errors import NonFiniteError
@@ -61,7 +60,7 @@ class CpuReducer:
 
     def _nonfinite(self, extent: Extent, first: int, end: int, operations: Mapping[int, WeightedSum]) -> Mapping[str, int]:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
-        found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations)
+        found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations, positions_of_nonfinite)
         if not self._plan.spec.allow_nonfinite:
             raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
         for k in operations:
@@ -74,11 +73,11 @@ class CpuReducer:
 
     @classmethod
     def memory(cls, plan: MergePlan, size: ChunkSize, device: Device) -> Memory:
-        """Buffers; accumulators in float64, an input in float32 and float64, rounding; many sums at once."""
+        """Buffers; accumulators in float64, an input in float32 and float64, rounding."""
         num_inputs, num_outputs = len(plan.inputs), len(plan.outputs)
         buffers = (num_inputs + num_outputs) * size.num_bytes + num_inputs * size.slack_bytes
         sums = min(BLOCK_ELEMENTS, size.elements) * (44 + 8 * num_outputs)
-        return Memory(buffers + sums + filter_bytes(size.elements, num_inputs, num_outputs))
+        return Memory(buffers + sums)
 
 
 class Lane:
@@ -88,31 +87,21 @@ class Lane:
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, chunk_elements: int, chunk_bytes: int, slack_bytes: int = 0) -> None:
-        self._rows_in = HostRows(num_inputs, chunk_bytes + slack_bytes)
-        self._rows_out = HostRows(num_outputs, chunk_bytes)
-        self.inputs, self.outputs = self._rows_in.buffers, self._rows_out.buffers
+        self.inputs = [page_aligned(chunk_bytes + slack_bytes) for _ in range(num_inputs)]
+        self.outputs = [page_aligned(chunk_bytes) for _ in range(num_outputs)]
         self._block = min(BLOCK_ELEMENTS, chunk_elements)
         self._scratch = Scratch(self._block, num_outputs)
-        self._filtered = FilteredSums(chunk_elements, num_inputs, num_outputs)
 
     def reduce(self, extent: Extent, count: int, operations: Mapping[int, WeightedSum], load: Callable[[int], None]) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
         `load(i)` fills input buffer i. It is called just before that input is added, while its bytes are in
-        the nearest cache; many sums in float64 are made by `matmul_sums.py`, from all inputs together.
+        the nearest cache.
         False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for
         float32 where the average is not (masks are full of the smallest bfloat16): such elements, and only
         they, are summed again in float64, unless the dtype of sums was asked for.
         """
-        product = self._filtered.choose(extent, operations)
-        if product is not None:
-            for i in sorted({i for operation in operations.values() for i in operation.inputs}):
-                load(i)
-            sources = self._rows_in.together(product.inputs, [torch_dtype(extent.sources[i].dtype) for i in product.inputs], count)
-            outputs = self._rows_out.together(product.keys, [torch_dtype(extent.dtype)] * len(product.keys), count)
-            done = self._filtered.reduce(product, sources, outputs)
-            operations = {k: operation for k, operation in operations.items() if k not in done}
-        clean = self._reduce(extent, count, operations, load if product is None else None)
+        clean = self._reduce(extent, count, operations, load)
         again = {k: each.again_in_float64() for k, each in operations.items() if not clean[k] and each.retry}
         clean |= self._reduce(extent, count, again, retry_nonfinite=True)
         return all(clean.values())
@@ -162,3 +151,9 @@ def _store(accumulator: torch.Tensor, output: torch.Tensor, retry_nonfinite: boo
     store(accumulator, rounded)
     output.copy_(torch.where(output.isfinite(), output, rounded))
     return is_finite(output)
+
+
+def positions_of_nonfinite(buffer: HostBuffer, dtype: str, first: int, end: int) -> list[int]:
+    """The positions of NaN and Inf among elements `first` to `end` of a buffer."""
+    bad = (~elements(buffer, torch_dtype(dtype), first, end - first).isfinite()).nonzero()
+    return [first + position for position in bad.flatten().tolist()]

@@ -1,9 +1,9 @@
 """Inner products of the inputs: the Gram matrix of their deviations from the newest one, tensor by tensor.
 
-For an extent with N inputs x_i, `G[i, j] = sum (x_i - x_last)(x_j - x_last)` in float64, over blocks of
-`GRAM_BLOCK_ELEMENTS` elements counted from the beginning of the extent and cut at tensors. Blocks do not
-depend on chunks, memory or threads, and the sink adds them exactly (`GramTotals`), so totals are bit-equal
-however the work was divided; sums of integers below 2^53 are exact.
+For an extent with N inputs x_i, `G[i, j] = sum (x_i - x_last)(x_j - x_last)` and `|x_last|^2` in float64,
+over blocks of `GRAM_BLOCK_ELEMENTS` elements counted from the beginning of the extent and cut at tensors.
+Blocks do not depend on chunks, memory or threads, and the sink adds them exactly (`GramTotals`), so totals
+are bit-equal however the work was divided; sums of integers below 2^53 are exact.
 
 Not guaranteed: equal last bits on another processor, whose matrix product may add in another order.
 """
@@ -21,22 +21,24 @@ from torch import Tensor
 
 from merge_cli.engine.arithmetic import torch_dtype
 from merge_cli.engine.buffers import elements, page_aligned
-from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
+from merge_cli.engine.chunk import GRAM_BLOCK_ELEMENTS, Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import CPU, Device
 from merge_cli.engine.reads import Reads
 from merge_cli.engine.reducers.quantized import BYTES_PER_VALUE, QuantizedSums
-from merge_cli.engine.schedule import GRAM_BLOCK_ELEMENTS
 from merge_cli.engine.sink import NoSink
+from merge_cli.errors import NonFiniteError
 from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent
 
 _UNIT = 1 << 1127
 
 
 class Block(NamedTuple):
-    """The inner products [N][N] of elements of one tensor."""
+    """The inner products [N][N] of some elements of one tensor, the squared norm of the newest, and how many they are."""
 
     key: str
     products: list[list[float]]
+    norm2: float
+    num_elements: int
 
 
 class GramReducer:
@@ -60,7 +62,7 @@ class GramReducer:
         extent = chunk.extent
         if isinstance(extent, QuantizedExtent):
             values = [self._quantized.values(source, extent.shape, chunk.first, chunk.end)[0].double() for source in extent.sources]
-            yield Reduced(chunk, values=[Block(extent.key, _products(torch.stack(values)))])
+            yield Reduced(chunk, values=[_block(extent.key, torch.stack(values))])
             return
         blocks: list[Block] = []
         for first in range(chunk.first, chunk.end, GRAM_BLOCK_ELEMENTS):
@@ -74,7 +76,7 @@ class GramReducer:
             self._reads.elements(source, first, end, self._buffer)
             row.copy_(elements(self._buffer, torch_dtype(source.dtype), 0, count))
         for key, begin, stop in extent.tensors_between(first, end):
-            yield Block(key, _products(rows[:, begin - first : stop - first]))
+            yield _block(key, rows[:, begin - first : stop - first])
 
     def close(self) -> None:
         pass
@@ -89,6 +91,14 @@ class GramReducer:
         return Memory(values * (len(plan.inputs) * 16 + BYTES_PER_VALUE + 8) + size.slack_bytes)
 
 
+class Total(NamedTuple):
+    """The symmetric inner products [N][N] of a tensor or group, the squared norm of the newest, and the number of elements."""
+
+    products: list[list[float]]
+    norm2: float
+    num_elements: int
+
+
 class GramTotals(NoSink):
     """A sink that adds up blocks tensor by tensor, exactly: so their order, which threads decide, does not matter.
 
@@ -97,23 +107,28 @@ class GramTotals(NoSink):
 
     def __init__(self, group: Callable[[str], str] = lambda key: key) -> None:
         self._group = group
-        self._sums: dict[str, list[list[int]]] = {}
+        self._sums: dict[str, list[list[int]]] = {}  # the triangle row by row, then [|x_last|^2, number of elements]
         self._lock = threading.Lock()
 
     def take(self, chunk: Chunk, values: Any) -> None:
-        for key, products in values:
+        for key, products, norm2, num_elements in values:
+            if not (math.isfinite(norm2) and all(math.isfinite(row[i]) for i, row in enumerate(products))):
+                raise NonFiniteError(f"`{key}` has NaN or Inf elements, or larger ones than inner products can hold")
             exact = [[_exact(product) for product in row[: i + 1]] for i, row in enumerate(products)]
+            exact.append([_exact(norm2), num_elements])
             with self._lock:
-                sums = self._sums.setdefault(self._group(key), [[0] * (i + 1) for i in range(len(products))])
+                sums = self._sums.setdefault(self._group(key), [[0] * len(row) for row in exact])
                 for row, more in zip(sums, exact, strict=True):
                     row[:] = map(operator.add, row, more)
 
-    def totals(self) -> dict[str, list[list[float]]]:
-        """The symmetric matrix [N][N] of each tensor or group, every sum rounded once."""
-        return {
-            key: [[sums[max(i, j)][min(i, j)] / _UNIT for j in range(len(sums))] for i in range(len(sums))]
-            for key, sums in self._sums.items()
-        }
+    def totals(self) -> dict[str, Total]:
+        """The total of each tensor or group, every sum rounded once."""
+        found = {}
+        for key, (*sums, (norm2, num_elements)) in self._sums.items():
+            n = len(sums)
+            products = [[sums[max(i, j)][min(i, j)] / _UNIT for j in range(n)] for i in range(n)]
+            found[key] = Total(products, norm2 / _UNIT, num_elements)
+        return found
 
 
 def _exact(value: float) -> int:
@@ -122,7 +137,8 @@ def _exact(value: float) -> int:
     return int(mantissa * 2.0**53) << (exponent + 1074)
 
 
-def _products(rows: Tensor) -> list[list[float]]:
+def _block(key: str, rows: Tensor) -> Block:
     """The inner products of the deviations of `rows` [N, count] from the last one. Overwrites `rows`."""
-    rows.sub_(rows[-1].clone())
-    return (rows @ rows.T).tolist()
+    newest = rows[-1].clone()
+    rows.sub_(newest)
+    return Block(key, (rows @ rows.T).tolist(), float(newest @ newest), len(newest))

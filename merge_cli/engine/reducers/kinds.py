@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from merge_cli.engine.chunk import Chunk, Reducer
+from merge_cli.engine.chunk import Reducer
+from merge_cli.engine.kernels.native import load
+from merge_cli.engine.reducers.native_quantized import NativeQuantizedReducer, is_native
 from merge_cli.planning.plan import GRAM, Extent, MergePlan, QuantizedExtent, WorkItem
 
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device
 
-SUMS, COPIES, QUANTIZED = "sums", "copies", "quantized"
+SUMS, COPIES, QUANTIZED, DECODED = "sums", "copies", "quantized", "decoded"
 
 
 def kind_of(extent: Extent | QuantizedExtent, reducer: str) -> str:
@@ -22,13 +24,8 @@ def kind_of(extent: Extent | QuantizedExtent, reducer: str) -> str:
     if reducer == GRAM:
         return GRAM
     if isinstance(extent, QuantizedExtent):
-        return QUANTIZED
+        return DECODED if is_native(extent) else QUANTIZED
     return SUMS if extent.kind == "average" else COPIES
-
-
-def kind_of_chunk(chunk: Chunk) -> str:
-    """The kind of work that a chunk is."""
-    return kind_of(chunk.extent, chunk.item.reducer)
 
 
 def kinds_in(plan: MergePlan, work: Sequence[WorkItem] | None = None) -> list[str]:
@@ -47,7 +44,10 @@ def class_of(kind: str, device: Device) -> type[Reducer]:
         from merge_cli.engine.reducers.copying import CopyingReducer
 
         return CopyingReducer
-    if kind == QUANTIZED:
+    native = load() is not None and not device.is_accelerator
+    if kind == DECODED and native:
+        return NativeQuantizedReducer
+    if kind in (QUANTIZED, DECODED):
         from merge_cli.engine.reducers.quantized import QuantizedReducer
 
         return QuantizedReducer
@@ -55,6 +55,10 @@ def class_of(kind: str, device: Device) -> type[Reducer]:
         from merge_cli.engine.reducers.fallback import WithCpu
 
         return WithCpu
+    if native:
+        from merge_cli.engine.reducers.native import NativeReducer
+
+        return NativeReducer
     from merge_cli.engine.reducers.cpu import CpuReducer
 
     return CpuReducer

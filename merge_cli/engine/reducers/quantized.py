@@ -273,7 +273,7 @@ class QuantizedSums:
 def _buffer_for(size: int, slack_bytes: int) -> HostBuffer:
     """Memory for a read of `size` bytes; with slack it is aligned as O_DIRECT needs it."""
     room = torch.empty(max(size, 1) + slack_bytes + (DIRECT_BLOCK_BYTES if slack_bytes else 0), dtype=torch.uint8)
-    return HostBuffer(room[-room.data_ptr() % DIRECT_BLOCK_BYTES :] if slack_bytes else room)
+    return HostBuffer.of(room[-room.data_ptr() % DIRECT_BLOCK_BYTES :] if slack_bytes else room)
 
 
 def memory_of(data: Tensor) -> memoryview:
