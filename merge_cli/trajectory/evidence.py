@@ -9,7 +9,7 @@ from typing import NamedTuple
 from merge_cli.errors import UsageError
 from merge_cli.request.coefficients import AGE_HURTS
 from merge_cli.trajectory.analysis import Analysis
-from merge_cli.trajectory.ledger import Row
+from merge_cli.trajectory.ledger import Row, current
 from merge_cli.trajectory.model import Measured
 from merge_cli.trajectory.plans import RECENT, SINGLES
 from merge_cli.trajectory.results import main_metric
@@ -67,7 +67,7 @@ def choose_rows(rows: Sequence[Row], metric: str | None) -> tuple[list[Row], str
     latest = rows[-1].evaluator
     others = {row.evaluator for row in rows} - {latest}
     wanted = metric or main_metric(list(rows[-1].metrics))
-    found = [row for row in rows if row.evaluator == latest and wanted in row.metrics]
+    found = current([row for row in rows if row.evaluator == latest and wanted in row.metrics])
     if not found:
         raise UsageError(f"no row has the metric {wanted}", details=[f"found     {', '.join(list(rows[-1].metrics)[:20])}"])
     warnings = []

@@ -81,6 +81,12 @@ class Row:
         return known if len(known) == len(self.parts) and known == sorted(set(known)) else None
 
     @property
+    def subject(self) -> object:
+        """What the row is about, whatever the version of the weights: two rows of one subject are about older and newer ones."""
+        parts = tuple((part.name, part.step, part.coefficient) for part in self.parts)
+        return parts, self.dtype, self.evaluator, self.annealed_from
+
+    @property
     def coefficients(self) -> list[float]:
         return [part.coefficient for part in self.parts]
 
@@ -89,6 +95,12 @@ def key_of(parts: Sequence[Part], dtype: str, evaluator: str) -> str:
     """The sha256 of everything that decides a result, as far as it can be seen without reading the weights."""
     described = [[[part.name, part.step, part.version, part.coefficient.hex()] for part in parts], dtype, evaluator]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def current(rows: Sequence[Row]) -> list[Row]:
+    """The latest row about each subject: earlier ones are about weights that have been replaced since."""
+    latest = {row.subject: row for row in rows}
+    return [row for row in rows if latest[row.subject] is row]
 
 
 class Ledger:

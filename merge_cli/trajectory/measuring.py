@@ -108,7 +108,7 @@ def check_different(row: Row, others: Sequence[Row]) -> None:
     same = [
         other.name
         for other in others
-        if other.key != row.key
+        if other.subject != row.subject
         and (other.metrics, other.documents) == (row.metrics, row.documents)
         and not (row.weights and row.weights == other.weights)
     ]

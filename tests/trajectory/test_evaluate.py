@@ -152,6 +152,17 @@ def test_nothing_outlives_a_killed_evaluation(run: Path, tmp_path: Path) -> None
         assert not Path(f"/proc/{child}").exists()
 
 
+def test_a_copy_of_the_run_is_measured_again_and_replaces_the_rows(run: Path, tmp_path: Path) -> None:
+    evaluator = CommandEvaluator(command(tmp_path))
+    first = do(run, evaluator)
+    for path in run.rglob("model.safetensors"):
+        os.utime(path, (1, 1))
+    again = do(run, evaluator)
+    assert len(again.measured) == len(first.rows) and [r.metrics for r in again.rows] == [r.metrics for r in first.rows]
+    found = forecast(run, output=tmp_path / "evals", metric="loss")
+    assert sorted(each.key for each in found.results) == sorted(row.key for row in again.rows)
+
+
 @pytest.mark.parametrize(
     ("printed", "rows"),
     [("1.23456789", 1), ("0.25", 2), ('{"a": 0.123, "b": 0.456, "c": 0.789}', 1), ("7", 2)],
