@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.options import Checkpoints, DryRun, Given, Json, Quiet, flags, takes
 from merge_cli.errors import InputError, UsageError
+from merge_cli.request.spec import MergeSpec, Processes, lay_over
 
 if TYPE_CHECKING:
     from merge_cli.features.evaluate import EvaluationPlan, EvaluationResult
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
     from merge_cli.trajectory.ledger import Row
 
 
+@takes(*flags(MergeSpec, only=["dtype"]), *flags(Processes, only=["rank", "world_size"]))
 def evaluate_command(
-    checkpoints: Annotated[list[str], typer.Argument(help="One run folder, or the checkpoints of one run.")],
+    checkpoints: Checkpoints,
     command: Annotated[
         str | None,
         typer.Option(metavar="CMD", help="Your evaluation: {path} {name} {step} {out} are filled in, PMERGE_PATH ... set."),
@@ -34,7 +37,8 @@ def evaluate_command(
         list[str] | None, typer.Option(metavar="PATH:STEP", help="Also the end of a real annealing, which began at STEP.")
     ] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="The ledger's folder (RUN.pmerge).")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the merges: keep, bf16, fp16 or fp32.")] = "keep",
+    *,
+    given: Given,
     jobs: Annotated[int, typer.Option(min=1, max=256, help="Commands at the same time.")] = 1,
     gpus: Annotated[str | None, typer.Option(metavar="LIST", help="As 0,1,2: one command a GPU, which sees no other.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Merges that lie on the disk at once.")] = 4,
@@ -45,11 +49,9 @@ def evaluate_command(
     context: Annotated[int | None, typer.Option(help="--text: tokens of a window (the model's, at most 2048).")] = None,
     stride: Annotated[int | None, typer.Option(help="--text: from one window to the next (the context).")] = None,
     device: Annotated[str, typer.Option(help="--text: auto (a GPU if there is one), cpu, cuda or cuda:K.")] = "auto",
-    rank: Annotated[int | None, typer.Option(metavar="R", help="This process's number among several that share the plan.")] = None,
-    world_size: Annotated[int | None, typer.Option(metavar="W", help="How many they are (both: from the launcher).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; measure nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure checkpoints and merges; the numbers go into a ledger, which forecast and report read.
 
@@ -57,8 +59,10 @@ def evaluate_command(
     """
     from merge_cli.features.evaluate import plan_evaluation, run_evaluation
     from merge_cli.ranks.launcher import find_rank
+    from merge_cli.trajectory.plans import PLANS
 
-    me = find_rank(os.environ, rank, world_size)
+    processes = lay_over(Processes(), given)
+    me = find_rank(os.environ, processes.rank, processes.world_size)
     if (command is None) == (text is None):
         raise UsageError("evaluate needs one of --command and --text", hint=f"pmerge evaluate {checkpoints[0]} --text held_out.txt")
     evaluator = _command(command, metric or [], jobs, gpus) if command is not None else None
@@ -71,10 +75,10 @@ def evaluate_command(
     planned = plan_evaluation(
         checkpoints,
         evaluator,
-        plan=plan if not Path(plan).is_file() else _read_list(Path(plan)),
+        plan=plan if plan in PLANS or not Path(plan).is_file() else _read_list(Path(plan)),
         annealed=dict(map(_annealed, annealed or [])),
         output=output,
-        dtype=dtype,
+        dtype=lay_over(MergeSpec(), given).dtype,
         batch=batch,
         keep=keep,
         redo=redo,

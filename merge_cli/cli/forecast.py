@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.options import Checkpoints, Json, Quiet
 
 if TYPE_CHECKING:
     from merge_cli.trajectory.forecast import Band, Forecast, Quantity
@@ -17,15 +18,15 @@ _MOST_RESULTS = 20
 
 
 def forecast_command(
-    checkpoints: Annotated[list[str], typer.Argument(help="The run, as it was given to evaluate.")],
+    checkpoints: Checkpoints,
     metric: Annotated[str | None, typer.Option(metavar="PATH", help="Which metric of the ledger (its first loss).")] = None,
     is_loss: Annotated[bool, typer.Option("--is-loss", help="The metric is a loss, whatever its name.")] = False,
     anneal: Annotated[
         int | None, typer.Option(metavar="STEPS", help="Also the loss after a decay over so many steps from now.")
     ] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="The ledger's folder (RUN.pmerge).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Forecast the annealed loss and the best merge from measured losses. Reads the ledger only; exit code 1 for no forecast.
 

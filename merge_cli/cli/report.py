@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.options import Checkpoints
 
 
 def report_command(
-    checkpoints: Annotated[list[str], typer.Argument(help="The run, as it was given to evaluate.")],
+    checkpoints: Checkpoints,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FILE", help="Where it goes (RUN.pmerge/report.html).")
     ] = None,

@@ -162,7 +162,7 @@ def forecast_rows(
     is_a_loss = assume_loss or is_loss(found.metric)
     lower = is_a_loss or lower_is_better(found.metric)
     if not is_a_loss:
-        text = f"{found.metric} is no loss: measured values only, since the model of gains is one of losses"
+        text = f"{found.metric} is no loss by its name: measured values only, since the model of gains is one of losses (--is-loss)"
         found.refusals = [Named("benchmark", text)]
     measured = Forecast(
         metric=found.metric,

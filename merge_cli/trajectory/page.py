@@ -82,11 +82,11 @@ def label_of(evaluator: str) -> str:
         described = json.loads(evaluator)
     except ValueError:
         return evaluator
-    return f"the loss on {described['text']}" if isinstance(described, dict) and "text" in described else evaluator
+    return f"the built-in evaluator on {described['text']}" if isinstance(described, dict) and "text" in described else evaluator
 
 
 def _evaluated(found: Evidence, forecast: Forecast) -> str:
-    return f"{len(found.rows)} evaluations of {forecast.metric}, by {label_of(forecast.evaluator)}."
+    return f"{len(found.rows)} evaluations of {forecast.metric} by {label_of(forecast.evaluator)}."
 
 
 def _cards(found: Evidence, forecast: Forecast, analysis: Analysis | None) -> list[str]:
