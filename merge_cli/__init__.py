@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from merge_cli.features.share import ShareResult, finalize, run_share
     from merge_cli.features.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
     from merge_cli.features.verify import Verification, verify
-    from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
+    from merge_cli.formats.checkpoint import Checkpoint
+    from merge_cli.formats.opening import open_checkpoint
     from merge_cli.ranks.launcher import Rank, find_rank
     from merge_cli.request.coefficients import Coefficients
     from merge_cli.request.methods import coefficients
@@ -76,7 +77,8 @@ _HOMES = {
     **dict.fromkeys(["AnalysisPlan", "analyze", "plan_analysis", "run_analysis"], "features.analyze"),
     "Analysis": "trajectory.analysis",
     **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "features.average"),
-    **dict.fromkeys(["Checkpoint", "open_checkpoint"], "formats.checkpoint"),
+    "Checkpoint": "formats.checkpoint",
+    "open_checkpoint": "formats.opening",
     "Coefficients": "request.coefficients",
     "coefficients": "request.methods",
     **dict.fromkeys(["Rank", "find_rank"], "ranks.launcher"),

@@ -14,10 +14,11 @@ from dcp_checkpoints import grid, load_dcp, load_state, payloads_of, read_values
 from torch import Tensor
 
 from merge_cli.errors import UsageError
-from merge_cli.formats.dcp.clone import Copied
+from merge_cli.formats.dcp.clone import Copied, write_metadata
 from merge_cli.formats.dcp.entries import is_main_weight, is_moment, is_training_state, treat
 from merge_cli.formats.dcp.folder import DcpFolder, open_folder
 from merge_cli.formats.dcp.item import parse_item
+from merge_cli.formats.dcp.metadata import FILESYSTEM, OLMO_CORE, parse_metadata
 from merge_cli.formats.safetensors import DTYPES
 
 
@@ -195,6 +196,15 @@ def test_a_clone_is_read_back_as_it_was_laid_out(plain: Path, tmp_path: Path) ->
     loaded, expected = load_dcp(tmp_path / "merged"), load_dcp(plain)
     assert all(tensor_bytes(loaded[name]) == tensor_bytes(expected[name]) for name in expected)
     assert any(isinstance(part, Copied) for file in clone.files for part in file.parts)
+
+
+def test_the_storage_class_of_olmo_core_is_read_and_torchs_is_written(plain: Path) -> None:
+    raw = (plain / ".metadata").read_bytes()
+    own, torchs = (b"\x8c" + bytes([len(name)]) + name.encode() for name in (OLMO_CORE, FILESYSTEM))
+    assert torchs in raw
+    metadata = parse_metadata(raw.replace(torchs, own), "x")
+    assert metadata.tensors == parse_metadata(raw, "x").tensors
+    assert FILESYSTEM.encode() in write_metadata(metadata) and OLMO_CORE.encode() not in write_metadata(metadata)
 
 
 def test_a_file_of_which_nothing_is_kept_is_not_written(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import merge_cli
 from merge_cli import average, plan_average
 from merge_cli.cli.console import printable
 from merge_cli.errors import InputError, PmergeError
-from merge_cli.formats.checkpoint import open_checkpoint
+from merge_cli.formats.opening import open_checkpoint
 
 PMERGE = str(Path(sys.executable).with_name("pmerge"))
 W = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -264,7 +264,7 @@ def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(b"")
     for name, said in [
         ("pickles", "step_1/pytorch_model.bin"),
-        ("sharded", "dcp_to_torch"),
+        ("sharded", "it has no .metadata"),
         ("project", f"pmerge average {tmp_path / 'project' / 'run'}"),
         ("empty", "an empty folder"),
         ("missing", "no such checkpoint"),

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from merge_cli.features.sweep import SweepPlan, SweepResult
 
 
-@takes(*flags(Selection, only=["tokens_per_step"]), *flags(MergeSpec, only=["dtype", "accumulate"]), *flags(RunConfig))
+@takes(
+    *flags(Selection, only=["tokens_per_step"]),
+    *flags(MergeSpec, only=["dtype", "accumulate", "training_state"]),
+    *flags(RunConfig),
+)
 def sweep_command(
     checkpoints: Checkpoints,
     output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Folder in which each result gets its own.")],

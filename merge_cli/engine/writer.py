@@ -2,7 +2,8 @@
 
 The file grows under a `.partial` name and its header is written last, so that a torn file can never be read as a checkpoint. The
 sha256 follows the contiguous front of what has been written: a chunk that extends the front is hashed from memory, chunks that
-came early are read back when the front reaches them.
+came early are read back when the front reaches them. Bytes between values that depend on the CRC-32 of those before them (see
+`Gap`) are written as the front passes.
 
 Several processes, also on several hosts, may write pieces of one file; whoever finds all of them durable reads the file once, for
 its sha256, and completes it.
@@ -14,6 +15,8 @@ import errno
 import hashlib
 import os
 import threading
+import zlib
+from collections import deque
 from pathlib import Path
 
 from merge_cli.planning.plan import OutputFile, WorkItem
@@ -30,11 +33,11 @@ class ShardWriter:
         self.path = folder / file.name
         self.partial = partial_path(self.path)
         self._lock = threading.Lock()
-        self._remaining = file.file_bytes - len(file.header)
+        self._remaining = file.value_bytes
         self._front = len(file.header)
         self._written: dict[int, int] = {}  # start -> end of ranges beyond the front
         self._hashing = False
-        self._sha256 = hashlib.sha256(file.header)
+        self._hash = _FrontHash(file)
         try:
             make_folder(self.path.parent)
             self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -60,26 +63,28 @@ class ShardWriter:
             if self._hashing or offset != self._front:
                 return False
             self._hashing = True
-        self._sha256.update(data)
+        self._hash.update(data)
         return self._advance(offset)
 
     def _advance(self, start: int) -> bool:
         """Move the front over the range at `start`, which is hashed, and over what was written behind it."""
         while True:
             with self._lock:
-                self._front = self._written.pop(start)
-                start = self._front
+                front = self._written.pop(start)
+            front = self._hash.fill_gaps(front, self._fd, self.partial)
+            with self._lock:
+                self._front = start = front
                 end = self._written.get(start)
                 if end is None:
                     self._hashing = False
                     return self._remaining == 0 and not self._written
-            _hash_range(self._fd, start, end, self._sha256, self.partial)
+            _hash_range(self._fd, start, end, self._hash, self.partial)
 
     def finish(self) -> str:
         """Write the header, fsync, rename to the final name, fsync the folder; the file's sha256."""
         fd, self._fd = self._fd, -1
         _complete(fd, self.file, self.path)
-        return self._sha256.hexdigest()
+        return self._hash.sha256.hexdigest()
 
     def abandon(self) -> None:
         """Close the file, leaving the partial one where it is."""
@@ -140,7 +145,7 @@ class PieceWriter:
 def assemble(file: OutputFile, folder: Path) -> str:
     """Complete a file of which every piece is durable under its partial name; the file's sha256. Raises OutputError."""
     path = folder / file.name
-    sha256 = hashlib.sha256(file.header)
+    found = _FrontHash(file)
     try:
         if path.exists() and not partial_path(path).exists():
             path.rename(partial_path(path))  # whoever completed it died before the sha256 was recorded
@@ -148,12 +153,39 @@ def assemble(file: OutputFile, folder: Path) -> str:
     except OSError as error:
         raise output_error(error, f"cannot open {partial_path(path)}", path) from error
     try:
-        _hash_range(fd, len(file.header), file.file_bytes, sha256, partial_path(path))
+        start = len(file.header)
+        for end in (*(gap.offset for gap in file.gaps), file.file_bytes):
+            _hash_range(fd, start, end, found, partial_path(path))
+            start = found.fill_gaps(end, fd, partial_path(path))
     except BaseException:
         os.close(fd)
         raise
     _complete(fd, file, path)
-    return sha256.hexdigest()
+    return found.sha256.hexdigest()
+
+
+class _FrontHash:
+    """The sha256 of a file from its beginning on, and the gaps between its values, which are made as the front reaches them."""
+
+    def __init__(self, file: OutputFile) -> None:
+        self.sha256 = hashlib.sha256(file.header)
+        self._gaps = deque(file.gaps)
+        self._crc = 0
+
+    def update(self, data: memoryview | bytes) -> None:
+        """Values that lie at the front."""
+        self.sha256.update(data)
+        if self._gaps:
+            self._crc = zlib.crc32(data, self._crc)
+
+    def fill_gaps(self, front: int, fd: int, path: Path) -> int:
+        """Write the gap at byte `front`, if there is one; the new front. Raises OutputError."""
+        while self._gaps and self._gaps[0].offset == front:
+            data = self._gaps.popleft().make(self._crc)
+            write_all(fd, memoryview(data), front, path)
+            self.sha256.update(data)
+            self._crc, front = 0, front + len(data)
+        return front
 
 
 def partial_path(path: Path) -> Path:
@@ -161,7 +193,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _hash_range(fd: int, start: int, end: int, sha256: hashlib._Hash, path: Path) -> None:
+def _hash_range(fd: int, start: int, end: int, found: _FrontHash, path: Path) -> None:
     while start < end:
         try:
             piece = os.pread(fd, min(_READ_BACK_BYTES, end - start), start)
@@ -169,7 +201,7 @@ def _hash_range(fd: int, start: int, end: int, sha256: hashlib._Hash, path: Path
                 raise OSError(errno.EIO, "the file ended early")
         except OSError as error:
             raise output_error(error, f"cannot read back {path} at byte {start}", path) from error
-        sha256.update(piece)
+        found.update(piece)
         start += len(piece)
 
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.features.average import Progress
-from merge_cli.formats.checkpoint import open_checkpoint
-from merge_cli.formats.safetensors import Header
+from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.planning.plan import GRAM, Extent, MergePlan, Output, QuantizedExtent, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.discovery import find_candidates
@@ -83,7 +82,7 @@ def plan_analysis(
     if len(candidates) < 2:
         raise UsageError("an analysis needs at least two checkpoints", hint="pmerge inspect RUN_FOLDER")
     coefficients, _ = coefficients_of(candidates, spec, selection.order)
-    seen: dict[str, Header] = {}
+    seen = Seen()
     inputs = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
     newest = len(inputs) - 1
     steps = [candidate.step for candidate in candidates]

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import PmergeError, UsageError
-from merge_cli.formats.checkpoint import open_checkpoint
-from merge_cli.formats.safetensors import Header
+from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.names import MANIFEST
 from merge_cli.output.manifest import complete
 from merge_cli.planning.plan import MergePlan, Output, WorkItem
@@ -107,8 +106,8 @@ def plan_average(
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
     coefficients, doubts = coefficients_of(candidates, spec, selection.order)
-    seen: dict[str, Header] = {}
-    inputs = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
+    seen = Seen()
+    inputs = [open_checkpoint(candidate.path, seen=seen, training_state=spec.training_state) for candidate in candidates]
     base = _find_base(candidates, selection.base)
     steps = [candidate.step for candidate in candidates]
     merge = build_plan(spec, inputs, steps, base, [Output(tuple(range(len(inputs))), coefficients, base)])

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merge_cli.errors import InputError, UnsupportedError
-from merge_cli.formats.checkpoint import open_checkpoint
 from merge_cli.formats.logical import View, dtype_of, shape_of, view
+from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.quantization import Found
-from merge_cli.formats.safetensors import Header
 from merge_cli.planning.compatibility import config_differences
 from merge_cli.request.discovery import discover, read_candidate
 
@@ -68,7 +67,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
     if all(candidate.step is not None for candidate in candidates):
         candidates.sort(key=lambda candidate: candidate.step or 0)
     notes += [candidate.step_warning.message for candidate in candidates if candidate.step_warning is not None]
-    seen: dict[str, Header] = {}
+    seen = Seen()
     paired: dict[object, Found] = {}
     views: list[View] = []
     found: list[Inspection] = []
@@ -95,7 +94,7 @@ def _inspect(seen: View, step: int | None, unreadable: str) -> Inspection:
         path=checkpoint.path,
         step=step,
         layout=checkpoint.layout,
-        num_tensors=len(checkpoint.tensors),
+        num_tensors=len(checkpoint.tensors) if checkpoint.dcp is None else checkpoint.dcp.num_merged,
         num_files=len(checkpoint.files),
         dtypes=dict(Counter(stored.info.dtype for stored in checkpoint.tensors.values()).most_common()),
         num_parameters=seen.num_parameters,
@@ -105,7 +104,7 @@ def _inspect(seen: View, step: int | None, unreadable: str) -> Inspection:
         unreadable=unreadable,
         side_files=list(checkpoint.side_files.kept),
         skipped_files=list(checkpoint.side_files.skipped),
-        notes=list(checkpoint.notes),
+        notes=[*checkpoint.notes, *([] if checkpoint.dcp is None else checkpoint.dcp.summary())],
     )
 
 

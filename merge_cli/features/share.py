@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 from merge_cli.errors import InputError, OutputError, UsageError, first_ten
 from merge_cli.features.average import AveragePlan, AverageResult, Progress
-from merge_cli.formats.checkpoint import open_checkpoint
-from merge_cli.formats.safetensors import Header
+from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.output.manifest import complete
 from merge_cli.planning.plan import WorkItem
@@ -151,8 +150,9 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
     try:
         state, command = with_fingerprints(record["state"]), record["command"]
         planned = from_state(state)
-        seen: dict[str, Header] = {}
-        merge = replan(planned, [open_checkpoint(each, seen=seen) for each in planned.paths])
+        seen = Seen()
+        kept = planned.spec.training_state
+        merge = replan(planned, [open_checkpoint(each, seen=seen, training_state=kept) for each in planned.paths])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise OutputError(
             f"{folder / 'state.json'} does not describe a run of this version of pmerge: {error!r:.200}",

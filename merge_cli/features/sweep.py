@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, PmergeError, UsageError, first_ten
 from merge_cli.features.average import Progress
-from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
-from merge_cli.formats.safetensors import Header
+from merge_cli.formats.checkpoint import Checkpoint
+from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.names import SWEEP_REPORT
 from merge_cli.output.manifest import complete
 from merge_cli.output.schema import SCHEMA, check_schema
@@ -364,11 +364,11 @@ def _choose_all(
 
 def _plan_groups(spec: MergeSpec, chosen: Sequence[_Chosen]) -> tuple[list[Checkpoint], list[tuple[MergePlan, list[_Chosen]]]]:
     """Open every checkpoint once, and plan together the outputs whose bases, the newest of their inputs, have one layout."""
-    seen: dict[str, Header] = {}
+    seen = Seen()
     used = {candidate.path: candidate for each in chosen for candidate in each.candidates}
     if all(candidate.step is not None for candidate in used.values()):
         used = dict(sorted(used.items(), key=lambda item: item[1].step or 0))
-    opened = {path: open_checkpoint(path, seen=seen) for path in used}
+    opened = {path: open_checkpoint(path, seen=seen, training_state=spec.training_state) for path in used}
     groups: dict[tuple[object, tuple[str, ...] | None], list[_Chosen]] = {}
     for each in chosen:
         own = [candidate.path for candidate in each.candidates]

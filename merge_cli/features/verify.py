@@ -28,7 +28,8 @@ from typing import Any
 
 from merge_cli.errors import ChangedError, InputError, MismatchError, NonFiniteError, PmergeError, UsageError
 from merge_cli.features.average import Progress
-from merge_cli.formats.checkpoint import INDEX_SUFFIX, open_checkpoint, read_index, recorded_fingerprint
+from merge_cli.formats.checkpoint import INDEX_SUFFIX, read_index, recorded_fingerprint
+from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header_at
 from merge_cli.formats.untrusted_json import check_depth
 from merge_cli.names import MANIFEST
@@ -108,7 +109,10 @@ def verify(
     files = {MANIFEST: state, **_check_files(folder, weights, beside, meter)}
     problems = [f"{folder / name}: {found}" for name, found in files.items() if found != "ok"] + problems
     if state == "ok":
-        problems += _check_index(folder, weights, [name for name in beside if name.endswith(INDEX_SUFFIX)])
+        if any(name.endswith(".safetensors") for name in weights):
+            problems += _check_index(folder, weights, [name for name in beside if name.endswith(INDEX_SUFFIX)])
+        else:
+            problems += _check_metadata(folder)
     strangers, notes = _look_around(folder, {*weights, *beside, MANIFEST})
     problems += strangers
     if todo is not None:
@@ -197,7 +201,7 @@ def _check_files(folder: Path, weights: Mapping[str, _Record], beside: Mapping[s
             found = _digest(folder / name, record.file_bytes, meter, stopped)
             if found != record.sha256:
                 return f"its sha256 is {found}, not {record.sha256}"
-            if name in weights:
+            if name in weights and name.endswith(".safetensors"):
                 read_header_at(str(folder / name))
             return "ok"
         except InputError as error:
@@ -266,6 +270,15 @@ def _check_index(folder: Path, weights: Mapping[str, _Record], indexes: Sequence
     return problems
 
 
+def _check_metadata(folder: Path) -> list[str]:
+    """The metadata of a distributed checkpoint against its files, and the envelope of every chunk of the model."""
+    try:
+        open_checkpoint(folder)
+    except InputError as error:
+        return [error.message]
+    return []
+
+
 def _look_around(folder: Path, recorded: set[str]) -> tuple[list[str], list[str]]:
     """What lies in the folder and is not recorded: weights and indexes, which a loader might take, are problems, the rest notes."""
     problems, notes = [], []
@@ -290,10 +303,10 @@ def _names_in(folder: Path, prefix: str) -> Iterator[str]:
 def _plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan | None:
     """The plan that `pmerge.json` describes, made from its inputs; None, and what has changed, where they are not the same."""
     try:
-        seen: dict[str, Header] = {}
+        seen = Seen()
         inputs = []
         for entry in manifest["inputs"]:
-            checkpoint = open_checkpoint(entry["path"], seen=seen)
+            checkpoint = open_checkpoint(entry["path"], seen=seen, training_state=manifest.get("training_state", "drop"))
             now = {file.name: {"name": file.name, **file.fingerprint} for file in checkpoint.files}
             then = {file["name"]: recorded_fingerprint(file) for file in entry["files"]}
             problems += [
@@ -416,6 +429,8 @@ class _Comparer:
 
 def _places(file: OutputFile) -> list[tuple[str, int, int]]:
     """The tensors of an output file and where their bytes begin and end in it."""
+    if not file.name.endswith(".safetensors"):
+        return [place for extent in file.extents if isinstance(extent, Extent) for place in extent.places()]
     header = parse_header(file.header[8:], file.file_bytes, file.name)
     return [(name, header.data_start + info.start, header.data_start + info.end) for name, info in header.tensors.items()]
 

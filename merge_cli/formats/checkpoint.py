@@ -1,11 +1,12 @@
 """Open a checkpoint: which files hold its weights, what tensors they hold, what else lies beside them.
 
-Reads headers, the index and `config.json`; never a weight. Four layouts are understood:
+Reads headers, the index and `config.json`; never a weight. Five layouts are understood, four of them here:
 
     single   one safetensors file
     index    shards named by a `*.safetensors.index.json`
     files    several safetensors files without an index, every tensor name in one of them only
     ranks    one file or folder per rank of expert, tensor or pipeline parallelism, names repeating between ranks
+    dcp      a torch distributed checkpoint, each tensor in chunks (`dcp/checkpoint.py`)
 
 A tensor is known by its key: its name, or "file:name" in the `ranks` layout, where a name alone is ambiguous.
 """
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_cli.errors import InputError, first_ten
 from merge_cli.formats.safetensors import Header, TensorInfo, read_header
@@ -27,6 +28,9 @@ from merge_cli.formats.side_files import SideFiles, list_side_files
 from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
 from merge_cli.stores.local import version_of_time
 from merge_cli.stores.store import Entry, Source, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
+
+if TYPE_CHECKING:
+    from merge_cli.formats.dcp.clone import DcpParts
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_NUMBER = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
@@ -78,7 +82,10 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened checkpoint. `root` is the folder of the side files (None for a single file given by itself)."""
+    """An opened checkpoint. `root` is the folder of the side files (None for a single file given by itself).
+
+    `dcp` is what a distributed checkpoint has more: the items around its values, and entries that are taken over unopened.
+    """
 
     path: str
     root: str | None
@@ -90,6 +97,7 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     side_files: SideFiles = field(default_factory=SideFiles)
     notes: tuple[str, ...] = ()
+    dcp: DcpParts | None = None
 
     @property
     def tensor_bytes(self) -> int:
@@ -97,7 +105,7 @@ class Checkpoint:
         return sum(stored.info.end - stored.info.start for stored in self.tensors.values())
 
 
-def open_checkpoint(path: StrPath, *, seen: dict[str, Header] | None = None) -> Checkpoint:
+def open_safetensors(path: StrPath, *, seen: dict[str, Header] | None = None) -> Checkpoint:
     """Open the checkpoint at `path` (a folder, or one `.safetensors` file) and check that it is complete.
 
     `seen` shares parsed headers between checkpoints (see `read_header`). Raises InputError when a file is missing, broken or

@@ -405,7 +405,8 @@ def _short(value: Any) -> str:
 
 
 def _publishing_order(path: Path) -> tuple[int, str]:
-    return (2 if path.name.endswith(".index.json") else path.name == MANIFEST, str(path))
+    is_index = path.name.endswith(".index.json") or path.name == ".metadata"
+    return (2 if is_index else path.name == MANIFEST, str(path))
 
 
 def _remove(folder: Path) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 from merge_cli.errors import InputError, OutputError
 from merge_cli.formats.checkpoint import INDEX_SUFFIX, Checkpoint, recorded_fingerprint
+from merge_cli.formats.dcp.clone import DcpParts, write_metadata
+from merge_cli.formats.dcp.folder import METADATA_FILE, locate, open_folder
+from merge_cli.formats.dcp.item import Envelopes
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
 from merge_cli.formats.safetensors import read_header_at
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES, check_side_files
@@ -99,6 +102,9 @@ def stands_for(path: Path, merge: MergePlan, overwrite: bool) -> bool:
 def index_of(plan: MergePlan) -> tuple[str, bytes] | None:
     """The name and content of the index, None where the layout has none."""
     base = plan.inputs[plan.base]
+    if base.dcp is not None:
+        name = join(base.dcp.place.inside, METADATA_FILE) if base.dcp.place.inside else METADATA_FILE
+        return name, write_metadata(base.dcp.clone.metadata)
     if base.layout == "ranks" or (len(plan.files) == 1 and not base.index_name):
         return None
     if plan.spec.shard_bytes is not None and len(plan.files) == 1:
@@ -171,6 +177,10 @@ def complete(merge: MergePlan, folder: Path, done: Mapping[str, Done], command: 
 
 def _check_complete(merge: MergePlan, folder: Path) -> None:
     """Read back every header: each planned tensor must be in its file, or nothing is published."""
+    base = merge.inputs[merge.base]
+    if base.dcp is not None:
+        _check_clone(base.dcp, folder)
+        return
     for file in merge.files:
         try:
             header = read_header_at(str(folder / file.name))
@@ -186,3 +196,18 @@ def _version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _check_clone(parts: DcpParts, folder: Path) -> None:
+    """Read back the metadata and the envelope of every chunk."""
+    expected = parts.clone.metadata
+    try:
+        found = open_folder(folder / parts.place.inside)
+        tensors = found.metadata.tensors
+        merged = [(name, tensors[name], chunk) for name in tensors if parts.kept[name] == "merge" for chunk in tensors[name].chunks]
+        for _ in locate(found, merged, Envelopes()):
+            pass
+    except InputError as error:
+        raise OutputError(f"cannot read back what was written: {error.message}", details=error.details) from error
+    if (tensors, found.metadata.blobs) != (expected.tensors, expected.blobs):
+        raise OutputError(f"{folder} does not hold the tensors that were planned")

@@ -13,8 +13,9 @@ has a `QuantizedExtent` of its own.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -98,6 +99,11 @@ class Extent:
     def byte_at(self, element: int) -> int:
         """The first byte of an element in the output file."""
         return self.offset + DTYPES[self.dtype].num_bytes(element)
+
+    def places(self) -> list[tuple[str, int, int]]:
+        """The tensors, and where their bytes begin and end in the output file."""
+        ends = (*self.starts[1:], self.num_elements)
+        return [(k, self.byte_at(a), self.byte_at(b)) for k, a, b in zip(self.keys, self.starts, ends, strict=True)]
 
     @property
     def source_bytes(self) -> tuple[int, ...]:
@@ -233,14 +239,51 @@ class QuantizedExtent:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Bytes of a file between its values: `num_bytes` from `offset` on. Values end where it begins, or nothing does.
+
+    First `trailer(crc)`, by the CRC-32 of all bytes since the last gap or the header, if there is one; then `rest`.
+    """
+
+    offset: int
+    num_bytes: int
+    trailer: Callable[[int], bytes] | None
+    rest: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_bytes
+
+    def make(self, crc: int) -> bytes:
+        """The bytes, behind values of this CRC-32."""
+        return self.rest if self.trailer is None else self.trailer(crc) + self.rest
+
+
+@dataclass(frozen=True)
 class OutputFile:
-    """One file to be written: its header's bytes, its final size, and the runs that fill it."""
+    """One file to be written: its header's bytes, its final size, and the extents that fill it.
+
+    In a distributed checkpoint there are `gaps` between the values, by ascending offset; no extent reaches into one.
+    """
 
     name: str
     header: bytes
     file_bytes: int
     extents: tuple[Extent | QuantizedExtent, ...]
     names: tuple[str, ...]
+    gaps: tuple[Gap, ...] = ()
+
+    @property
+    def value_bytes(self) -> int:
+        """The bytes that the extents fill."""
+        return self.file_bytes - len(self.header) - sum(gap.num_bytes for gap in self.gaps)
+
+    def frame_sha256(self) -> str:
+        """The sha256 of all other bytes, as they would be around values of CRC-32 zero."""
+        found = hashlib.sha256(self.header)
+        for gap in self.gaps:
+            found.update(b"%d:" % gap.offset + gap.make(0))
+        return found.hexdigest()
 
 
 class WorkItem(NamedTuple):

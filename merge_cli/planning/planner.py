@@ -11,14 +11,17 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from merge_cli.errors import UnsupportedError, UsageError, first_ten
 from merge_cli.formats.checkpoint import SHARD_NUMBER, Checkpoint, Stored
+from merge_cli.formats.dcp.checkpoint import tensor_name
 from merge_cli.formats.experts import as_dialect_of
 from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, kind_of, shape_of, view
 from merge_cli.formats.safetensors import DTYPES, Header, lay_out
 from merge_cli.formats.side_files import check_side_files
+from merge_cli.planning.clone_files import check_clone, clone_files
 from merge_cli.planning.compatibility import check_same_ranks, check_same_tensors, disagreements
 from merge_cli.planning.plan import (
     ExtentBuilder,
@@ -77,7 +80,7 @@ def build_plan(
     for used in {base, *(output.base for output in outputs)}:
         check_side_files(inputs[used].path, inputs[used].side_files.kept)
     check_same_ranks(inputs, base)
-    averaged = _glob_filter(spec, tensors)
+    averaged = _glob_filter(spec, tensors, str if inputs[base].dcp is None else tensor_name)
     check_same_tensors(inputs, [_compared(spec, each, averaged) for each in tensors], steps, base)
     if spec.requantize and not views[base].owner:
         raise UsageError(
@@ -86,7 +89,11 @@ def build_plan(
         )
     entries = list(_entries(spec, views[base], tensors[base], base, len(inputs), averaged))
     _check_something_is_averaged(spec, entries, len(inputs))
-    files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
+    if inputs[base].dcp is None:
+        files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
+    else:
+        check_clone(spec, inputs[base], outputs)
+        files = clone_files(inputs[base], entries, partial(_add_entry, tensors=tensors, views=views, base=base))
     if METHODS[spec.method].is_explicit and len(outputs) == 1:
         notes += _notes_on_weights(spec, outputs[0], files)
     return MergePlan(
@@ -219,23 +226,25 @@ def _output_dtype(spec: MergeSpec, name: str, dtype: str) -> str:
     return dtype if name.endswith(ROUTER_BIAS) else OUTPUT_DTYPES.get(spec.dtype, dtype)
 
 
-def _glob_filter(spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]]) -> Callable[[str], bool]:
-    """Which tensors are averaged: those that match an --include (all, where none is given) and no --exclude."""
+def _glob_filter(spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]], name_of: Callable[[str], str]) -> Callable[[str], bool]:
+    """Which tensors are averaged: those that match an --include (all, where none is given) and no --exclude, by `name_of(key)`."""
+    names = list(dict.fromkeys(name_of(key) for each in reversed(tensors) for key in each))
     patterns = {glob: re.compile(fnmatch.translate(glob)) for glob in (*spec.include, *spec.exclude)}
     for glob, pattern in patterns.items():
-        if not any(pattern.match(key) for each in tensors for key in each):
+        if not any(map(pattern.match, names)):
             raise UsageError(
                 f"no tensor matches the glob {glob!r}",
-                details=[f"names look like `{key}`" for key in list(tensors[-1])[:3]],
+                details=[f"names look like `{name}`" for name in names[:3]],
                 hint="globs match whole names: '*.experts.*', 'model.layers.3.*'",
             )
     include = [patterns[glob] for glob in spec.include]
     exclude = [patterns[glob] for glob in spec.exclude]
 
     def averaged(key: str) -> bool:
-        if exclude and any(p.match(key) for p in exclude):
+        name = name_of(key)
+        if exclude and any(p.match(name) for p in exclude):
             return False
-        return not include or any(p.match(key) for p in include)
+        return not include or any(p.match(name) for p in include)
 
     return averaged
 
@@ -298,11 +307,24 @@ def _plan_file(
         if entry.kind == "quantize":
             if parts := quantized.pop(entry.key, None):
                 builder.add_quantized(_quantized_extent(parts, header, tensors, base))
-        elif entry.kind == "average":
-            _add_average(builder, entry, offset, [tensors[i][entry.key] for i in entry.sources], base)
         else:
-            _add_plain(builder, entry, offset, [views[i].checkpoint.tensors for i in entry.sources], tensors)
+            _add_entry(builder, entry, offset, tensors, views, base)
     return OutputFile(name, raw, header.file_bytes, builder.finish(), tuple(entry.name for entry in entries))
+
+
+def _add_entry(
+    builder: ExtentBuilder,
+    entry: Entry,
+    offset: int,
+    tensors: Sequence[Mapping[str, Logical]],
+    views: Sequence[View],
+    base: int,
+) -> None:
+    """A tensor that is stored as plain values, or taken over as it is."""
+    if entry.kind == "average":
+        _add_average(builder, entry, offset, [tensors[i][entry.key] for i in entry.sources], base)
+    else:
+        _add_plain(builder, entry, offset, [views[i].checkpoint.tensors for i in entry.sources], tensors)
 
 
 def _add_plain(

@@ -42,8 +42,9 @@ class Recorded:
 
 
 def request_record(spec: MergeSpec) -> dict[str, Any]:
-    """The options of a merge by field, as JSON has them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(spec).items()}
+    """The options of a merge by field, as JSON has them; one that only distributed checkpoints have is left out if not given."""
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(spec).items()}
+    return {name: value for name, value in found.items() if name != "training_state" or value != MergeSpec.training_state}
 
 
 def fingerprint(plan: MergePlan) -> str:
@@ -52,7 +53,7 @@ def fingerprint(plan: MergePlan) -> str:
     request = {
         name: value
         for name, value in request_record(plan.spec).items()
-        if name in _OLDEST or (name not in _IMPLIED and value != default[name])
+        if name in _OLDEST or (name not in _IMPLIED and value != default.get(name))
     }
     described = {
         "algorithm": ALGORITHM,
@@ -60,7 +61,7 @@ def fingerprint(plan: MergePlan) -> str:
         "inputs": [[[f.name, f.header.sha256, f.file_bytes] for f in c.files] for c in plan.inputs],
         "base": plan.base,
         "outputs": [[o.inputs, o.coefficients.values, o.coefficients.numerators, o.coefficients.denominator] for o in plan.outputs],
-        "files": [[f.name, hashlib.sha256(f.header).hexdigest()] for f in plan.files],
+        "files": [[f.name, f.frame_sha256()] for f in plan.files],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

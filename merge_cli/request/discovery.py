@@ -14,6 +14,8 @@ from pathlib import Path
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
+from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
+from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
 from merge_cli.stores.store import (
@@ -41,7 +43,8 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
     """The checkpoint at `path` with its step; a file without a step in its name is told by the folder it lies in.
 
     A name that says nothing (`latest`, `.`) may be a link to one that does. A folder `stage1` above the checkpoint is its stage.
-    The step of `trainer_state.json` outranks that of the name; if it cannot be read, `step_warning` has the reason.
+    The step of `trainer_state.json` outranks that of the name; if it cannot be read, `step_warning` has the reason. The step that
+    torchtitan stores in a distributed checkpoint counts if nothing else has one.
     `with_time` looks at every weight file for the newest modification time; without it there is none (0).
 
     Raises InputError for a missing path.
@@ -62,6 +65,8 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
     if is_local(path) or label.step is None:  # elsewhere each look is a request
         try:
             step = _trainer_step(store, join(named, "trainer_state.json"))
+            if step is None and label.step is None and (place := find_dcp(path)) is not None:
+                step = recorded_step(open_folder(place.folder))
         except InputError as error:
             warning = error
     if step is not None and label.step not in (None, step):
@@ -98,6 +103,8 @@ def _weights_time(store: Store, path: str) -> int:
     found = store.stat(path)
     if found is None or found.kind != "folder":
         return 0 if found is None else found.mtime_ns
+    if (place := find_dcp(path)) is not None:
+        return _weights_time(store, join(place.folder, METADATA_FILE))
     entries = _entries(path)
     weights = [join(path, entry.name) for entry in entries if entry.name.endswith(".safetensors")]
     ranks = [join(path, entry.name) for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
@@ -122,12 +129,14 @@ def _trainer_step(store: Store, path: str) -> int | None:
 
 
 def is_checkpoint(folder: StrPath) -> bool:
-    """Whether `folder` holds the safetensors files of one checkpoint, directly or in folders named like ranks.
+    """Whether `folder` is a distributed checkpoint, or has the safetensors files of one, directly or in folders of ranks.
 
     Files each named by a step of its own (`model_step_10.safetensors`) are several checkpoints, so their folder is not one.
     """
     folder = as_path(folder)
     entries = _entries(folder)
+    if is_dcp(folder):
+        return True
     if any(entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in entries):
         return len(_step_files(entries)) < 2
     ranks = [entry.name for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
@@ -253,6 +262,8 @@ def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
             skipped.append(f"{path} is left out: a result of pmerge; name it to average it")
         elif (real := store.resolve(path)) != join(home, entry.name) and folder_of(real) == home:
             skipped.append(f"{path} is left out: a link to {name_of(real)}")
+        elif is_unfinished(path):
+            skipped.append(f"{path} is left out: it has no .metadata, which a save writes last")
         elif is_checkpoint(path):
             found.append(path)
         elif _is_named_by_step(path):
@@ -271,16 +282,15 @@ def _nothing_found(path: str) -> InputError:
     if runs:
         hint = f"the checkpoints are one folder down:  pmerge average {runs[0]}"
     elif other is not None:
-        way = "transformers' save_pretrained"
         if other.endswith(".distcp"):
-            place = folder_of(join(path, other))
-            way = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} model.pt, then safetensors"
-        hint = f"pmerge reads safetensors; convert {other} first (for example with {way})"
+            hint = f"the save of {folder_of(join(path, other))} is not finished: it has no .metadata"
+        else:
+            hint = f"pmerge reads safetensors; convert {other} first (for example with transformers' save_pretrained)"
     return InputError(
         f"no checkpoints in {path}",
         details=[
             f"found     {', '.join(names[:10]) or 'an empty folder'}",
-            "expected  *.safetensors, or folders that hold them",
+            "expected  *.safetensors or .metadata with *.distcp, or folders that hold them",
         ],
         hint=hint,
     )

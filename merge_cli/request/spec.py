@@ -121,6 +121,11 @@ class MergeSpec(Options):
         None, "Split anew, as 5GB.", name="shard_size", metavar="SIZE", read=parse_size, shown="the base's shards"
     )
     requantize: bool = option(False, "Quantize the result as the base is; otherwise it becomes bf16.")
+    training_state: str = option(
+        "drop",
+        "Distributed checkpoints: weights only; all else from the base; or with averaged moments.",
+        choices=("drop", "base", "average"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from merge_cli.errors import ChangedError, PmergeError
-from merge_cli.formats.checkpoint import Checkpoint, open_checkpoint
+from merge_cli.formats.checkpoint import Checkpoint
+from merge_cli.formats.opening import open_checkpoint
 from merge_cli.names import MANIFEST
 from merge_cli.trajectory.evaluators import EvaluationError, Evaluator, Subject, empty_folder
 from merge_cli.trajectory.folder import OUTPUTS

@@ -9,17 +9,21 @@ What the base's `.metadata` holds beside entries is not taken over: the trainer'
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from merge_cli.formats.dcp.folder import Payload
+from merge_cli.formats.dcp.folder import DcpFolder, Payload
 from merge_cli.formats.dcp.metadata import FILESYSTEM, METADATA, SIZE, Chunk, Item, Metadata, Tensor
+from merge_cli.formats.dcp.trainers import DcpPlace
 from merge_cli.formats.inert_pickle import Global, Inert
 from merge_cli.formats.pickle_writer import dumps
 from merge_cli.formats.safetensors import DTYPES
 
 VERSION = "1.0.0"
+_TRAINERS = {"torch": "torch distributed checkpoint", "olmo-core": "OLMo-core", "megatron": "Megatron", "nemo": "NeMo"}
 
 
 class Values(NamedTuple):
@@ -64,6 +68,38 @@ class Clone:
 
     files: tuple[CloneFile, ...]
     metadata: Metadata
+
+
+@dataclass(frozen=True, eq=False)
+class DcpParts:
+    """An opened checkpoint of which the entries in `kept` are kept (see `entries.treat`); payloads are of those to be merged."""
+
+    place: DcpPlace
+    folder: DcpFolder
+    training_state: str
+    kept: Mapping[str, str]
+    payloads: Mapping[Item, Payload]
+
+    @property
+    def num_merged(self) -> int:
+        """The tensors that are merged, however many chunks they have."""
+        return sum(treatment == "merge" for treatment in self.kept.values())
+
+    def summary(self) -> list[str]:
+        """Lines about the rest of the checkpoint, for people."""
+        metadata = self.folder.metadata
+        chunks = sum(len(metadata.tensors[fqn].chunks) for fqn, treatment in self.kept.items() if treatment == "merge")
+        state = [fqn for fqn in (*metadata.tensors, *metadata.blobs) if fqn not in self.kept]
+        lines = [f"{_TRAINERS[self.place.trainer]}: {self.num_merged} tensors in {chunks} chunks"]
+        if state:
+            kinds = dict.fromkeys(re.split(r"[./]", fqn)[0] for fqn in state)
+            lines.append(f"training state: {len(state)} entries ({', '.join([*kinds][:6])}), kept by --training-state base")
+        return lines
+
+    @cached_property
+    def clone(self) -> Clone:
+        """The files of a result of this layout."""
+        return lay_out(self.folder.metadata, self.kept, self.payloads)
 
 
 def lay_out(base: Metadata, kept: Mapping[str, str], payloads: Mapping[Item, Payload]) -> Clone:
@@ -155,4 +191,5 @@ def _size(values: tuple[int, ...]) -> Inert:
 
 
 def _storage(item: Item) -> Inert:
+    """torch's own class, also where the base has OLMo-core's: OLMo-core reads both, torch only its own."""
     return _new(FILESYSTEM, "_StorageInfo", {"relative_path": item.file, "offset": item.offset, "length": item.length})

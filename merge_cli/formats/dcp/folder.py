@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from merge_cli.errors import InputError, UnsupportedError, first_ten
 from merge_cli.formats.dcp.item import Envelope, Envelopes
 from merge_cli.formats.dcp.metadata import MAX_METADATA_BYTES, Chunk, Item, Metadata, Tensor, parse_metadata
-from merge_cli.stores.store import Source, StrPath, as_path, join, open_store, read_bytes, read_file
+from merge_cli.stores.store import Source, StrPath, as_path, join, open_store, read_bytes
 
 METADATA_FILE = ".metadata"
 
@@ -45,10 +46,12 @@ class Payload(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DcpFolder:
-    """A checked folder. `notes` name files that the metadata does not know."""
+    """A checked folder. `sha256` is that of `.metadata`; `notes` name files that the metadata does not know."""
 
     path: str
     metadata: Metadata
+    metadata_file: DcpFile
+    sha256: str
     files: Mapping[str, DcpFile]
     notes: tuple[str, ...] = ()
 
@@ -63,16 +66,26 @@ def open_folder(path: StrPath) -> DcpFolder:
     there = [entry.name for entry in store.list(path)]
     if METADATA_FILE not in there:
         raise _without_metadata(path, there)
-    metadata_file = join(path, METADATA_FILE)
-    store.check_inside(path, metadata_file)
-    metadata = parse_metadata(read_file(metadata_file, MAX_METADATA_BYTES), metadata_file)
+    where = join(path, METADATA_FILE)
+    store.check_inside(path, where)
+    raw, metadata_file = _read_metadata(where)
+    metadata = parse_metadata(raw, where)
     if not metadata.tensors:
-        raise InputError(f"{metadata_file} names no tensors", hint="name the folder of the model's own checkpoint")
+        raise InputError(f"{where} names no tensors", hint="name the folder of the model's own checkpoint")
     files = _open_files(path, metadata)
     stray = [name for name in there if name.endswith(".distcp") and name not in files]
-    return DcpFolder(
-        path, metadata, files, tuple(f"{join(path, name)}: not named by .metadata, ignored" for name in first_ten(stray))
-    )
+    notes = tuple(f"{join(path, name)}: not named by .metadata, ignored" for name in first_ten(stray))
+    return DcpFolder(path, metadata, metadata_file, hashlib.sha256(raw).hexdigest(), files, notes)
+
+
+def _read_metadata(path: str) -> tuple[bytes, DcpFile]:
+    with closing(open_store(path).open(path)) as source:
+        if source.num_bytes > MAX_METADATA_BYTES:
+            raise InputError(
+                f"{path} is too large to be what its name says",
+                details=[f"found     {source.num_bytes} bytes", f"expected  at most {MAX_METADATA_BYTES} bytes"],
+            )
+        return bytes(read_bytes(source, 0, source.num_bytes)), DcpFile(source, METADATA_FILE)
 
 
 def _without_metadata(path: str, there: list[str]) -> InputError:

@@ -30,6 +30,7 @@ _LARGEST = 1 << 63
 METADATA = "torch.distributed.checkpoint.metadata"
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _OLD_PROPERTIES = "torch.distributed._shard.sharded_tensor.metadata"
+OLMO_CORE = "olmo_core.distributed.checkpoint.filesystem"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _PLAN_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 SIZE = Global("torch", "Size")
@@ -61,6 +62,7 @@ ALLOWED: Allowed = {
                 "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
             ),
             FILESYSTEM: ("_StorageInfo", "_StoragePrefix"),
+            OLMO_CORE: ("_StorageInfo", "_StoragePrefix"),
             "torch.distributed.checkpoint.planner": _PLAN_CLASSES,
             _OLD_PROPERTIES: ("TensorProperties", "MEM_FORMAT_ENCODING"),
             _MEGATRON: ("MCoreMetadata", "MCoreSavePlan"),
@@ -152,7 +154,11 @@ def _metadata(top: Any) -> Metadata:
     check_apart([(f"`{fqn[:200]}`", item) for fqn, item in [*blobs.items(), *_chunk_items(tensors)]])
     megatron = fields.get("mcore_data")
     return Metadata(
-        tensors, blobs, _paths(fields.get("planner_data")), top.of, None if megatron is None else _flat_mapping(megatron)
+        tensors=tensors,
+        blobs=blobs,
+        paths=_paths(fields.get("planner_data")),
+        kind=top.of,
+        megatron=None if megatron is None else _flat_mapping(megatron),
     )
 
 

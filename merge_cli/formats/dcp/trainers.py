@@ -11,7 +11,7 @@ No pickle is opened: files that hold one are copied as bytes, and only where the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from merge_cli.errors import InputError
 from merge_cli.formats.dcp.entries import DROP
 from merge_cli.formats.dcp.folder import METADATA_FILE, DcpFolder, locate
 from merge_cli.formats.dcp.item import Envelopes
-from merge_cli.stores.store import Kind, StrPath, as_path, join, open_store, read_bytes, read_file
+from merge_cli.stores.store import Entry, Kind, StrPath, as_path, join, open_store, read_bytes, read_file
 
 _INSIDE = {"model_and_optim": "olmo-core", "weights": "nemo"}
 _MAX_SMALL_BYTES = 1 << 20
@@ -42,11 +42,12 @@ class DcpPlace:
 def find_dcp(path: StrPath) -> DcpPlace | None:
     """The distributed checkpoint at the folder `path`, None if it is none."""
     path = as_path(path)
-    if _is(join(path, METADATA_FILE), "file"):
+    inside = _folders(path)
+    if any(entry == Entry(METADATA_FILE, "file") for entry in inside.get("", ())):
         return DcpPlace(path, "", "megatron" if _is_megatron(path) else "torch")
-    for inside, trainer in _INSIDE.items():
-        if _is(join(path, f"{inside}/{METADATA_FILE}"), "file"):
-            return DcpPlace(path, inside, trainer)
+    for name, trainer in _INSIDE.items():
+        if any(entry == Entry(METADATA_FILE, "file") for entry in inside.get(name, ())):
+            return DcpPlace(path, name, trainer)
     return None
 
 
@@ -57,11 +58,20 @@ def is_dcp(path: StrPath) -> bool:
 
 def is_unfinished(path: StrPath) -> bool:
     """Whether `path` has files of a distributed checkpoint and no metadata: a save that is under way, or broke off."""
-    path = as_path(path)
-    if not _is(path, "folder") or is_dcp(path):
-        return False
-    folders = [folder for folder in (path, *(join(path, inside) for inside in _INSIDE)) if _is(folder, "folder")]
-    return any(entry.name.endswith(".distcp") for folder in folders for entry in open_store(path).list(folder))
+    names = [entry.name for entries in _folders(as_path(path)).values() for entry in entries]
+    return METADATA_FILE not in names and any(name.endswith(".distcp") for name in names)
+
+
+def _folders(path: str) -> dict[str, Sequence[Entry]]:
+    """The entries of the folder `path` (under "") and of those folders in it that may hold a checkpoint."""
+    store = open_store(path)
+    if not _is(path, "folder"):
+        return {}
+    found = {"": store.list(path)}
+    for entry in found[""]:
+        if entry.name in _INSIDE and entry.kind == "folder":
+            found[entry.name] = store.list(join(path, entry.name))
+    return found
 
 
 def _is(path: str, kind: Kind) -> bool:

@@ -1,0 +1,262 @@
+"""Distributed checkpoints through the whole of pmerge: the mean of each tensor, in folders that torch's own loader reads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import tensor_bytes
+from dcp_checkpoints import grid, load_dcp, load_state, save_dcp, write_clone
+from torch import Tensor
+
+from merge_cli import average, open_checkpoint, plan_average, run_share, sweep, verify
+from merge_cli.errors import InputError, MismatchError, UsageError
+from merge_cli.features.inspect import inspect_checkpoints
+from merge_cli.formats.dcp.folder import open_folder
+from merge_cli.ranks.launcher import Rank
+from merge_cli.ranks.shares import cut
+
+CUTS = {"model.w": grid((40, 30), (4, 1)), "model.v": grid((6, 50), (2, 3)), "optimizer.state.w.exp_avg": grid((40, 30), (2, 1))}
+STEPS = (10, 20, 30)
+
+
+def state(step: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(step)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "model": {
+            "w": normal(40, 30), "v": normal(6, 50).bfloat16(), "t": normal(12, 20).t(), "scale": normal(1)[0],
+            "none": normal(0, 3), "table": torch.arange(7), "w._extra_state": b"scales",
+        },
+        "optimizer": {
+            "state": {"w": {"exp_avg": normal(40, 30), "exp_avg_sq": normal(40, 30).square(), "step": torch.tensor(float(step))}},
+            "param_groups": [{"lr": 1e-3 / step, "betas": (0.9, 0.95)}],
+        },
+        "train_state": {"step": torch.tensor(step), "ntokens": 100 * step},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchtitan") / "checkpoint"
+    for step in STEPS:
+        save_dcp(folder / f"step-{step}", state(step), CUTS, files=3)
+    return folder
+
+
+def mean(run: Path, name: str, steps: tuple[int, ...] = STEPS) -> bytes:
+    tensors = [load_dcp(run / f"step-{step}")[name] for step in steps]
+    if not tensors[0].is_floating_point():
+        return tensor_bytes(tensors[-1])
+    return tensor_bytes(torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[-1].dtype))
+
+
+MODEL = {"model.w", "model.v", "model.t", "model.scale", "model.none", "model.table"}
+MOMENTS = {"optimizer.state.w.exp_avg", "optimizer.state.w.exp_avg_sq"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: raw for name, raw in content(folder).items() if name != "pmerge.json"}
+
+
+@pytest.mark.parametrize("training_state", ["drop", "base", "average"])
+def test_the_mean_of_a_run_is_what_torch_loads(run: Path, tmp_path: Path, training_state: str) -> None:
+    average(run, tmp_path / "out", training_state=training_state, threads=2, chunk_size=512)
+    newest, found = load_dcp(run / "step-30"), load_dcp(tmp_path / "out")
+    assert set(found) == (MODEL if training_state == "drop" else set(newest))
+    for name, tensor in found.items():
+        averaged = name in MODEL or (name in MOMENTS and training_state == "average")
+        assert tensor_bytes(tensor) == (mean(run, name) if averaged else tensor_bytes(newest[name])), name
+    assert load_state(tmp_path / "out", {"model.w._extra_state": b""})["model.w._extra_state"] == b"scales"
+    manifest = json.loads((tmp_path / "out" / "pmerge.json").read_bytes())
+    assert manifest.get("training_state", "drop") == training_state and ".metadata" in manifest["side_files"]
+    assert verify(tmp_path / "out", against_inputs=True, sample=None).problems == ()
+    assert "step-30" not in (tmp_path / "out" / ".metadata").read_bytes().decode("latin-1")
+
+
+def test_the_files_are_those_of_the_base_around_other_values(run: Path, tmp_path: Path) -> None:
+    average([run / "step-30"], tmp_path / "out", training_state="base")
+    write_clone(open_folder(run / "step-30"), tmp_path / "clone", "base", lambda _, values: values)
+    assert weights(tmp_path / "out") == content(tmp_path / "clone")
+
+
+def test_threads_chunks_and_ranks_make_the_same_bytes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    average(run, tmp_path / "one", training_state="base", threads=1)
+    expected = weights(tmp_path / "one")
+    average(run, tmp_path / "many", training_state="base", threads=4, chunk_size=64)
+    assert weights(tmp_path / "many") == expected
+    monkeypatch.setattr("merge_cli.ranks.shares.MIN_PIECE_BYTES", 512)  # files are cut: their gaps are written at the end
+    for rank in range(8):  # each after the other: the last one finds all done and publishes
+        plan = plan_average(run, tmp_path / "ranks", training_state="base", rank=Rank(rank, 8, source="--rank"), threads=1)
+        assert any(not piece.is_whole for piece in cut(plan.merge.files, 8))
+        run_share(plan)
+    assert weights(tmp_path / "ranks") == expected
+
+
+def test_a_sweep_writes_each_as_if_alone(run: Path, tmp_path: Path) -> None:
+    sweep(run, tmp_path / "sweep", methods=["sma", "ema:alpha=0.5"], last=[2, 3])
+    found = sorted(path.parent for path in (tmp_path / "sweep").rglob("pmerge.json"))
+    assert len(found) == 4
+    for path in found:
+        manifest = json.loads((path / "pmerge.json").read_bytes())
+        average(run, tmp_path / path.name, method=manifest["method"], last=len(manifest["inputs"]), **manifest["parameters"])
+        assert weights(tmp_path / path.name) == weights(path)
+        assert verify(path, against_inputs=True).problems == ()
+
+
+def test_inspect_names_layout_and_training_state(run: Path) -> None:
+    report = inspect_checkpoints([run])
+    assert [(each.step, each.layout, each.num_tensors) for each in report.checkpoints] == [(step, "dcp", 6) for step in STEPS]
+    notes = report.checkpoints[-1].notes
+    assert "torch distributed checkpoint: 6 tensors in 14 chunks" in notes
+    assert any("kept by --training-state base" in note and "optimizer" in note for note in notes)
+    assert report.differences == []
+
+
+def test_olmo_core_and_megatron_keep_the_files_that_their_loaders_want(tmp_path: Path) -> None:
+    for step in STEPS:
+        olmo, megatron = tmp_path / "olmo" / f"step{step}", tmp_path / "megatron" / f"iter_{step:07d}"
+        save_dcp(olmo / "model_and_optim", {"model": {"w": torch.full((4, 4), float(step))}, "optim": {"x": torch.ones(2)}})
+        (olmo / "train").mkdir()
+        (olmo / "train" / "rank0.pt").write_bytes(b"pickle")
+        (olmo / ".metadata.json").write_text("{}")
+        save_dcp(megatron, {"decoder.w": torch.full((4, 4), float(step))})
+        (megatron / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        (megatron / "common.pt").write_bytes(b"pickle %d" % step)
+    average(tmp_path / "olmo", tmp_path / "o")
+    assert set(content(tmp_path / "o")) == {
+        ".metadata.json",
+        "model_and_optim/.metadata",
+        "model_and_optim/__0_0.distcp",
+        "pmerge.json",
+    }
+    assert set(load_dcp(tmp_path / "o" / "model_and_optim")) == {"model.w"}
+    average(tmp_path / "olmo", tmp_path / "o-base", training_state="base")
+    assert content(tmp_path / "o-base")["train/rank0.pt"] == b"pickle"
+    average(tmp_path / "megatron", tmp_path / "m", last=2)
+    assert content(tmp_path / "m")["common.pt"] == b"pickle 30" and "metadata.json" in content(tmp_path / "m")
+    assert load_dcp(tmp_path / "m")["decoder.w"][0, 0] == 25
+    for path in ("o", "o-base", "m"):
+        assert verify(tmp_path / path, against_inputs=True).problems == ()
+
+
+def test_a_save_under_way_is_left_out_and_reported(run: Path, tmp_path: Path) -> None:
+    for step in STEPS:
+        (tmp_path / f"step-{step}").symlink_to(run / f"step-{step}")
+    save_dcp(tmp_path / "step-40", state(40))
+    (tmp_path / "step-40" / ".metadata").unlink()
+    plan = plan_average(tmp_path, tmp_path / "out")
+    assert [candidate.step for candidate in plan.candidates] == list(STEPS)
+    assert any("step-40 is left out: it has no .metadata" in note for note in plan.notes)
+    with pytest.raises(InputError, match=r"has no \.metadata"):
+        plan_average([tmp_path / "step-40", tmp_path / "step-30"], tmp_path / "out")
+
+
+def test_layouts_that_differ_do_not_fit_together(run: Path, tmp_path: Path) -> None:
+    save_dcp(tmp_path / "step-40", state(40), {"model.w": grid((40, 30), (2, 1))}, files=1)
+    with pytest.raises(MismatchError, match="disagree on which tensors") as caught:
+        plan_average([run / "step-30", tmp_path / "step-40"], tmp_path / "out")
+    assert "model.w[0:20, 0:30]" in str(caught.value) or "model.w[0:10, 0:30]" in str(caught.value)
+    changed = state(40)
+    changed["model"]["t"] = changed["model"]["t"].contiguous()
+    save_dcp(tmp_path / "step-50", changed, CUTS, files=3)
+    with pytest.raises(MismatchError, match=r"model\.t strides \(1, 20\)"):
+        plan_average([run / "step-30", tmp_path / "step-50"], tmp_path / "out")
+
+
+def test_integers_that_differ_are_an_error(run: Path, tmp_path: Path) -> None:
+    changed = state(40)
+    changed["model"]["table"][3] += 1
+    save_dcp(tmp_path / "step-40", changed, CUTS, files=3)
+    paths = [run / "step-30", tmp_path / "step-40"]
+    with pytest.raises(MismatchError, match=r"model\.table"):
+        average(paths, tmp_path / "out")
+    average(paths, tmp_path / "out", int_policy="newest", restart=True)
+    assert load_dcp(tmp_path / "out")["model.table"][3] == 4
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"shard_size": 1 << 20}, {"requantize": True}], ids=str)
+def test_options_that_the_layout_does_not_allow(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        plan_average(run, tmp_path / "out", **options)
+
+
+def test_moments_are_not_averaged_with_negative_coefficients(run: Path, tmp_path: Path) -> None:
+    negative = {"method": "weights", "weights": [-0.5, 0.5, 1.0]}
+    with pytest.raises(UsageError, match="second moments must not become negative"):
+        plan_average(run, tmp_path / "out", training_state="average", **negative)
+    plan_average(run, tmp_path / "out", training_state="base", **negative)
+
+
+def test_globs_match_tensors_whatever_their_chunks(run: Path, tmp_path: Path) -> None:
+    average(run, tmp_path / "out", exclude=["model.w"])
+    newest, found = load_dcp(run / "step-30"), load_dcp(tmp_path / "out")
+    assert tensor_bytes(found["model.w"]) == tensor_bytes(newest["model.w"])
+    assert tensor_bytes(found["model.v"]) == mean(run, "model.v")
+    average(run, tmp_path / "only", include=["model.t"])
+    found = load_dcp(tmp_path / "only")
+    assert tensor_bytes(found["model.t"]) == mean(run, "model.t")
+    assert tensor_bytes(found["model.v"]) == tensor_bytes(newest["model.v"])
+
+
+def test_verify_finds_a_changed_byte_anywhere(run: Path, tmp_path: Path) -> None:
+    average(run, tmp_path / "out")
+    for name in (".metadata", "__0_0.distcp"):
+        raw = bytearray((tmp_path / "out" / name).read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (tmp_path / "out" / name).write_bytes(raw)
+        assert any(name in problem for problem in verify(tmp_path / "out").problems)
+        raw[len(raw) // 2] ^= 1
+        (tmp_path / "out" / name).write_bytes(raw)
+    assert verify(tmp_path / "out").problems == ()
+
+
+def test_an_input_that_changes_is_noticed(run: Path, tmp_path: Path) -> None:
+    from merge_cli import run_average
+    from merge_cli.errors import ChangedError
+
+    for step in STEPS:
+        save_dcp(tmp_path / f"step-{step}", state(step), CUTS, files=3)
+    plan = plan_average(tmp_path, tmp_path / "out")
+    os.utime(tmp_path / "step-20" / ".metadata", (1, 1))
+    with pytest.raises(ChangedError, match=r"step-20/\.metadata changed"):
+        run_average(plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_is_resumed_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    """In a process of its own, because it is killed."""
+    average(run, tmp_path / "expected", training_state="base")
+    command = [sys.executable, "-m", "merge_cli", "average", str(run), "-o", str(tmp_path / "out"), "--training-state", "base"]
+    slow = [*command, "--threads", "1", "--chunk-size", "64"]
+    process = subprocess.Popen(slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    staged = tmp_path / "out.pmerge-partial"
+    deadline = time.monotonic() + 60
+    while not list(staged.rglob("*.distcp*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+def test_the_step_of_a_folder_without_one_is_the_recorded_one(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(run / "step-10")
+    save_dcp(tmp_path / "latest", state(30), CUTS, files=3)
+    assert open_checkpoint(tmp_path / "latest").layout == "dcp"
+    plan = plan_average([run / "step-10", tmp_path / "latest"], tmp_path / "out")
+    assert [candidate.step for candidate in plan.candidates] == [10, 30]
