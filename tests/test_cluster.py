@@ -9,8 +9,7 @@ import pytest
 from builders import nasty_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_quantization_pairing import READ
-from test_quantized_average import quantized_run
+from schemes import READ, quantized_run
 
 from merge_cli import plan_average
 from merge_cli.engine.reducers.quantized import rows_of

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from builders import digests, training_run, write_run
+from paths import REPOSITORY
 from torch import randn
 
-REPOSITORY = Path(__file__).parent.parent
 RECIPES = sorted((REPOSITORY / "scripts" / "slurm").glob("*.sbatch"))
 SCRIPTS = [REPOSITORY / "scripts" / name for name in ("clusters", "lib/clusters/nfs", "lib/clusters/slurm-here")]
 

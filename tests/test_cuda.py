@@ -11,8 +11,7 @@ import pytest
 import torch
 from builders import digests, nasty_tensors, training_run, write_run
 from fake_device import FakeDevice, World
-from test_quantization_pairing import READ
-from test_quantized_average import quantized_run
+from schemes import READ, quantized_run
 
 from merge_cli import average, plan_average
 from merge_cli.engine import cuda

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import LIB
 from reference import load
 
-DEMO = Path(__file__).parent.parent / "scripts" / "lib" / "demo"
+DEMO = LIB / "demo"
 
 
 @pytest.mark.slow(reason="trains two models; scripts/demo checks the same, and nothing of pmerge depends on it")

@@ -12,9 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from builders import perturbed, read_layout, write_checkpoint
+from models import SMALL
+from quantizing import encoded
 from reference import load
-from test_families import SMALL
-from test_quantization_contract import encoded
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
 from merge_cli import average, plan_average

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import perturbed, read_layout
 from checks import units_apart
+from models import SMALL
 from reference import coefficients, exact_mean, load, weighted_sum
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, logging
 
@@ -19,18 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 QWEN_MOE: dict[str, Any] = {
     **SMALL,
     "head_dim": 8,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import write_run
-from test_quantized_average import quantized_run
+from schemes import quantized_run
 from torch import Tensor
 
 from merge_cli import plan_average

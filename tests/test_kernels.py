@@ -22,6 +22,7 @@ import torch
 from builders import random_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import TESTS
 from reference import round_fraction
 from torch import Tensor
 
@@ -408,7 +409,7 @@ def test_sanitizers_find_nothing(elsewhere: Path) -> None:
     """Random jobs in a C program with AddressSanitizer and UBSan, which also compares the kernels with each other."""
     flags = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     build.build(elsewhere, flags)
-    driver, include = Path(__file__).with_name("kernel_driver.c"), Path(native.__file__).parent
+    driver, include = TESTS / "data" / "kernel_driver.c", Path(native.__file__).parent
     program = elsewhere.with_name("driver")
     command = [*build.compiler(), *flags, f"-I{include}", str(driver), str(elsewhere), "-o", str(program)]
     subprocess.run(command, check=True)

@@ -5,8 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from paths import PACKAGE, TESTS
 
-PACKAGE = Path(__file__).parent.parent / "merge_cli"
 LAYERS = [
     {"errors", "version", "names"},
     {"system"},
@@ -90,3 +90,13 @@ def test_no_file_imports_itself_by_way_of_others(path: Path) -> None:
         way.append(at)
         at = seen.get(at)
     assert str(path) not in seen, f"a circle: {' <- '.join(way)}"
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_module_imports_another(path: Path) -> None:
+    """Several modules share helpers in tests/helpers, which pytest finds by its settings alone."""
+    tree = ast.parse(path.read_text())
+    imported = [each.module or "" for each in ast.walk(tree) if isinstance(each, ast.ImportFrom)]
+    imported += [alias.name for each in ast.walk(tree) if isinstance(each, ast.Import) for alias in each.names]
+    assert not [module for module in imported if module.rpartition(".")[2].startswith(("test_", "conftest"))]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"]

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import LIB
 
-LIB = Path(__file__).parent.parent / "scripts" / "lib"
 PMERGE = Path(sys.executable).with_name("pmerge")
 MEMORY = 32 << 20
 OTHER = 24 << 20  # interpreter and allocator: plans, thread stacks, arenas

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import digests, nasty_tensors, training_run, write_run
-from test_quantized_average import quantized_run
+from schemes import quantized_run
 
 from merge_cli import average, sweep
 from merge_cli.engine.kernels.native import VARIABLE, kernels

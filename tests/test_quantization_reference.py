@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quantization_contract import encoded, nasty_values
+from quantizing import encoded, nasty_values
 from torch import Tensor
 
 from merge_cli.formats.quantization import Stored, find_quantized, without_quantization

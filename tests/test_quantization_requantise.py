@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_quantization_contract import encoded, random_parts, same
+from quantizing import encoded, random_parts, same
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

@@ -8,53 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from builders import INDEX, digests, read_layout, write_checkpoint
+from builders import INDEX, digests, read_layout
 from checks import interval, outside, units_apart
+from quantizing import decoded
 from reference import exact_mean, load
 from safetensors.torch import load_file
-from test_quantization_contract import decoded, random_parts
-from test_quantization_pairing import FP8, READ
-from torch import Tensor
+from schemes import FP8, PLAIN, READ, quantized_run, stored_parts, write_quantized
 
 from merge_cli import average, plan_average
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
-from merge_cli.formats.quantization import Codec, Stored, find_quantized
-from merge_cli.formats.safetensors import DTYPES
-
-PLAIN = {"model.norm.weight": torch.linspace(0.5, 1.5, 61).bfloat16(), "lm_head.weight": torch.randn(9, 7).bfloat16()}
-
-
-def stored_parts(case: str, seed: int) -> dict[str, Tensor]:
-    """Random codes and scales of a scheme, as the tensors of a checkpoint."""
-    tensors, config, shape, codec = READ[case]
-    ((_, quantized),) = find_quantized({name: Stored(*stored) for name, stored in tensors.items()}, config).tensors.items()
-    parts = random_parts(codec, shape, seed)
-    return {name: as_stored(parts[role], *tensors[name]) for role, name in quantized.parts}
-
-
-def as_stored(data: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    return data.contiguous().view(getattr(torch, DTYPES[dtype].torch)).view(shape)
-
-
-def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], shards: Any = 1) -> Path:
-    return write_checkpoint(folder, tensors, shards=shards, config={"model_type": "tiny", "torch_dtype": "bfloat16", **config})
-
-
-def quantized_run(folder: Path, case: str, count: int = 3) -> tuple[list[Path], list[Tensor], str, Codec]:
-    """Checkpoints with the scale in another shard than the codes; the decoded values of each, the tensor's name."""
-    tensors, config, shape, codec = READ[case]
-    paths, values = [], []
-    for number in range(count):
-        parts = stored_parts(case, number)
-        names = list(parts)
-        shards = [["lm_head.weight", names[0]], [*reversed(names[1:]), "model.norm.weight"]]
-        paths.append(write(folder / f"step_{number + 1}", {**PLAIN, **parts}, config, shards))
-        found = find_quantized({name: Stored(*stored) for name, stored in tensors.items()}, config).tensors
-        ((name, quantized),) = found.items()
-        raw = {role: parts[stored].reshape(-1).view(torch.uint8) for role, stored in quantized.parts}
-        values.append(decoded(codec, raw, shape).view(shape))
-    return paths, values, name, codec
+from merge_cli.formats.quantization import Stored, find_quantized
 
 
 @pytest.mark.parametrize("case", READ)
@@ -81,7 +45,7 @@ def test_requantised_copies_come_back_bit_for_bit(case: str, tmp_path: Path) -> 
     """Merging a checkpoint with itself gives every byte of every weight file back, whatever the rule that made its scales."""
     parts = {**PLAIN, **stored_parts(case, 5)}
     names = list(parts)
-    paths = [write(tmp_path / f"step_{n}", parts, READ[case][1], [names[:3], names[3:]]) for n in (1, 2)]
+    paths = [write_quantized(tmp_path / f"step_{n}", parts, READ[case][1], [names[:3], names[3:]]) for n in (1, 2)]
     result = average(paths, tmp_path / "out", method="wma", requantize=True)
     for file, content in read_layout(paths[1]).items():
         assert read_layout(result.output)[file] == content
@@ -123,7 +87,7 @@ def test_same_bytes_however_it_runs(case: str, requantize: bool, tmp_path: Path)
 def test_quantised_and_plain_checkpoints_of_a_run_mix(tmp_path: Path) -> None:
     case = "DeepSeek-V3"
     paths, values, name, _ = quantized_run(tmp_path / "run", case, 2)
-    plain = write(tmp_path / "run" / "step_3", {name: values[0].bfloat16(), **PLAIN}, {})
+    plain = write_quantized(tmp_path / "run" / "step_3", {name: values[0].bfloat16(), **PLAIN}, {})
     expected = exact_mean([values[0], values[1], values[0].bfloat16().float()], [1, 1, 1], torch.bfloat16)
     merged = average([*paths, plain], tmp_path / "out")
     assert "quantization_config" not in json.loads((merged.output / "config.json").read_text())
@@ -149,7 +113,7 @@ def test_nan_codes_are_found(tmp_path: Path) -> None:
     paths, _, name, _ = quantized_run(tmp_path / "run", "DeepSeek-V3", 1)
     parts = stored_parts("DeepSeek-V3", 9)
     parts["a.weight"].view(torch.uint8)[7, 5] = 0x7F
-    bad = write(tmp_path / "run" / "step_9", {**PLAIN, **parts}, FP8)
+    bad = write_quantized(tmp_path / "run" / "step_9", {**PLAIN, **parts}, FP8)
     for requantize in (False, True):
         with pytest.raises(NonFiniteError, match=r"`a\.weight`") as raised:
             average([*paths, bad], tmp_path / "out", requantize=requantize)
@@ -164,7 +128,7 @@ def test_activation_scales_are_dropped_or_must_agree(tmp_path: Path) -> None:
         tensors = {**PLAIN, **stored_parts("per tensor", step)}
         module = next(iter(stored_parts("per tensor", 0))).removesuffix(".weight")
         tensors[f"{module}.input_scale"] = torch.tensor([0.5 if step < 3 else 0.75])
-        paths.append(write(tmp_path / f"step_{step}", tensors, READ["per tensor"][1]))
+        paths.append(write_quantized(tmp_path / f"step_{step}", tensors, READ["per tensor"][1]))
     assert not any("input_scale" in name for name in load(average(paths, tmp_path / "out").output))
     kept = load(average(paths[:2], tmp_path / "kept", requantize=True).output)
     assert kept[f"{module}.input_scale"] == 0.5
@@ -179,7 +143,7 @@ def test_one_file_per_rank(tmp_path: Path) -> None:
         folder = tmp_path / f"step_{step}"
         folder.mkdir()
         for rank in (0, 1):
-            one = write(tmp_path / f"{step}{rank}", {**PLAIN, **stored_parts("DeepSeek-V3", rank)}, FP8)
+            one = write_quantized(tmp_path / f"{step}{rank}", {**PLAIN, **stored_parts("DeepSeek-V3", rank)}, FP8)
             (one / "model-00001-of-00001.safetensors").rename(folder / f"model_rank_{rank}.safetensors")
         (folder / "config.json").write_text(json.dumps(FP8))
         paths.append(folder)
@@ -204,7 +168,7 @@ def test_contradictions_are_refused(option: dict[str, Any], tmp_path: Path) -> N
 def test_inspect_counts_what_codes_stand_for(tmp_path: Path) -> None:
     paths, values, *_ = quantized_run(tmp_path / "run", "packed int4", 1)
     unknown = {**PLAIN, "a.qweight": torch.ones(4, 4, dtype=torch.int32)}
-    write(tmp_path / "run" / "step_7", unknown, {"quantization_config": {"quant_method": "gptq"}})
+    write_quantized(tmp_path / "run" / "step_7", unknown, {"quantization_config": {"quant_method": "gptq"}})
     known, refused = inspect_checkpoints([tmp_path / "run"]).checkpoints
     assert known.path == str(paths[0]) and known.unreadable == ""
     assert known.num_parameters == values[0].numel() + sum(tensor.numel() for tensor in PLAIN.values())

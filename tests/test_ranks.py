@@ -20,7 +20,7 @@ import torch
 from builders import digests, nasty_run, nasty_tensors, training_run, write_checkpoint, write_run
 from command import start
 from safetensors.torch import load_file, save_file
-from test_quantized_average import quantized_run
+from schemes import quantized_run
 
 from faults import ranks
 from faults.ground import Ground
@@ -75,7 +75,7 @@ def test_ranks_one_after_the_other_give_the_bytes_of_one_run(layout: str, world_
 @pytest.mark.parametrize("requantize", [False, True])
 @pytest.mark.parametrize("case", ["fp8 block", "nvfp4"])
 def test_quantised_checkpoints(case: str, requantize: bool, tmp_path: Path) -> None:
-    from test_quantization_pairing import READ
+    from schemes import READ
 
     name = next(name for name in READ if case.split()[0] in name.lower())
     paths = quantized_run(tmp_path / "run", name)[0]

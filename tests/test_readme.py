@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import write
+from builders import write_trained
+from paths import REPOSITORY
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (REPOSITORY / "README.md").read_text()
 SHELL = re.findall(r"```sh\n(.*?)```", README.split("## Five situations")[1], re.S)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -18,7 +19,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for step in range(1000, 11000, 1000):
-        write(folder / "run" / f"ckpt_{step}", step)
+        write_trained(folder / "run" / f"ckpt_{step}", step)
     return folder
 
 

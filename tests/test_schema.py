@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from golden_inputs import RUNS
+from paths import TESTS
 
 from merge_cli import Rank, average, finalize, plan_average, plan_sweep, run_share, sweep, verify
 from merge_cli.errors import InputError, OutputError, PmergeError
@@ -23,7 +24,7 @@ from merge_cli.output.manifest import seal
 from merge_cli.output.schema import SCHEMA
 from merge_cli.planning.plan import ALGORITHM
 
-OLD = Path(__file__).parent / "data" / "0.1.0"
+OLD = TESTS / "data" / "0.1.0"
 FIRST = "model-00001-of-00002.safetensors"
 
 

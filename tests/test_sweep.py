@@ -20,7 +20,7 @@ from builders import write_trained as write
 from command import pmerge, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_quantized_average import PLAIN, quantized_run
+from schemes import PLAIN, quantized_run
 
 from faults.runs import Ended, Run
 from merge_cli import average, plan_average, plan_sweep, sweep

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import INDEX, nasty_run, training_run, write_checkpoint, write_run
 from command import pmerge
-from test_quantized_average import quantized_run
+from schemes import quantized_run
 
 from merge_cli import average, verify
 from merge_cli.errors import InputError, UsageError

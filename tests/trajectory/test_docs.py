@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 
 from merge_cli.trajectory.findings import STOPS_FORECAST
 from merge_cli.trajectory.plans import PLANS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trajectory.md").read_text()
+PAGE = (REPOSITORY / "docs" / "trajectory.md").read_text()
 SHELL = re.findall(r"```sh\n(.*?)```", PAGE, re.S)
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 

@@ -4,10 +4,10 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import TESTS
 
 from merge_cli.errors import UsageError
 from merge_cli.request.methods import coefficients
@@ -138,7 +138,7 @@ def test_every_number_is_a_weighted_sum_of_rows() -> None:
         assert quantity.value == pytest.approx(sum(weight * losses[key] for key, weight in quantity.rows.items()))
 
 
-PILOT = json.loads((Path(__file__).parent / "pilot_26M.json").read_text())
+PILOT = json.loads((TESTS / "data" / "pilot_26M.json").read_text())
 LOSSES = {int(step): loss for step, loss in PILOT["checkpoints"].items()}
 
 

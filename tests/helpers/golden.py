@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from golden_inputs import RUNS, SCHEMES, write_all
+from paths import TESTS
 
-GOLDEN = Path(__file__).with_name("golden.json")
-FLAGS = Path(__file__).with_name("flags.json")
+GOLDEN = TESTS / "golden.json"
+FLAGS = TESTS / "flags.json"
 INPUTS = "inputs"  # the row of the runs themselves: a generator that has changed is told from an output that has
 
 Digests = dict[str, str]  # file name -> sha256
