@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_cli import average, plan_average, verify
-from merge_cli.errors import MismatchError, PmergeError, UnsupportedError, UsageError
+from merge_cli.errors import InputError, MismatchError, PmergeError, UnsupportedError, UsageError
 
 STEPS = (10, 20)
 
@@ -136,3 +136,175 @@ def test_nothing_of_these_ends_in_another_error(tmp_path: Path) -> None:
     write(tmp_path / "checkpoint-10", weights(10))
     with pytest.raises(PmergeError):
         plan_average([tmp_path / "checkpoint-10"], exclude=["nothing*"])
+
+
+@pytest.mark.parametrize(
+    "name, numbers",
+    [
+        ("model-{:05d}-of-000003", (1, 3)),
+        ("model-{:05d}-of-00003", (0, 2)),
+        ("model-{:04d}-of-0003", (1, 3)),
+        ("model-{:05d}-of-00003", (1, 3)),
+        ("model_{:05d}-of-00003", (1, 3)),
+        ("model_{:05d}", (1, 3)),
+        ("model_{:05d}", (2,)),
+        ("model_{:05d}", (0, 2)),
+    ],
+)
+def test_a_missing_shard_is_noticed_whatever_the_numbering(name: str, numbers: Sequence[int], tmp_path: Path) -> None:
+    for step in STEPS:
+        for number in numbers:
+            write(tmp_path / f"checkpoint-{step}", {f"layers.{number}.w": torch.ones(2)}, {}, name.format(number))
+    with pytest.raises(InputError, match="shards are missing"):
+        plan_average([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "name", ["model-{:05d}-of-000002", "model-{:04d}-of-0002", "model_{:05d}", "shard-{0:05d}-model-{0:05d}-of-00002"]
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_complete_sets_of_any_numbering_are_averaged(name: str, first: int, tmp_path: Path) -> None:
+    for step in STEPS:
+        for number in (first, first + 1):
+            write(tmp_path / f"checkpoint-{step}", {f"layers.{number}.w": torch.full((2,), float(step))}, {}, name.format(number))
+    out = average([tmp_path], tmp_path / "out").output
+    for number in (first, first + 1):
+        (value,) = load_file(out / f"{name.format(number)}.safetensors").values()
+        assert value.tolist() == [15.0, 15.0]
+
+
+def test_one_such_shard_given_alone_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, weights(10), None, "model-00001-of-000003")
+    with pytest.raises(InputError, match="one of 3 shards"):
+        plan_average([tmp_path / "model-00001-of-000003.safetensors"])
+
+
+def test_shards_of_two_saves_are_no_ranks(tmp_path: Path) -> None:
+    for step in STEPS:
+        for count in (2, 3):
+            for number in range(1, count + 1):
+                name = f"model-0000{number}-of-0000{count}"
+                write(tmp_path / f"checkpoint-{step}", {f"layers.{number}.w": torch.ones(2)}, {}, name)
+    with pytest.raises(InputError, match="shards of 2 saves"):
+        plan_average([tmp_path])
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict(weight_map)}))
+
+
+@pytest.mark.parametrize("extra", ["model-00002-of-00002", "model-mtp", "projector"])
+def test_weights_that_the_index_forgot_are_never_lost(extra: str, tmp_path: Path) -> None:
+    for step in STEPS:
+        folder = tmp_path / f"checkpoint-{step}"
+        write(folder, {"a": torch.full((2,), float(step))}, {}, "model-00001-of-00002")
+        write(folder, {"b": torch.full((2,), float(step))}, {}, extra)
+        write_index(folder, {"a": "model-00001-of-00002.safetensors"})
+    if extra == "model-00002-of-00002":
+        with pytest.raises(InputError, match="does not name 1 shards"):
+            plan_average([tmp_path])
+        return
+    out = average([tmp_path], tmp_path / "out").output
+    assert load_file(out / f"{extra}.safetensors")["b"].tolist() == [15.0, 15.0]
+    assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]["b"] == f"{extra}.safetensors"
+
+
+def test_a_second_complete_set_is_an_error(tmp_path: Path) -> None:
+    for step in STEPS:
+        folder = tmp_path / f"checkpoint-{step}"
+        write(folder, {"a": torch.ones(2)}, {}, "model-00001-of-00001")
+        write(folder, {"a": torch.full((2,), 5.0)})
+        write_index(folder, {"a": "model-00001-of-00001.safetensors"})
+    with pytest.raises(InputError, match="two sets of weights") as refused:
+        plan_average([tmp_path])
+    assert "transformers takes model.safetensors" in str(refused.value)
+
+
+def test_modules_that_modules_json_names_are_kept(tmp_path: Path) -> None:
+    for step in STEPS:
+        folder = write(tmp_path / f"checkpoint-{step}", weights(step), {})
+        write(folder / "2_Dense", {"linear.weight": torch.full((2,), float(step))}, {})
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text("{}")
+        (folder / "modules.json").write_text(json.dumps([{"path": path} for path in ("", "1_Pooling", "2_Dense", "../x")]))
+        (folder / "runs").mkdir()
+    plan = plan_average([tmp_path], tmp_path / "out")
+    assert any("2_Dense/model.safetensors" in line and "not averaged" in line for line in plan.warnings)
+    out = average([tmp_path], tmp_path / "out").output
+    assert (out / "1_Pooling" / "config.json").is_file()
+    assert load_file(out / "2_Dense" / "model.safetensors")["linear.weight"].tolist() == [20.0, 20.0]
+    assert not (out / "runs").exists() and not verify(out).problems
+
+
+def test_code_and_its_data_are_kept_and_training_state_is_not(tmp_path: Path) -> None:
+    code = ("modeling_x.py", "optimized_attention.py", "scheduler_utils.py", "dataloader_x.py")
+    state = ("optimizer.pt", "scheduler.pt", "zero_to_fp32.py")
+    for step in STEPS:
+        folder = write(tmp_path / f"checkpoint-{step}", weights(step), {})
+        for name in (*code, *state, "mel_filters.npz"):
+            (folder / name).write_bytes(b"x")
+    out = average([tmp_path], tmp_path / "out").output
+    assert {path.name for path in out.iterdir()} >= {*code, "mel_filters.npz"}
+    assert not any((out / name).exists() for name in state)
+
+
+def test_params_json_no_longer_declares_codes(tmp_path: Path) -> None:
+    for step in STEPS:
+        folder = tmp_path / f"checkpoint-{step}"
+        codes = torch.ones(16, 16).to(torch.float8_e4m3fn)
+        scale = torch.tensor(0.5).bfloat16()
+        name = "layers.0.attention.wq."
+        tensors = {name + "weight": codes, name + "qscale_weight": scale, name + "qscale_act": scale.clone()}
+        write(folder, {**tensors, "norm.weight": torch.ones(16).bfloat16()}, None, "consolidated")
+        (folder / "params.json").write_text(json.dumps({"dim": 16, "quantization": {"qformat_weight": "fp8_e4m3"}}))
+    out = average([tmp_path], tmp_path / "out").output
+    assert json.loads((out / "params.json").read_text()) == {"dim": 16}
+
+
+def test_epochs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        write(tmp_path / "run" / f"epoch_{number}", {"w": torch.full((2,), float(number))}, {})
+    assert load_file(average([tmp_path / "run"], tmp_path / "out", last=3).output / "model.safetensors")["w"].tolist() == [
+        10.0,
+        10.0,
+    ]
+    with pytest.raises(UsageError, match="named one by one"):
+        plan_average([tmp_path / "run"], order="given", last=3)
+    assert plan_average([tmp_path / "run"]).candidates[-1].path.endswith("epoch_11")
+
+
+def test_the_step_may_be_in_a_folder_above(tmp_path: Path) -> None:
+    paths = []
+    for step in (80, 90, 100):
+        paths.append(write(tmp_path / f"global_step_{step}" / "actor" / "huggingface", {"w": torch.full((2,), float(step))}, {}))
+    plan = plan_average(paths, last=2)
+    assert [each.step for each in plan.candidates] == [90, 100]
+
+
+def test_side_files_with_steps_in_their_names_make_no_run(tmp_path: Path) -> None:
+    paths = []
+    for step in (5000, 10000):
+        folder = write(tmp_path / f"{step:06d}" / "pretrained_model", {"w": torch.full((2,), float(step))}, {})
+        for name in ("policy_preprocessor_step_5_normalizer", "policy_postprocessor_step_0_unnormalizer"):
+            write(folder, {"mean": torch.zeros(2)}, None, name)
+        paths.append(folder)
+    out = average(paths, tmp_path / "out").output
+    assert load_file(out / "model.safetensors")["w"].tolist() == [7500.0, 7500.0]
+    assert (out / "policy_preprocessor_step_5_normalizer.safetensors").is_file()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_files_that_hold_other_rows_are_not_taken_for_alike(same: bool, tmp_path: Path) -> None:
+    for number, step in enumerate(STEPS):
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        for rank in (1, 2):
+            offset = 4 * (rank - 1) if same or not number else 2 * (rank - 1)
+            places = json.dumps({"w": {"saved_offsets": [offset, 0]}})
+            name = folder / f"shard-0000{rank}-model-00001-of-00001.safetensors"
+            save_file({"w": torch.full((4, 2), float(step))}, name, metadata={"DCP_SHARDING_INFO": places})
+    if same:
+        average([tmp_path], tmp_path / "out")
+    else:
+        with pytest.raises(MismatchError, match="other parts of the tensors"):
+            plan_average([tmp_path])

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from merge_cli.formats.dcp.clone import DcpParts
 
 INDEX_SUFFIX = ".safetensors.index.json"
-SHARD_NUMBER = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+SHARD_NUMBER = re.compile(r"^(?:shard-\d+-)?(?P<stem>.+)[-_](?P<number>\d{1,7})-of-(?P<count>\d{1,7})\.safetensors$")
+"""A shard of a numbered set; the writer of torch puts `shard-RANK-` before the name."""
+_PART_NUMBER = re.compile(r"^(?P<stem>.+)[-_](?P<number>\d{4,7})\.safetensors$")
 RANK_FOLDER = re.compile(r"^(?:[a-z]*_)?(?:mp|tp|pp|ep|dp|cp|rank)(?:_rank)?[_-]?\d+(?:[_-].*)?$", re.IGNORECASE)
 MAX_INDEX_BYTES = 100_000_000  # as much as a header; the largest in use have about 20 MB
 MAX_CONFIG_BYTES = 16 << 20
@@ -133,9 +135,12 @@ def open_safetensors(path: StrPath, *, seen: dict[str, Header] | None = None) ->
         weight_map, index_metadata = read_index(index)
         wanted = sorted(set(weight_map.values()))
         stray = sorted(set(found) - set(wanted))
-        notes += [f"{join(path, name)}: not named by {index_name}, ignored" for name in stray]
-        files = _open_files(store, path, wanted, names, seen)
+        named = _open_files(store, path, wanted, names, seen)
+        beside = _open_files(store, path, stray, names, seen)
+        files = (*named, *beside)
         tensors, more_notes = _by_index(path, index_name, weight_map, files)
+        _check_no_forgotten_shard(path, index_name, wanted, stray)
+        _check_no_second_set(path, index_name, weight_map, beside)
         notes += more_notes
         layout = "index"
     else:
@@ -321,14 +326,64 @@ def _rank_files(store: Store, folder: str, entries: Sequence[Entry]) -> list[str
 def _check_numbering(folder: str, names: Sequence[str]) -> None:
     """Files named `x-00001-of-00003.safetensors` must be all there."""
     numbered = [match for match in map(SHARD_NUMBER.match, names) if match]
-    for stem, count in sorted({(match["stem"], match["count"]) for match in numbered}):
-        have = {int(match["number"]) for match in numbered if (match["stem"], match["count"]) == (stem, count)}
-        missing = [n for n in range(1, int(count) + 1) if n not in have]
-        if missing and 0 not in have:
+    counts: dict[str, set[str]] = {}
+    for match in numbered:
+        counts.setdefault(match["stem"], set()).add(match["count"])
+    for stem, several in sorted(counts.items()):
+        if len(several) > 1:
             raise InputError(
-                f"{len(missing)} of {int(count)} shards are missing in {folder}",
-                details=first_ten([f"{stem}-{number:05d}-of-{count}.safetensors" for number in missing]),
-                hint="the checkpoint was copied in part: copy the missing files, or leave it out",
+                f"{folder} holds shards of {len(several)} saves, and no index",
+                details=[f"found     {stem}-...-of-{count}.safetensors" for count in sorted(several)],
+                hint="move the files of the save that is not meant away",
+            )
+        (count,) = several
+        _check_no_hole(folder, [match for match in numbered if match["stem"] == stem], int(count))
+    parts = [match for match in map(_PART_NUMBER.match, names) if match and not SHARD_NUMBER.match(match[0])]
+    for stem in sorted({match["stem"] for match in parts}):
+        same = [match for match in parts if match["stem"] == stem]
+        last = max(int(match["number"]) for match in same)
+        _check_no_hole(folder, same, last + any(int(match["number"]) == 0 for match in same))
+
+
+def _check_no_hole(folder: str, matches: Sequence[re.Match[str]], count: int) -> None:
+    """Raise InputError unless the numbers of a set are `count` in a row, from 0 or from 1."""
+    have = {int(match["number"]) for match in matches}
+    first = 0 if 0 in have else 1
+    missing = [number for number in range(first, first + count) if number not in have]
+    if missing:
+        like = matches[0]
+        begin, end, width = like.start("number"), like.end("number"), len(like["number"])
+        raise InputError(
+            f"{len(missing)} of {count} shards are missing in {folder}",
+            details=first_ten([f"{like[0][:begin]}{number:0{width}d}{like[0][end:]}" for number in missing]),
+            hint="the checkpoint was copied in part: copy the missing files, or leave it out",
+        )
+
+
+def _check_no_forgotten_shard(folder: str, index_name: str, wanted: Sequence[str], stray: Sequence[str]) -> None:
+    """Raise InputError for a file of the numbered set that the index names, which it does not name itself."""
+    sets = {(match["stem"], match["count"]) for match in map(SHARD_NUMBER.match, wanted) if match}
+    forgotten = [name for name in stray if (match := SHARD_NUMBER.match(name)) and (match["stem"], match["count"]) in sets]
+    if forgotten:
+        raise InputError(
+            f"{join(folder, index_name)} does not name {len(forgotten)} shards of its own set",
+            details=first_ten(forgotten),
+            hint="the index is of a broken or an earlier save: save or copy the checkpoint again, or move those files away",
+        )
+
+
+def _check_no_second_set(folder: str, index_name: str, weight_map: Mapping[str, str], beside: Sequence[WeightFile]) -> None:
+    """Raise InputError where files that the index does not name hold what it names: two sets of weights, and loaders differ."""
+    for file in beside:
+        twice = [name for name in file.header.tensors if name in weight_map]
+        if twice:
+            raise InputError(
+                f"{folder} holds two sets of weights: {index_name} and {file.name}",
+                details=[
+                    f"found     {len(twice)} of {len(weight_map)} tensors in both",
+                    "loaders   transformers takes model.safetensors, others the shards of the index",
+                ],
+                hint=f"move away the set that is not meant, {file.name} or the index with its shards",
             )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 from merge_cli.errors import InputError
 from merge_cli.names import MANIFEST
-from merge_cli.stores.store import Source, Store, is_local, join, open_store, read_bytes
+from merge_cli.stores.store import Source, Store, is_local, join, open_store, read_bytes, read_file
 
 SKIPPED = (
     # training state
@@ -32,6 +33,10 @@ SKIPPED = (
 KEPT_BINARIES = ("tokenizer*.model", "spiece.model", "sentencepiece*.model", "*.tiktoken")
 KEPT_FOLDERS = ("additional_chat_templates", "chat_templates", "tokenizer", "processor")
 MAX_SIDE_FILE_BYTES = 256 << 20
+MAX_MODULES_BYTES = 1 << 20
+TRAINERS_CODE = ("zero_to_fp32.py",)
+DATA_OF_CODE = (".npz", ".npy")
+"""Endings of data that custom code reads; kept where there is such code."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ def list_side_files(folder: str, weights: set[str]) -> SideFiles:
     store = open_store(folder)
     kept: list[str] = []
     skipped: list[str] = []
+    modules = module_folders(folder)
+    has_code = any(_is_code(entry.name) for entry in store.list(folder))
     holders = {name.split("/")[0] for name in weights if "/" in name}
     for entry in store.list(folder):
         if entry.name in weights:
             continue
         if entry.kind == "folder":
-            if entry.name not in holders and entry.name not in KEPT_FOLDERS:
+            if entry.name not in holders and entry.name not in KEPT_FOLDERS and entry.name not in modules:
                 skipped.append(entry.name + "/")
                 continue
             inside = [f"{entry.name}/{inner.name}" for inner in store.list(join(folder, entry.name))]
@@ -60,7 +67,9 @@ def list_side_files(folder: str, weights: set[str]) -> SideFiles:
                 skipped += [name for name in inside if name not in weights]
             else:
                 kept += [name for name in inside if _can_be_copied(store, join(folder, name))]
-        elif _is_kept(entry.name) and _can_be_copied(store, join(folder, entry.name)):
+        elif (_is_kept(entry.name) or (has_code and entry.name.endswith(DATA_OF_CODE))) and _can_be_copied(
+            store, join(folder, entry.name)
+        ):
             kept.append(entry.name)
         else:
             skipped.append(entry.name)
@@ -83,7 +92,26 @@ def _can_be_copied(store: Store, path: str) -> bool:
     return status is not None and status.kind in ("file", "broken link") and status.num_bytes <= MAX_SIDE_FILE_BYTES
 
 
+def module_folders(folder: str) -> tuple[str, ...]:
+    """The folders that `modules.json` (sentence-transformers) names: parts of the model beside its body."""
+    path = join(folder, "modules.json")
+    if open_store(path).stat(path) is None:
+        return ()
+    try:
+        found = json.loads(read_file(path, MAX_MODULES_BYTES))
+    except (ValueError, RecursionError, InputError):
+        return ()
+    paths = [module.get("path") for module in found if isinstance(module, dict)] if isinstance(found, list) else []
+    return tuple(path for path in paths if isinstance(path, str) and path and "/" not in path and path not in (".", ".."))
+
+
+def _is_code(name: str) -> bool:
+    return name.endswith(".py") and name not in TRAINERS_CODE and not name.startswith(".")
+
+
 def _is_kept(name: str) -> bool:
+    if _is_code(name):
+        return True
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in KEPT_BINARIES):
         return True
     return not name.startswith(".") and not any(fnmatch.fnmatchcase(name, pattern) for pattern in SKIPPED)

@@ -16,7 +16,7 @@ from merge_cli.formats.checkpoint import INDEX_SUFFIX, Checkpoint, recorded_fing
 from merge_cli.formats.dcp.clone import DcpParts, write_metadata
 from merge_cli.formats.dcp.folder import METADATA_FILE, locate, open_folder
 from merge_cli.formats.dcp.item import Envelopes
-from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_quantization
+from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_declared_quantization, without_quantization
 from merge_cli.formats.safetensors import read_header_at
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES, check_side_files
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
@@ -140,9 +140,22 @@ def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bo
         if name == "config.json" and dtype != "keep":
             config = without_quantization(base.config) if dequantized else base.config
             data = json.dumps(with_dtype(config, dtype), indent=2).encode() + b"\n"
+        if name == "params.json" and dequantized:
+            data = _without_declaration(data)
         write_file(folder / name, data)
         written[name] = digest(data)
     return written
+
+
+def _without_declaration(data: bytes) -> bytes:
+    """The bytes of a params.json without its declaration of quantized weights; as they are where it is no JSON object."""
+    try:
+        params = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(params, dict) or "quantization" not in params:
+        return data
+    return json.dumps(without_declared_quantization(params), indent=2).encode() + b"\n"
 
 
 def digest(data: bytes) -> Done:

@@ -15,6 +15,7 @@ from merge_cli.formats.side_files import differing_files
 from merge_cli.names import MANIFEST
 from merge_cli.stores.store import join
 
+SHARDING_INFO = "DCP_SHARDING_INFO"
 _VOLATILE = {"transformers_version", "_name_or_path", "use_cache", "_commit_hash"}
 
 
@@ -79,6 +80,9 @@ def check_same_ranks(inputs: Sequence[Checkpoint], base: int) -> None:
     expected = inputs[base]
     if expected.layout != "ranks":
         return
+    for checkpoint in inputs:
+        if checkpoint.layout == "ranks":
+            _check_same_places(checkpoint, expected)
     want = {file.name for file in expected.files}
     for checkpoint in inputs:
         have = {file.name for file in checkpoint.files}
@@ -91,6 +95,31 @@ def check_same_ranks(inputs: Sequence[Checkpoint], base: int) -> None:
                 ),
                 hint="copy the missing rank, or leave that checkpoint out",
             )
+
+
+def _check_same_places(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Files of torch's distributed writer say which part of each tensor they hold; raises MismatchError where that differs."""
+    places = {file.name: file.header.metadata.get(SHARDING_INFO) for file in base.files}
+    other = [file.name for file in checkpoint.files if places.get(file.name) != file.header.metadata.get(SHARDING_INFO)]
+    if other:
+        raise MismatchError(
+            f"files of one name hold other parts of the tensors: {checkpoint.path} and {base.path} were saved by other meshes",
+            details=first_ten([f"{name}  {SHARDING_INFO} in its header differs" for name in other]),
+            hint="consolidate both first (torch.distributed.checkpoint.hf_storage writes whole tensors), and average those",
+        )
+
+
+def _metadata_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
+    """A warning where files of one rank differ in the metadata of their headers, which may say what they hold."""
+    if base.layout != "ranks":
+        return []
+    expected = {file.name: dict(file.header.metadata) for file in base.files}
+    return [
+        f"{checkpoint.path}/{file.name}: the metadata in its header differs from that in {base.path}"
+        for checkpoint in inputs
+        for file in checkpoint.files
+        if checkpoint.layout == "ranks" and expected.get(file.name, {}) != dict(file.header.metadata)
+    ][:3]
 
 
 def _shape_error(
@@ -122,12 +151,18 @@ def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, L
     warnings = [f"results of pmerge are averaged again: {', '.join(first_ten(merged))}"] if merged else []
     warnings += _mixed_dtypes(tensors, base, inputs[base])
     warnings += config_differences(inputs, inputs[base])
+    warnings += _metadata_differences(inputs, inputs[base])
     without = [
         checkpoint for checkpoint in inputs if checkpoint.root is not None and "config.json" not in checkpoint.side_files.kept
     ]
     if inputs[base] in without and len(without) < len(inputs):
         has = next(checkpoint for checkpoint in inputs if checkpoint not in without)
         warnings.append(f"{inputs[base].path}, the base, has no config.json, so the result has none; --base {has.path} has one")
+    copied = [name for name in inputs[base].side_files.kept if name.endswith(".safetensors")]
+    if copied:
+        warnings.append(
+            f"weights of modules beside the model are copied from the base, not averaged: {', '.join(first_ten(copied))}"
+        )
     if (root := inputs[base].root) is not None:
         folders = [checkpoint.root for checkpoint in inputs if checkpoint.root is not None]
         warnings += differing_files(folders, inputs[base].side_files.kept, root)

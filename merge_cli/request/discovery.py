@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from merge_cli.errors import InputError, UsageError
@@ -137,8 +139,9 @@ def is_checkpoint(folder: StrPath) -> bool:
     entries = _entries(folder)
     if is_dcp(folder):
         return True
-    if any(entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in entries):
-        return len(_step_files(entries)) < 2
+    names = {entry.name for entry in entries}
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return len(_step_files(entries)) < 2 or not names.isdisjoint(("model.safetensors", "config.json"))
     ranks = [entry.name for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
     return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(join(folder, rank)))
 
@@ -227,7 +230,12 @@ def _check_whole_file(path: str) -> None:
 
 
 def _entries(folder: str) -> list[Entry]:
-    return sorted(open_store(folder).list(folder), key=lambda entry: (parse_label(entry.name).step or 0, entry.name))
+    return sorted(open_store(folder).list(folder), key=lambda entry: (parse_label(entry.name).step or 0, _natural(entry.name)))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that puts `v9` before `v10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]{1,18})", name) if part]
 
 
 def _is_named_by_step(path: str) -> bool:
@@ -243,7 +251,8 @@ def _step_files(entries: Sequence[Entry]) -> list[str]:
         return []
     names = [e.name for e in entries if e.name.endswith(".safetensors") and not e.name.startswith(".") and e.kind != "folder"]
     numbers = [name for name in names if BARE_NUMBER.fullmatch(name.removesuffix(".safetensors"))]
-    return [name for name in names if name not in numbers and parse_label(name).step is not None]
+    named = [name for name in names if name not in numbers and parse_label(name).step is not None]
+    return named if len({re.sub(r"[0-9]+", "#", name) for name in named}) == 1 else []
 
 
 def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
@@ -304,4 +313,29 @@ def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step") -> 
     if not isinstance(paths, str | os.PathLike) and not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
     skipped: list[str] = []
-    return [read_candidate(path, with_time=order == "mtime") for path in discover(paths, skipped.append)], skipped
+    found = discover(paths, skipped.append)
+    typed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if order == "given" and len(found) > len(typed):
+        raise UsageError(
+            "--order given is for checkpoints that are named one by one, and a run folder stands for several",
+            details=[f"found     {', '.join(found[:3])} ..."],
+            hint=f"name them in their order:  {shlex.join(['pmerge', 'average', *found[:3]])} ...",
+        )
+    candidates = [read_candidate(path, with_time=order == "mtime") for path in found]
+    return _with_steps_from_above(candidates), skipped
+
+
+def _with_steps_from_above(candidates: list[Candidate]) -> list[Candidate]:
+    """Candidates whose last names are all alike (`global_step_80/actor/huggingface`) get the step of a folder above."""
+    above = [each.path for each in candidates]
+    if len(above) < 2 or any(each.step is not None for each in candidates):
+        return candidates
+    while len({name_of(path) for path in above}) == 1 and all(folder_of(path) not in ("", path) for path in above):
+        above = [folder_of(path) for path in above]
+    labels = [parse_label(name_of(path)) for path in above]
+    if any(label.step is None for label in labels):
+        return candidates
+    return [
+        replace(each, step=label.step, stage=each.stage or label.stage, ingredient=each.ingredient or label.ingredient)
+        for each, label in zip(candidates, labels, strict=True)
+    ]

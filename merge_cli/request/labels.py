@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from merge_cli.errors import InputError
 
 # A letter or a fraction after the number means that it is no step: `ckpt-7b`, `step_1.5k`. 18 digits fit any float and int64.
-_STEP = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt)[-_=]?([0-9]{1,18})(?![0-9a-z]|\.[0-9])", re.IGNORECASE)
+_STEP = re.compile(
+    r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt|epoch)[-_=]?([0-9]{1,18})(?![0-9a-z]|\.[0-9])", re.IGNORECASE
+)
 _SHARD = re.compile(r"-[0-9]+-of-[0-9]+$")
 _STAGE = re.compile(r"(?:^|[-_])(stage[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
 _INGREDIENT = re.compile(r"(?:^|[-_])(ingredient[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
@@ -45,12 +47,14 @@ class Candidate:
 def parse_label(name: str) -> StepLabel:
     """Read the name of a checkpoint folder or file: `step-001000-2BT`, `epoch=3-step=1200`, `iter_0001000`, `0001000` and so on.
 
-    The number after step wins over one after iter, checkpoint or ckpt; token labels are rounded and not used.
+    The number after step wins over one after iter, checkpoint or ckpt, and these over one after epoch; token
+    labels are rounded and not used.
     """
     name = _SHARD.sub("", name.removesuffix(".safetensors"))
     stage, ingredient = _STAGE.search(name), _INGREDIENT.search(name)
     found = {match[0].lower().rstrip("0123456789").rstrip("-_="): int(match[1]) for match in _STEP.finditer(name)}
-    step = next((found[word] for word in found if word.endswith("step")), next(iter(found.values()), None))
+    epoch = found.pop("epoch", None)  # an order, where there is no better number
+    step = next((found[word] for word in found if word.endswith("step")), next(iter(found.values()), epoch))
     if step is None and BARE_NUMBER.fullmatch(name):
         step = int(name)
     return StepLabel(step, stage and stage[1].lower(), ingredient and ingredient[1].lower())

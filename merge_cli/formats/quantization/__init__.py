@@ -5,7 +5,11 @@ into float32 rows and rows into bytes. A scale is never averaged by itself. See 
 """
 
 from merge_cli.formats.quantization.codec import Codec, Found, QuantizedTensor, Stored, StoredLike
-from merge_cli.formats.quantization.config import QUANTIZATION_SIDE_FILES, without_quantization
+from merge_cli.formats.quantization.config import (
+    QUANTIZATION_SIDE_FILES,
+    without_declared_quantization,
+    without_quantization,
+)
 from merge_cli.formats.quantization.pairing import find_quantized
 
 __all__ = [
@@ -16,5 +20,6 @@ __all__ = [
     "Stored",
     "StoredLike",
     "find_quantized",
+    "without_declared_quantization",
     "without_quantization",
 ]

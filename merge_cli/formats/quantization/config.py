@@ -84,6 +84,11 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     )
 
 
+def without_declared_quantization(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A parsed params.json (Mistral's format) without the section that declares quantized weights."""
+    return {key: value for key, value in params.items() if key != "quantization"}
+
+
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy of a parsed config.json without its quantisation sections, at any depth (`text_config` too)."""
 
