@@ -15,15 +15,16 @@ from merge_cli.version import __version__
 
 if TYPE_CHECKING:
     from merge_cli.features.analyze import AnalysisPlan, analyze, plan_analysis, run_analysis
-    from merge_cli.features.average import AveragePlan, AverageResult, Progress, average, plan_average, run_average
+    from merge_cli.features.average import AveragePlan, AverageResult, average, plan_average, run_average
     from merge_cli.features.evaluate import EvaluationPlan, EvaluationResult, evaluate, plan_evaluation, run_evaluation
+    from merge_cli.features.finalize import finalize
     from merge_cli.features.forecast import forecast
     from merge_cli.features.report import report
-    from merge_cli.features.share import ShareResult, finalize, run_share
     from merge_cli.features.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
     from merge_cli.features.verify import Verification, verify
     from merge_cli.formats.checkpoint import Checkpoint
     from merge_cli.formats.opening import open_checkpoint
+    from merge_cli.output.progress import Progress
     from merge_cli.ranks.launcher import Rank, find_rank
     from merge_cli.request.coefficients import Coefficients
     from merge_cli.request.methods import coefficients
@@ -45,7 +46,6 @@ __all__ = [
     "Forecast",
     "Progress",
     "Rank",
-    "ShareResult",
     "SweepPlan",
     "SweepResult",
     "TextEvaluator",
@@ -67,7 +67,6 @@ __all__ = [
     "run_analysis",
     "run_average",
     "run_evaluation",
-    "run_share",
     "run_sweep",
     "sweep",
     "verify",
@@ -76,7 +75,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(["AnalysisPlan", "analyze", "plan_analysis", "run_analysis"], "features.analyze"),
     "Analysis": "trajectory.analysis",
-    **dict.fromkeys(["AveragePlan", "AverageResult", "Progress", "average", "plan_average", "run_average"], "features.average"),
+    **dict.fromkeys(["AveragePlan", "AverageResult", "average", "plan_average", "run_average"], "features.average"),
     "Checkpoint": "formats.checkpoint",
     "open_checkpoint": "formats.opening",
     "Coefficients": "request.coefficients",
@@ -88,7 +87,8 @@ _HOMES = {
     "CommandEvaluator": "trajectory.evaluators",
     "Forecast": "trajectory.forecast",
     "TextEvaluator": "trajectory.heldout",
-    **dict.fromkeys(["ShareResult", "finalize", "run_share"], "features.share"),
+    "finalize": "features.finalize",
+    "Progress": "output.progress",
     **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "features.sweep"),
     **dict.fromkeys(["Verification", "verify"], "features.verify"),
 }

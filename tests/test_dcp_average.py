@@ -15,7 +15,7 @@ from builders import tensor_bytes
 from dcp_checkpoints import grid, load_dcp, load_state, save_dcp, write_clone
 from torch import Tensor
 
-from merge_cli import average, open_checkpoint, plan_average, run_share, sweep, verify
+from merge_cli import average, open_checkpoint, plan_average, run_average, sweep, verify
 from merge_cli.errors import InputError, MismatchError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
 from merge_cli.formats.dcp.folder import open_folder
@@ -102,7 +102,7 @@ def test_threads_chunks_and_ranks_make_the_same_bytes(run: Path, tmp_path: Path,
     for rank in range(8):  # each after the other: the last one finds all done and publishes
         plan = plan_average(run, tmp_path / "ranks", training_state="base", rank=Rank(rank, 8, source="--rank"), threads=1)
         assert any(not piece.is_whole for piece in cut(plan.merge.files, 8))
-        run_share(plan)
+        run_average(plan)
     assert weights(tmp_path / "ranks") == expected
 
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"engine"},
     {"tuning"},
     {"output"},
+    {"job"},
     {"trajectory"},
     {"features"},
     {"cli"},

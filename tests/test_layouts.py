@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_cli import average, open_checkpoint, plan_average, run_average
 from merge_cli.errors import ChangedError, InputError, MismatchError, OutputError, PmergeError, UnsupportedError, UsageError
-from merge_cli.output.folder import Staging
+from merge_cli.output.lock import Lock
 
 
 def tensors(step: int, names: str = "abc") -> dict[str, torch.Tensor]:
@@ -160,7 +160,10 @@ def test_an_input_that_changes_after_planning_is_noticed(tmp_path: Path) -> None
 
 
 def test_another_run_on_the_same_destination_is_told_who_holds_it(tmp_path: Path) -> None:
-    with Staging(tmp_path / "out"), pytest.raises(OutputError, match="another run") as refused:
+    with (
+        Lock(tmp_path / "out.pmerge-partial" / "lock", tmp_path / "out"),
+        pytest.raises(OutputError, match="another run") as refused,
+    ):
         average(list(two(tmp_path)), tmp_path / "out")
     assert f"pid       {os.getpid()}" in str(refused.value)
 
@@ -169,12 +172,12 @@ def test_a_finished_file_is_kept_only_for_the_same_request(tmp_path: Path, monke
     inputs = two(tmp_path)
     staged = tmp_path / "out.pmerge-partial"
 
-    def stop(self: Staging) -> None:
+    def stop(*_: object) -> None:
         raise OutputError("stopped")
 
     for method in ("sma", "wma"):
         with monkeypatch.context() as patch:
-            patch.setattr(Staging, "publish", stop)
+            patch.setattr("merge_cli.output.publish._give_final_name", stop)
             with pytest.raises(OutputError, match="stopped"):
                 average(inputs, tmp_path / "out", method=method, restart=True)
         assert not (tmp_path / "out").exists()

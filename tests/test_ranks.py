@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from schemes import quantized_run
 from faults import ranks
 from faults.ground import Ground
 from faults.runs import Ended, FaultRuns
-from merge_cli import Rank, average, finalize, plan_average, run_average, run_share
+from merge_cli import Rank, average, finalize, plan_average, run_average
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
-from merge_cli.features.share import ShareResult
-from merge_cli.output.joint import JointStaging
+from merge_cli.features.average import AverageResult
+from merge_cli.output import joint
+from merge_cli.output.joint import JointDestination
 from merge_cli.output.lock import Lock
-from merge_cli.planning.plan import WorkItem
-from merge_cli.planning.record import describe
+from merge_cli.output.sink import Claim
+from merge_cli.planning.plan import OutputFile, WorkItem
+from merge_cli.request.spec import RunConfig
 from merge_cli.system.files import read_json
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID", "PMERGE_RANK")
@@ -44,8 +47,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("merge_cli.output.joint._CONTROL_WAIT_S", 20.0)
 
 
-def share(paths: list[Path], out: Path, rank: int, world_size: int, **options: Any) -> ShareResult:
-    return run_share(plan_average(paths, out, rank=Rank(rank, world_size, source="--rank"), **options))
+def share(paths: list[Path], out: Path, rank: int, world_size: int, **options: Any) -> AverageResult:
+    return run_average(plan_average(paths, out, rank=Rank(rank, world_size, source="--rank"), **options))
 
 
 def as_single(single: Path, joint: Path) -> None:
@@ -68,7 +71,7 @@ def test_ranks_one_after_the_other_give_the_bytes_of_one_run(layout: str, world_
     expected = average(paths, tmp_path / "one", method="ema").output
     results = [share(paths, tmp_path / "out", rank, world_size, method="ema") for rank in reversed(range(world_size))]
     assert results[0].has_published and not results[0].missing  # the first to come did what nobody else had begun
-    assert all(result.stood for result in results[1:])
+    assert all(result.already_published for result in results[1:])
     as_single(expected, tmp_path / "out")
 
 
@@ -84,7 +87,7 @@ def test_quantised_checkpoints(case: str, requantize: bool, tmp_path: Path) -> N
     as_single(expected, tmp_path / "out")
 
 
-def without_taking_over(paths: list[Path], out: Path, world_size: int, **options: Any) -> list[ShareResult]:
+def without_taking_over(paths: list[Path], out: Path, world_size: int, **options: Any) -> list[AverageResult]:
     """Every rank does just its share, as where there is no flock."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
@@ -105,7 +108,7 @@ def test_ranks_at_the_same_time(tmp_path: Path) -> None:
     run = training_run({f"layers.{i}": torch.randn(61, 997).bfloat16() for i in range(40)}, 3)
     paths = write_run(tmp_path / "run", run, shards=3)
     expected = average(paths, tmp_path / "one").output
-    results: list[ShareResult] = []
+    results: list[AverageResult] = []
     threads = [
         threading.Thread(target=lambda rank=rank: results.append(share(paths, tmp_path / "out", rank, 4, threads=1)))  # type: ignore[misc]
         for rank in range(4)
@@ -153,7 +156,7 @@ def stop_at_publishing(paths: list[Path], out: Path, rank: int, world_size: int,
         raise Died
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
-        patch.setattr("merge_cli.output.joint.JointStaging.take_turn", die)
+        patch.setattr("merge_cli.output.joint.JointDestination.begin_to_publish", die)
         share(paths, out, rank, world_size, **options)
 
 
@@ -191,16 +194,40 @@ def test_only_a_rank_that_is_alone_looks_into_the_records(tmp_path: Path) -> Non
         return read_json(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("joint", "folder"):
-            patch.setattr(f"merge_cli.output.{module}.read_json", watched)
-        with JointStaging(out, plans[0].merge, plans[0].rank) as first:
-            first.join(describe(plans[0].merge))
+        patch.setattr("merge_cli.output.records.read_json", watched)
+        with JointDestination(out, plans[0].merge, RunConfig(), plans[0].rank) as first:
             assert {path.name for path in read} >= {f"model-0000{number}-of-00003.safetensors.json" for number in (1, 2, 3)}
             read.clear()
-            with JointStaging(out, plans[1].merge, plans[1].rank) as second:
-                second.join(describe(plans[1].merge))
+            with JointDestination(out, plans[1].merge, RunConfig(), plans[1].rank) as second:
                 assert not read
                 assert first.missing() == second.missing() == ["model-00001-of-00003.safetensors"]
+
+
+def test_two_threads_never_complete_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that finish the last two pieces of a file both see that nothing is missing."""
+    paths = nasty_run(tmp_path / "run", layout="single")
+    with monkeypatch.context() as patch:
+        patch.setattr(JointDestination, "assemble_files", lambda self: None)
+        patch.setattr(JointDestination, "_assemble", lambda self, file: None)
+        assert share(paths, tmp_path / "out", 0, 4).missing == 1
+    completed: list[str] = []
+    assemble = joint.assemble
+
+    def slowly(file: OutputFile, folder: Path) -> str:
+        completed.append(file.name)
+        time.sleep(0.3)
+        return assemble(file, folder)
+
+    monkeypatch.setattr(joint, "assemble", slowly)
+    monkeypatch.setattr(joint, "flock", lambda fd: False)
+    plan = plan_average(paths, tmp_path / "out", rank=Rank(1, 4, source="--rank"))
+    with JointDestination(plan.output, plan.merge, plan.run, plan.rank) as destination:
+        threads = [threading.Thread(target=destination.assemble_files) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert completed == ["model.safetensors"] and not destination.missing()
 
 
 def test_a_single_run_continues_what_ranks_have_left(tmp_path: Path) -> None:
@@ -245,7 +272,7 @@ def test_ranks_that_were_given_different_requests_are_told(tmp_path: Path) -> No
     assert "method  was sma, is wma" in str(refused.value)
     expected = average(paths, tmp_path / "one", method="wma").output
     results = [share(paths, tmp_path / "out", rank, 2, method="wma", restart=True) for rank in (0, 1)]
-    assert results[0].has_published and results[1].stood
+    assert results[0].has_published and results[1].already_published
     as_single(expected, tmp_path / "out")
 
 
@@ -254,7 +281,7 @@ def test_a_destination_of_something_else_is_refused_and_one_of_the_same_stands(t
     average(paths, tmp_path / "out", method="wma")
     with pytest.raises(OutputError, match="exists already"):
         share(paths, tmp_path / "out", 0, 2)
-    assert share(paths, tmp_path / "out", 0, 2, method="wma").stood
+    assert share(paths, tmp_path / "out", 0, 2, method="wma").already_published
     expected = average(paths, tmp_path / "one").output
     assert share(paths, tmp_path / "out", 1, 2, overwrite=True).has_published
     as_single(expected, tmp_path / "out")
@@ -316,7 +343,7 @@ def test_overwrite_makes_a_result_again_that_stood_before(tmp_path: Path) -> Non
     os.utime(tmp_path / "out" / "pmerge.json", (1, 1))  # from before this process began
     assert share(paths, tmp_path / "out", 1, 2, overwrite=True).has_published
     as_single(expected, tmp_path / "out")
-    assert share(paths, tmp_path / "out", 0, 2, overwrite=True).stood  # made by a fellow just now
+    assert share(paths, tmp_path / "out", 0, 2, overwrite=True).already_published  # made by a fellow just now
 
 
 def test_records_of_another_request_vouch_for_nothing(tmp_path: Path) -> None:
@@ -350,21 +377,21 @@ def test_a_rank_comes_back_to_what_another_had_claimed_and_left(tmp_path: Path) 
     paths = nasty_run(tmp_path / "run", layout="sharded")
     expected = average(paths, tmp_path / "one").output
     held: list[int] = []
-    claim = JointStaging.claim
+    claim = JointDestination.claim
 
-    def claim_after_others(self: JointStaging, piece: WorkItem, own: bool) -> bool:
+    def claim_after_others(self: JointDestination, piece: WorkItem) -> Claim:
         if not held:  # another rank has the first piece that this one asks for, and dies when this one has gone on
             path = tmp_path / "out.pmerge-partial" / "claims" / piece.name
             held.append(os.open(path, os.O_RDWR | os.O_CREAT))
             fcntl.flock(held[0], fcntl.LOCK_EX)
-            return claim(self, piece, own)
+            return claim(self, piece)
         if len(held) == 1:
             os.close(held[0])
             held.append(-1)
-        return claim(self, piece, own)
+        return claim(self, piece)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JointStaging, "claim", claim_after_others)
+        patch.setattr(JointDestination, "claim", claim_after_others)
         assert share(paths, tmp_path / "out", 0, 2).has_published
     as_single(expected, tmp_path / "out")
 
@@ -391,9 +418,9 @@ def test_only_one_rank_tells_the_path_and_only_rank_0_talks(run_folder: Path, tm
     assert [run.code for run in runs] == [0, 0, 0]
     assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], [], [str(tmp_path / "out")]]  # rank 0: it stood
     assert (
-        "rank 1 of 3: came last and has published" in runs[0].stderr and "rank 2 of 3: the result stands already" in runs[1].stderr
+        "rank 1 of 3: came last and has published" in runs[0].stderr and "rank 2 of 3: the result exists already" in runs[1].stderr
     )
-    assert "rank 0 of 3 (from torchrun)" in runs[2].stderr and "stands already" in runs[2].stderr
+    assert "rank 0 of 3 (from torchrun)" in runs[2].stderr and "exists already, complete" in runs[2].stderr
     assert digests(tmp_path / "out") == digests(run_folder / "one")
 
 
@@ -422,10 +449,15 @@ def test_workers(run_folder: Path, tmp_path: Path) -> None:
     assert refused.code == 2 and "a run without a launcher" in refused.stderr
 
 
-def test_workers_do_not_replace_a_result_either(run_folder: Path, tmp_path: Path) -> None:
+def test_workers_take_a_result_as_one_process_does(run_folder: Path, tmp_path: Path) -> None:
+    """That of the same request is printed, by one of them; another one is not replaced."""
     shutil.copytree(run_folder / "one", tmp_path / "out")
+    os.utime(tmp_path / "out" / "pmerge.json", (1, 1))  # copied before they began
     for workers in (1, 2):
-        run = pmerge(run_folder, "average", "run", "-o", tmp_path / "out", "--workers", workers, "--quiet")
+        command = ("average", "run", "-o", tmp_path / "out", "--workers", workers)
+        run = pmerge(run_folder, *command)
+        assert run.code == 0 and run.stdout.split() == [str(tmp_path / "out")] and "exists already, complete" in run.stderr
+        run = pmerge(run_folder, *command, "--method", "wma", "--quiet")
         assert run.code == 1 and not run.stdout and run.stderr.count("exists already") == 1
 
 

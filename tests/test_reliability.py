@@ -28,7 +28,7 @@ from faults.ground import COMMAND, FILESYSTEMS, PMERGE, CannotTry, Ground, Row, 
 from faults.runs import FaultRuns
 from merge_cli import average, plan_average
 from merge_cli.errors import OutputError
-from merge_cli.output.folder import Staging, differences
+from merge_cli.output.folder import differences
 from merge_cli.output.lock import Lock
 from merge_cli.system.process import identity, is_dead
 
@@ -109,10 +109,16 @@ def test_promise_2_a_destination_that_appears_during_the_run_is_not_replaced(gro
     for refuse in ({}, {"renameat2": errno.ENOSYS}):
         ground.reset()
         fault = "pwrite:5:signal:19:/out"
-        ended = ground.runs.run(COMMAND, ground.folder, fault=fault, refuse=refuse, when_stopped=ground.merged.mkdir)
+        other = ground.merged / "thesis.txt"
+
+        def appear(other: Path = other) -> None:
+            other.parent.mkdir()
+            other.write_text("dear")
+
+        ended = ground.runs.run(COMMAND, ground.folder, fault=fault, refuse=refuse, when_stopped=appear)
         assert ended.code == 1 and "exists already" in ended.stderr
-        assert not any(ground.merged.iterdir())
-        ground.merged.rmdir()
+        assert [path.name for path in ground.merged.iterdir()] == ["thesis.txt"]
+        shutil.rmtree(ground.merged)
         assert ground.continued(refuse) == ""
 
 
@@ -287,16 +293,17 @@ def test_promise_11_without_flock_a_living_holder_is_never_replaced(tmp_path: Pa
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_flock)
-    owner = tmp_path / "out.pmerge-partial" / "lock.owner"
-    with Staging(tmp_path / "out"), pytest.raises(OutputError, match="another run") as refused:
-        Staging(tmp_path / "out").__enter__()
+    path = tmp_path / "out.pmerge-partial" / "lock"
+    owner = path.with_name("lock.owner")
+    with Lock(path, tmp_path / "out"), pytest.raises(OutputError, match="another run") as refused:
+        Lock(path, tmp_path / "out").acquire()
     assert f"rm {owner}" in refused.value.hint or "rm " in refused.value.hint
     assert not owner.exists()
     owner.write_text(json.dumps({**identity(), "host": "elsewhere"}))
     with pytest.raises(OutputError, match="another run"):
-        Staging(tmp_path / "out").__enter__()
+        Lock(path, tmp_path / "out").acquire()
     owner.write_text(json.dumps({**identity(), "started": "1"}))
-    with Staging(tmp_path / "out"):
+    with Lock(path, tmp_path / "out"):
         assert json.loads(owner.read_text())["started"] == identity()["started"]
 
 
@@ -348,8 +355,9 @@ def test_soak_a_hundred_merges_in_one_process_keep_memory_and_descriptors(tmp_pa
         write_checkpoint(tmp_path / f"step_{step}", step, 500)
 
     def rounds(count: int) -> tuple[int, int]:
-        for _ in range(count):
-            average([tmp_path / "step_1", tmp_path / "step_2"], tmp_path / "out", overwrite=True, threads=2)
+        for number in range(count):
+            method = ("sma", "wma")[number % 2]  # else the result is the requested one already
+            average([tmp_path / "step_1", tmp_path / "step_2"], tmp_path / "out", method=method, overwrite=True, threads=2)
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize(), sum(1 for _ in Path("/proc/self/fd").iterdir())

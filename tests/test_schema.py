@@ -17,9 +17,9 @@ import pytest
 from golden_inputs import RUNS
 from paths import TESTS
 
-from merge_cli import Rank, average, finalize, plan_average, plan_sweep, run_share, sweep, verify
+from merge_cli import Rank, average, finalize, plan_average, plan_sweep, run_average, sweep, verify
 from merge_cli.errors import InputError, OutputError, PmergeError
-from merge_cli.output.folder import Staging
+from merge_cli.output.folder import StagingFolder
 from merge_cli.output.manifest import seal
 from merge_cli.output.schema import SCHEMA
 from merge_cli.planning.plan import ALGORITHM
@@ -107,7 +107,7 @@ def test_unfinished_work_of_0_1_0_is_continued(world_size: int, run: list[Path],
     if world_size == 1:
         assert average(run, tmp_path / "half", method="ema").reused == 1
     else:
-        result = run_share(plan_average(run, tmp_path / "half", method="ema", rank=Rank(0, 3, source="--rank")))
+        result = run_average(plan_average(run, tmp_path / "half", method="ema", rank=Rank(0, 3, source="--rank")))
         assert result.reused == 1 and result.has_published
     assert weights(tmp_path / "half") == weights(OLD / "merged")
     assert verify(tmp_path / "half", against_inputs=True).ok
@@ -127,17 +127,17 @@ def test_unfinished_work_of_0_1_0_for_another_request_can_be_restarted(run: list
 def test_every_record_has_its_number(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 
-    def publish(self: Staging) -> None:
-        found.append([self.folder / "state.json", *sorted((self.folder / "done").iterdir())])
+    def publish(folder: StagingFolder, overwrite: bool) -> None:
+        found.append([folder.state_file, *sorted(folder.records.folder.iterdir())])
         raise OutputError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Staging, "publish", publish)
+        patch.setattr("merge_cli.output.publish._give_final_name", publish)
         patch.setattr("merge_cli.ranks.shares.MIN_PIECE_BYTES", 512)
         with pytest.raises(OutputError, match="stopped"):
             average(run, tmp_path / "one")
         with pytest.raises(OutputError, match="stopped"):
-            run_share(plan_average(run, tmp_path / "two", rank=Rank(0, 3, source="--rank")))
+            run_average(plan_average(run, tmp_path / "two", rank=Rank(0, 3, source="--rank")))
     one, two = found
     assert len(one) == 3 and any("@" in path.name for path in two)
     records = [*one, *two, sweep(run, tmp_path / "sweep", methods=["sma"]).report, tmp_path / "sweep" / "sma" / "pmerge.json"]
@@ -186,7 +186,7 @@ def test_unfinished_work_of_a_newer_version_is_kept_unless_restarted(world_size:
     def work(**options: Any) -> Any:
         rank = Rank(0, world_size, source="--rank") if world_size > 1 else None
         plan = plan_average(run, tmp_path / "half", method="ema", rank=rank, **options)
-        return run_share(plan) if rank else average(run, tmp_path / "half", method="ema", **options)
+        return run_average(plan) if rank else average(run, tmp_path / "half", method="ema", **options)
 
     assert "--restart" in refused(work, staging / "state.json")
     refused(lambda: finalize(tmp_path / "half"), staging / "state.json")

@@ -27,7 +27,7 @@ from merge_cli import average, plan_average, plan_sweep, sweep
 from merge_cli.engine import arithmetic as engine_reduce
 from merge_cli.engine.reader import InputFiles
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, UsageError
-from merge_cli.output.folder import Staging
+from merge_cli.output.lock import Lock
 from merge_cli.request.grid import Combination, entry, grid, parse_method
 
 METHODS = [
@@ -231,7 +231,8 @@ def test_nothing_is_made_of_nan(tmp_path: Path) -> None:
 
 def test_a_staging_folder_that_another_run_holds_stops_the_sweep(tmp_path: Path) -> None:
     nasty_run(tmp_path / "run", 3, layout="single")
-    with Staging(tmp_path / "out" / "wma-last2"), pytest.raises(OutputError, match="another run"):
+    other = tmp_path / "out" / "wma-last2"
+    with Lock(other.with_name("wma-last2.pmerge-partial") / "lock", other), pytest.raises(OutputError, match="another run"):
         sweep([tmp_path / "run"], tmp_path / "out", methods=["sma", "wma"], last=[2])
     sweep([tmp_path / "run"], tmp_path / "out", methods=["sma", "wma"], last=[2])
 
@@ -463,7 +464,7 @@ def test_a_wrong_command_is_one_clear_error_and_exit_2(arguments: list[str], tex
     assert text in done.stderr and done.stdout == "" and not (tmp_path / "out").exists()
 
 
-def test_verify_resume_reads_results_that_stand_too(tmp_path: Path) -> None:
+def test_an_existing_result_is_read_again_where_that_is_asked_for(tmp_path: Path) -> None:
     for step in (1000, 2000, 3000):
         write(tmp_path / "run" / f"ckpt_{step}", step)
     command = ("sweep", "run", "-o", "out", "--method", "sma,ema", "--last", "3")
@@ -472,31 +473,8 @@ def test_verify_resume_reads_results_that_stand_too(tmp_path: Path) -> None:
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     pmerge(*command, cwd=tmp_path)
-    found = pmerge(*command, "--verify-resume", cwd=tmp_path, expect=1)
-    assert f"{shard.relative_to(tmp_path)} is not what was written any more" in found.stderr and "exists already" in found.stderr
-    pmerge(*command, "--verify-resume", "--overwrite", cwd=tmp_path)
-    assert shard.read_bytes() == good
-    assert pmerge(*command, "--verify-resume", cwd=tmp_path).stderr.count("done already") == 2
-
-
-@pytest.mark.parametrize(
-    "variables, unset",
-    [
-        ({"RANK": "1", "WORLD_SIZE": "4"}, "env -u RANK -u WORLD_SIZE pmerge sweep 'a run' "),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "env -u SLURM_PROCID -u SLURM_STEP_NUM_TASKS pmerge sweep 'a run' "),
-    ],
-)
-def test_one_of_several_ranks_is_told_how_to_be_alone(
-    variables: dict[str, str], unset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "a run" / "ckpt_1000", 1000)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    done = pmerge("sweep", "a run", "--method", "sma", "-o", "out", cwd=tmp_path, expect=2)
-    assert unset in done.stderr and not (tmp_path / "out").exists()
-    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN"):
-        monkeypatch.setenv(name, "3")
-    for name in variables:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-    pmerge("sweep", "a run", "--method", "sma", "-o", "out", cwd=tmp_path)  # a task of an array may make one of its own
+    found = pmerge(*command, "--verify-existing", cwd=tmp_path, expect=1)
+    assert f"{shard.relative_to(tmp_path)} is not as it was written" in found.stderr and "--overwrite" in found.stderr
+    again = pmerge(*command, "--overwrite", cwd=tmp_path)
+    assert shard.read_bytes() == good and again.stderr.count("done already") == 1
+    assert pmerge(*command, "--verify-existing", cwd=tmp_path).stderr.count("done already") == 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from merge_cli.errors import OutputError, PmergeError
 
 if TYPE_CHECKING:
-    from merge_cli.features.average import Progress
+    from merge_cli.output.progress import Progress
 
 _LINE_EVERY_S = 10.0
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}

@@ -18,6 +18,6 @@ def finalize_command(
 
     Example:  pmerge finalize merged-ema-1000-10000
     """
-    from merge_cli.features.share import finalize
+    from merge_cli.features.finalize import finalize
 
     console.out(finalize(output, overwrite=overwrite))

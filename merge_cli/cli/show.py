@@ -92,12 +92,11 @@ def finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwi
 
 
 def show_result(plan: AveragePlan, result: AverageResult) -> None:
-    from merge_cli.features.share import ShareResult
     from merge_cli.ranks.launcher import WORKER
 
-    if isinstance(result, ShareResult) and not result.has_published:
-        if result.stood:
-            console.say("the result stands already, complete: nothing was left to do")
+    if not result.has_published:
+        if result.already_published:
+            console.say("the result exists already, complete: nothing was left to do")
         elif plan.rank.source == WORKER:
             console.say("done by all workers")
         else:

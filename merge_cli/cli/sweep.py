@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +14,11 @@ from merge_cli.cli import console
 from merge_cli.cli.options import Checkpoints, DryRun, Given, Json, Quiet, flags, takes
 from merge_cli.errors import InputError, UsageError, first_ten
 from merge_cli.request.amounts import parse_whole
-from merge_cli.request.spec import MergeSpec, RunConfig, Selection
+from merge_cli.request.spec import MergeSpec, Processes, RunConfig, Selection, lay_over
 from merge_cli.stores.store import as_path
 
 if TYPE_CHECKING:
+    from merge_cli.cli.workers import Workers
     from merge_cli.features.sweep import SweepPlan, SweepResult
 
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     *flags(Selection, only=["tokens_per_step"]),
     *flags(MergeSpec, only=["dtype", "accumulate", "training_state"]),
     *flags(RunConfig),
+    *flags(Processes),
 )
 def sweep_command(
     checkpoints: Checkpoints,
@@ -47,44 +48,66 @@ def sweep_command(
 
     Example:  pmerge sweep run/ -o sweep --method sma,ema:0.1,ema:0.2 --last 3,6,10
     """
-    from merge_cli.features.sweep import as_dict, plan_sweep, run_sweep
-    from merge_cli.ranks.launcher import ARRAY, find_rank
+    from merge_cli.cli.workers import Workers, errors_said_once, is_to_print, speak_for, this_process
+    from merge_cli.features.sweep import as_dict, plan_sweep
+    from merge_cli.ranks.launcher import WORKER
 
-    me = find_rank(os.environ)
-    if not me.is_alone and me.source != ARRAY:  # the tasks of an array may each make a sweep of their own
-        unset = ["env", *(part for name in me.variables() for part in ("-u", name))]
-        raise UsageError(
-            f"a sweep is made by one process, and this is {me} (from {me.source})",
-            hint=f"start one; where no launcher did:  {shlex.join([*unset, 'pmerge', *sys.argv[1:]])}",
-        )
+    me = this_process(lay_over(Processes(), given))
+    muted, quiet = quiet, speak_for(me, quiet)
     if list_file is None and method is None:
         raise UsageError("a sweep needs --method or --list", hint="--method sma,wma,ema:0.1,ema:0.2 --last 6,10")
     if method is None and (last or every or at):
         raise UsageError("--last, --every and --at are axes of a grid, which needs --method", hint="--method sma,ema:0.1")
-    plan = plan_sweep(
-        checkpoints,
-        output,
-        methods=_split("--method", method),
-        last=[parse_whole(each, "--last") for each in _split("--last", last)],
-        every=_split("--every", every),
-        at=_split("--at", at),
-        combinations=_read_list(list_file) if list_file is not None else (),
-        **given,
-    )
-    if not quiet:
-        _show_plan(plan)
-    if dry_run:
-        _finish_dry_run(plan, as_json, quiet)
-        return
-    with console.ProgressLine(quiet) as progress:
-        result = run_sweep(plan, on_progress=progress.update, command=sys.argv)
+    is_first = me.source == WORKER and not me.rank and not dry_run
+    with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
+        with errors_said_once(me):
+            plan = plan_sweep(
+                checkpoints,
+                output,
+                methods=_split("--method", method),
+                last=[parse_whole(each, "--last") for each in _split("--last", last)],
+                every=_split("--every", every),
+                at=_split("--at", at),
+                combinations=_read_list(list_file) if list_file is not None else (),
+                rank=me,
+                **given,
+            )
+        if not quiet:
+            _show_plan(plan)
+        if dry_run:
+            if me.rank:
+                console.say(f"the plan is shown by rank 0 (this is from {me.source}); to be alone:  --world-size 1")
+            else:
+                _finish_dry_run(plan, as_json, quiet)
+            return
+        result, is_for_others = _run(plan, quiet, others)
+    complete = [path for path in result.outputs if path not in result.missing]
+    paths = [path for path in complete if is_for_others or is_to_print(me, path, path in result.published, True)]
     if not quiet:
         _show_result(plan, result)
-    if as_json:
-        console.out_json({**as_dict(plan), **_costs(plan), "seconds": result.seconds, "files_reused": result.reused})
-    else:
-        for path in result.outputs:
+    elif not muted and result.published:
+        console.say(f"has published {console.names(list(map(str, result.published)))}")
+    elif not muted and me.source != WORKER and not result.missing:
+        console.say("the results exist already; their paths are on the stdout of rank 0. To be alone:  --world-size 1")
+    if not as_json:
+        for path in paths:
             console.out(path)
+    elif paths and not result.missing:
+        console.out_json({**as_dict(plan), **_costs(plan), "seconds": result.seconds, "files_reused": result.reused})
+
+
+def _run(plan: SweepPlan, quiet: bool, others: Workers) -> tuple[SweepResult, bool]:
+    """Do the work: alone, or as one rank of several; the first of several workers waits for the others."""
+    from merge_cli.cli.workers import run_with
+    from merge_cli.features.sweep import run_sweep
+
+    with console.ProgressLine(quiet) as progress:
+
+        def run(again: bool) -> SweepResult:
+            now = replace(plan, run=replace(plan.run, restart=plan.run.restart and not again))
+            return run_sweep(now, on_progress=progress.update, command=sys.argv)
+
+        return run_with(others, run)
 
 
 def _split(option: str, text: str | None) -> list[str]:
@@ -110,6 +133,8 @@ def _read_list(path: str) -> list[Any]:
 def _show_plan(plan: SweepPlan) -> None:
     done = {each.combination.name for each in plan.outputs if each.is_done}
     console.say(f"sweep of {len(plan.outputs)} outputs from {len(plan.inputs)} checkpoints -> {plan.output}")
+    if not plan.rank.is_alone:
+        console.say(f"  {plan.rank} (from {plan.rank.source}): they share the pieces of all outputs")
     rows = []
     for each in plan.outputs:
         steps = ["-" if candidate.step is None else str(candidate.step) for candidate in each.candidates]
@@ -164,10 +189,12 @@ def _finish_dry_run(plan: SweepPlan, as_json: bool, quiet: bool) -> None:
 
 def _show_result(plan: SweepPlan, result: SweepResult) -> None:
     moved = result.statistics.bytes_read + result.statistics.bytes_written
-    console.say(
-        f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s;"
-        f" {len(result.outputs)} outputs are listed in {result.report}"
-    )
+    done = f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s"
+    if result.missing:
+        left = f"{sum(result.missing.values())} files of {len(result.missing)} outputs are with other ranks"
+        console.say(f"{done}; {plan.rank} has done what was there for it; {left}, the last of which publishes")
+    else:
+        console.say(f"{done}; {len(result.outputs)} outputs are listed in {result.report}")
     for note in result.statistics.notes:
         console.say(f"note: {note}")
     if result.reused:

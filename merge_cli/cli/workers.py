@@ -1,4 +1,7 @@
-"""`--workers`: the same command in several processes on this machine. This one is rank 0, and shows the progress of all."""
+"""Several processes that make one result: started here by `--workers`, or by a launcher. Which of them says what, and runs what.
+
+With `--workers` this process is rank 0, starts the others with the same command, and shows the progress of all.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,73 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
-from merge_cli.errors import UsageError
-from merge_cli.ranks.launcher import WORKER, Rank
+import typer
+
+from merge_cli.cli import console
+from merge_cli.errors import PmergeError, UsageError
+from merge_cli.ranks.launcher import ARRAY, WORKER, Rank, find_rank
+from merge_cli.request.spec import Processes
 
 THREADS_OF_ONE = 8
+T = TypeVar("T")
 _VARIABLES = ("PMERGE_WORKER", "PMERGE_WORKERS", "PMERGE_WORKER_OF")
+
+
+def this_process(processes: Processes) -> Rank:
+    """The rank of this process, as its options or its launcher give it. Raises UsageError."""
+    me = find_rank(os.environ, processes.rank, processes.world_size)
+    count = count_workers(processes.workers, me)
+    if me.source == WORKER:
+        end_with_parent()
+    return Rank(0, count, 0, count, WORKER) if me.source != WORKER and count > 1 else me
+
+
+def speak_for(me: Rank, quiet: bool) -> bool:
+    """Name this process in its lines; whether it is to be quiet: one rank talks for all, each task of an array has its own log."""
+    if not me.rank or me.source == ARRAY:
+        return quiet
+    console.speak_as(f"worker {me.rank}: " if me.source == WORKER else f"{me}: ")
+    return True
+
+
+@contextmanager
+def errors_said_once(me: Rank) -> Iterator[None]:
+    """While planning: every worker meets the same error, and the first one reports it."""
+    try:
+        yield
+    except PmergeError as error:
+        if me.source == WORKER and me.rank:
+            raise typer.Exit(error.exit_code) from error
+        raise
+
+
+def run_with(others: Workers, run: Callable[[bool], T]) -> tuple[T, bool]:
+    """The outcome of `run(False)`; of `run(True)`, which does the work of workers that died, if there are any, and True."""
+    result = run(False)
+    failed = others.wait()  # their claims are free again
+    if not failed:
+        return result, False
+    result = run(True)
+    for line in failed:
+        console.say(f"warning: {line}; its work was done by this one")
+    return result, True
+
+
+def is_to_print(me: Rank, path: Path, has_published: bool, already_published: bool) -> bool:
+    """Whether the path of an output belongs on this process's stdout: on that of one rank, so that a script reads one line.
+
+    It is the rank that published; for a result from before this launch it is rank 0, or each task of an array.
+    """
+    from merge_cli.output.existing import is_published_since_start
+
+    if me.is_alone or has_published:
+        return True
+    return already_published and (me.rank == 0 or me.source == ARRAY) and not is_published_since_start(path)
 
 
 def count_workers(workers: int | str, rank: Rank) -> int:

@@ -6,13 +6,13 @@ processor's cache when they are added up.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
 from merge_cli.planning.plan import Location, MergePlan
 from merge_cli.stores.local import LocalSource
 from merge_cli.stores.store import is_local, open_store
+from merge_cli.system.files import TMPFS, filesystem_type
 
 LARGE_REQUEST_BYTES = 4 << 20
 CACHED_SHARE = 0.25  # of the memory: larger inputs are not left in the page cache
@@ -23,16 +23,14 @@ _LOCAL = {  # linux/magic.h; what is not here may be far away
     0xF2F52010: "f2fs",
     0x2FC12FC1: "zfs",
     0x794C7630: "overlay",
-    0x01021994: "tmpfs",
+    TMPFS: "tmpfs",
     0x858458F6: "ramfs",
 }
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def _is_on_known_disk(path: Path) -> bool:
     """Whether `path` lies on a filesystem that is known to be in this machine."""
-    status = ctypes.create_string_buffer(256)  # struct statfs, which begins with the type as a long
-    return _LIBC.statfs(os.fsencode(path), status) == 0 and ctypes.c_long.from_buffer(status).value in _LOCAL
+    return filesystem_type(path) in _LOCAL
 
 
 def are_local(plan: MergePlan) -> bool:

@@ -11,7 +11,6 @@ its sha256, and completes it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -21,8 +20,7 @@ from pathlib import Path
 
 from merge_cli.planning.plan import OutputFile, WorkItem
 from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, output_error, reserve, write_all
-
-_READ_BACK_BYTES = 4 << 20
+from merge_cli.system.files import pieces_of
 
 
 class ShardWriter:
@@ -194,15 +192,12 @@ def partial_path(path: Path) -> Path:
 
 
 def _hash_range(fd: int, start: int, end: int, found: _FrontHash, path: Path) -> None:
-    while start < end:
-        try:
-            piece = os.pread(fd, min(_READ_BACK_BYTES, end - start), start)
-            if not piece:
-                raise OSError(errno.EIO, "the file ended early")
-        except OSError as error:
-            raise output_error(error, f"cannot read back {path} at byte {start}", path) from error
-        found.update(piece)
-        start += len(piece)
+    try:
+        for piece in pieces_of(fd, start, end):
+            found.update(piece)
+            start += len(piece)
+    except OSError as error:
+        raise output_error(error, f"cannot read back {path} at byte {start}", path) from error
 
 
 def _complete(fd: int, file: OutputFile, path: Path) -> None:

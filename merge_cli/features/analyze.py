@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import InputError, UsageError
-from merge_cli.features.average import Progress
 from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import GRAM, Extent, MergePlan, Output, QuantizedExtent, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.discovery import find_candidates

@@ -8,8 +8,6 @@ Nothing is printed: progress goes to a callback, warnings are in the plan, error
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import PmergeError, UsageError
 from merge_cli.formats.opening import Seen, open_checkpoint
-from merge_cli.names import MANIFEST
-from merge_cli.output.manifest import complete
-from merge_cli.planning.plan import MergePlan, Output, WorkItem
+from merge_cli.planning.plan import MergePlan, Output
 from merge_cli.planning.planner import build_plan
-from merge_cli.planning.record import describe
-from merge_cli.ranks.launcher import WORKER, Rank
+from merge_cli.ranks.launcher import Rank
 from merge_cli.request.destination import default_destination, destination_of
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.labels import Candidate
@@ -34,24 +29,15 @@ if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
     from merge_cli.engine.chunk import Statistics
     from merge_cli.engine.device import Device
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: bytes done and in all, and the seconds since reading began."""
-
-    bytes_read: int
-    bytes_to_read: int
-    bytes_written: int
-    bytes_to_write: int
-    seconds: float
+    from merge_cli.output.progress import Progress
 
 
 @dataclass(frozen=True)
 class AveragePlan:
     """A planned average: the merge, its destination, how it is carried out, and `findings` that would stop it.
 
-    `notes` inform (checkpoints left out), `warnings` name reasons why the result may not be the one meant.
+    `notes` inform (checkpoints left out), `warnings` name reasons why the result may not be the one meant. `is_done`: the
+    destination has the complete result of this very request already.
     """
 
     merge: MergePlan
@@ -64,17 +50,25 @@ class AveragePlan:
     run: RunConfig
     findings: tuple[PmergeError, ...]
     rank: Rank
+    is_done: bool = False
 
 
 @dataclass(frozen=True)
 class AverageResult:
-    """A finished run. `reused` counts files of an earlier, interrupted run; `nonfinite` counts elements by tensor."""
+    """A finished run. `reused` counts files that were finished before, `nonfinite` counts elements by tensor.
+
+    `has_published`: by this process; `already_published`: the result existed when it came, or another rank published it;
+    `missing` counts files that are with other ranks, the last of which publishes.
+    """
 
     output: Path
     seconds: float
     statistics: Statistics
     reused: int = 0
-    nonfinite: dict[str, int] = field(default_factory=dict)
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    has_published: bool = False
+    already_published: bool = False
+    missing: int = 0
 
 
 def plan_average(
@@ -90,8 +84,8 @@ def plan_average(
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
 
     `selection`, `spec` and `run` hold the options; a keyword of theirs (`last=6`, `method="ema"`, `alpha=0.1`,
-    `memory="4GiB"`) is laid over them. `rank` is this process if several make one average
-    (`merge_cli.features.share`). Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
+    `memory="4GiB"`) is laid over them. `rank` is this process if several make one average. Without `output` the result
+    goes to `./merged-<method>-<oldest step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. Problems that would only stop the writing (an
     existing destination, too little space) are in `findings` instead, so that a plan can always be shown.
@@ -112,13 +106,13 @@ def plan_average(
     steps = [candidate.step for candidate in candidates]
     merge = build_plan(spec, inputs, steps, base, [Output(tuple(range(len(inputs))), coefficients, base)])
     destination = destination or default_destination(spec.method, candidates)
-    from merge_cli.output.manifest import stands_for
+    from merge_cli.output.existing import is_published
     from merge_cli.output.preflight import check_destinations
     from merge_cli.tuning.tune import tune
 
     tuning = tune(merge, run, rank)
-    late = not rank.is_alone and stands_for(destination, merge, run.overwrite or rank.source == WORKER)
-    findings = [] if late else check_destinations({destination: merge}, run.overwrite)
+    is_done = is_published(destination, merge, hashed=run.overwrite or run.verify_existing)
+    findings = [] if is_done else check_destinations({destination: merge}, run)
     return AveragePlan(
         merge=merge,
         output=destination,
@@ -130,6 +124,7 @@ def plan_average(
         run=run,
         findings=tuple(findings),
         rank=rank,
+        is_done=is_done,
     )
 
 
@@ -152,43 +147,36 @@ def average(
 def run_average(
     plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> AverageResult:
-    """Carry out a plan. The first of its findings, if any, is raised before anything is read or written."""
+    """Carry out a plan, or the part of it that `plan.rank` has. Rank 0 reports the progress of all ranks, others their own.
+
+    The first of the plan's findings, if any, is raised before anything is read or written.
+    """
     from merge_cli.engine.chunk import Statistics
-    from merge_cli.engine.input_checks import check_inputs_unchanged
-    from merge_cli.engine.sink import FolderSink
-    from merge_cli.engine.stream import stream
-    from merge_cli.output.folder import Done, Staging
-    from merge_cli.output.manifest import count_nonfinite
+    from merge_cli.job import Job, carry_out
+    from merge_cli.output.existing import read_manifest
+    from merge_cli.output.solo import remove_stale_staging
 
     if plan.findings:
         raise plan.findings[0]
-    began = time.perf_counter()
     merge = plan.merge
-    total_read, total_write = merge.bytes_to_read, merge.bytes_to_write
-
-    def report(statistics: Statistics) -> None:
-        if on_progress is not None:
-            seconds = time.perf_counter() - began
-            on_progress(Progress(statistics.bytes_read, total_read, statistics.bytes_written, total_write, seconds))
-
-    with Staging(plan.output, plan.run.overwrite) as staging:
-        done = staging.prepare(describe(merge), restart=plan.run.restart, verify=plan.run.verify_resume)
-        if staging.is_published:  # by an earlier run of this request, which died before it could say so
-            staging.clean()
-            nonfinite = json.loads((plan.output / MANIFEST).read_bytes())["nonfinite"]
-            return AverageResult(plan.output, time.perf_counter() - began, Statistics(), len(merge.files), nonfinite)
-        reused = len(done)
-
-        def finished(_: int, written: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
-            staging.record(written.file, sha256, nonfinite)
-            done[written.file.name] = Done(written.file.file_bytes, sha256, nonfinite)
-
-        todo = [WorkItem.whole(file) for file in merge.files if file.name not in done]
-        statistics = stream(merge, todo, FolderSink([staging.checkpoint], report, finished), plan.budget)
-        complete(merge, staging.checkpoint, done, command)
-        check_inputs_unchanged(merge)
-        staging.publish()
-    return AverageResult(plan.output, time.perf_counter() - began, statistics, reused, count_nonfinite(done))
+    if plan.is_done:
+        remove_stale_staging(plan.output)
+        nonfinite = read_manifest(plan.output).get("nonfinite", {})
+        return AverageResult(plan.output, 0.0, Statistics(), len(merge.files), nonfinite, already_published=True)
+    destinations = ((plan.output, merge),)
+    job = Job(merge, destinations, plan.run, plan.rank, plan.budget, merge.bytes_to_read, command)
+    result = carry_out(job, on_progress)
+    (made,) = result.outputs
+    return AverageResult(
+        made.path,
+        result.seconds,
+        result.statistics,
+        made.reused,
+        made.nonfinite,
+        made.has_published,
+        made.already_published,
+        len(made.missing),
+    )
 
 
 def _find_base(candidates: Sequence[Candidate], base: StrPath | None) -> int:

@@ -14,24 +14,23 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, PmergeError, UsageError, first_ten
-from merge_cli.features.average import Progress
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.names import SWEEP_REPORT
-from merge_cli.output.manifest import complete
 from merge_cli.output.schema import SCHEMA, check_schema
-from merge_cli.planning.plan import ALGORITHM, MergePlan, Output, WorkItem
+from merge_cli.planning.plan import ALGORITHM, MergePlan, Output
 from merge_cli.planning.planner import build_plan
-from merge_cli.planning.record import describe, fingerprint
+from merge_cli.planning.record import fingerprint
+from merge_cli.ranks.launcher import Rank
 from merge_cli.request.amounts import parse_amount
 from merge_cli.request.coefficients import Coefficients
 from merge_cli.request.destination import destination_of
@@ -49,6 +48,8 @@ if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
     from merge_cli.engine.chunk import Statistics
     from merge_cli.engine.device import Device
+    from merge_cli.job import JobResult, OutputResult
+    from merge_cli.output.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class SweepPlan:
     warnings: tuple[str, ...]
     device: Device
     run: RunConfig
+    rank: Rank
     findings: tuple[PmergeError, ...]
 
     @property
@@ -114,13 +116,19 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A finished sweep: the folders of all outputs, and the report. `reused` counts files that earlier runs had finished."""
+    """A finished sweep: the folders of all outputs, and the report. `reused` counts files that were finished before.
+
+    `published` are the outputs that this process published; `missing` counts, by output, files that are with other ranks, the
+    last of which publishes.
+    """
 
     outputs: tuple[Path, ...]
     report: Path
     seconds: float
     statistics: Statistics
     reused: int
+    published: tuple[Path, ...] = ()
+    missing: Mapping[Path, int] = field(default_factory=dict)
 
 
 def plan_sweep(
@@ -135,6 +143,7 @@ def plan_sweep(
     tokens_per_step: int | str | None = None,
     spec: MergeSpec | None = None,
     run: RunConfig | None = None,
+    rank: Rank | None = None,
     **options: Any,
 ) -> SweepPlan:
     """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`.
@@ -142,7 +151,8 @@ def plan_sweep(
     The outputs are a grid (`request/grid.py`), `combinations` (objects with options of `average`), or both. `at` is
     the step of the newest checkpoint; in tokens, of the last one up to there. A combination without its checkpoints
     is skipped; of several with equal inputs and coefficients the first is made. `spec` and `run` hold the options of
-    all outputs; a keyword of theirs (`dtype="fp32"`, `memory="4GiB"`) is laid over them.
+    all outputs; a keyword of theirs (`dtype="fp32"`, `memory="4GiB"`) is laid over them. `rank` is this process if
+    several make one sweep.
 
     Raises UsageError (also if no combination is left), InputError, MismatchError or UnsupportedError. Problems that
     would only stop the writing are in `findings`.
@@ -152,6 +162,9 @@ def plan_sweep(
             raise TypeError(f"{name} belongs to each output of a sweep: methods=[...], or combinations=[{{...}}]")
     selection, spec, run = read_options({**options, "tokens_per_step": tokens_per_step}, None, spec, run)
     folder = destination_of(output, "sweep")
+    rank = rank or Rank()
+    if run.verify_resume and not rank.is_alone:
+        raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the results")
     wanted = unique([*grid(methods, last, every, at), *map(entry, combinations)])
     if not wanted:
         raise UsageError("a sweep of nothing", hint="--method sma,ema:0.1 --last 6,10, or a list:  --list FILE")
@@ -167,11 +180,11 @@ def plan_sweep(
     for merge, _ in merges:
         notes += [note for note in merge.notes if note not in notes]
         warnings += [line for line in merge.warnings if line not in warnings]
-    from merge_cli.output.manifest import damaged, stands
+    from merge_cli.output.existing import is_published
     from merge_cli.output.preflight import check_destinations
     from merge_cli.tuning.tune import tune
 
-    tuning = tune(max((merge for merge, _ in merges), key=lambda merge: merge.bytes_to_read), run)
+    tuning = tune(max((merge for merge, _ in merges), key=lambda merge: merge.bytes_to_read), run, rank)
     outputs: list[SweepOutput] = []
     groups: list[SweepGroup] = []
     for merge, members in merges:
@@ -179,10 +192,7 @@ def plan_sweep(
         for k, each in enumerate(members):
             own = replace(spec, method=each.combination.method, parameters=each.combination.parameters)
             path, alone = folder / each.combination.name, merge.alone(k, own)
-            is_done = stands(path, alone)
-            if is_done and run.verify_resume and (changed := damaged(path)):
-                is_done = False
-                warnings.append(f"{path / changed[0]} is not what was written any more; --overwrite makes it again")
+            is_done = is_published(path, alone, hashed=run.overwrite or run.verify_existing)
             here.append(SweepOutput(each.combination, path, each.candidates, alone, is_done))
         outputs += here
         todo = [k for k, each in enumerate(here) if not each.is_done]
@@ -190,7 +200,7 @@ def plan_sweep(
             merge = replace(merge, outputs=tuple(merge.outputs[k] for k in todo))
             groups.append(SweepGroup(merge, tuple(here[k] for k in todo), tuning.fit(merge)))
     outputs.sort(key=lambda each: wanted.index(each.combination))
-    findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, run.overwrite)
+    findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, run)
     return SweepPlan(
         output=folder,
         outputs=tuple(outputs),
@@ -202,6 +212,7 @@ def plan_sweep(
         warnings=tuple(warnings),
         device=tuning.device,
         run=run,
+        rank=rank,
         findings=(*findings, *_check_report(folder / SWEEP_REPORT)),
     )
 
@@ -224,34 +235,87 @@ def sweep(
 def run_sweep(
     plan: SweepPlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> SweepResult:
-    """Carry out a plan, group after group. The first of its findings, if any, is raised before anything is read or written."""
+    """Carry out a plan, or the part of it that `plan.rank` has, group after group.
+
+    The first of the plan's findings, if any, is raised before anything is read or written. The process that finds all outputs
+    published, and has a part in it, writes the report.
+    """
     from merge_cli.engine.chunk import Statistics
-    from merge_cli.output.folder import remove_litter
-    from merge_cli.system.durable import write_file
+    from merge_cli.output.solo import remove_stale_staging
 
     if plan.findings:
         raise plan.findings[0]
     began = time.perf_counter()
     total = Statistics()
-    reused = sum(len(each.merge.files) for each in plan.outputs if each.is_done)
+    done = [each for each in plan.outputs if each.is_done]
+    for each in done:
+        remove_stale_staging(each.path)
+    reused = sum(len(each.merge.files) for each in done)
+    results: dict[Path, OutputResult] = {}
+    groups = list(plan.groups)
+    while groups:  # again as long as that helps: a rank that was at work on a group may have died
+        claimed = 0
+        for group in groups:
+            made = _carry_out(plan, group, _following(total, plan, began, on_progress), command)
+            total, claimed = total.plus(made.statistics), claimed + made.claimed
+            reused += sum(each.reused for each in made.outputs if each.path not in results)
+            results |= {each.path: each for each in made.outputs}
+        groups = [rest for group in groups if (rest := _unfinished(group, results)).outputs]
+        if not claimed:
+            break
+    paths = tuple(each.path for each in plan.outputs)
+    published = tuple(path for path in paths if path in results and results[path].has_published)
+    missing = {each.path: len(each.missing) for each in results.values() if each.missing}
+    report = plan.output / SWEEP_REPORT
+    if not missing and (published or plan.rank.rank == 0):
+        _write_report(plan, report, command)
+    return SweepResult(paths, report, time.perf_counter() - began, total, reused, published, missing)
 
-    def report(statistics: Statistics) -> None:
-        if on_progress is not None:
-            read, written = total.bytes_read + statistics.bytes_read, total.bytes_written + statistics.bytes_written
-            on_progress(Progress(read, plan.bytes_to_read, written, plan.bytes_to_write, time.perf_counter() - began))
 
-    for group in plan.groups:
-        statistics, kept = _run_group(plan, group, report, command)
-        reused += kept
-        total = total.plus(statistics)
-    for each in plan.outputs:
-        if each.is_done:
-            remove_litter(each.path)
+def _carry_out(
+    plan: SweepPlan, group: SweepGroup, on_progress: Callable[[Progress], None] | None, command: Sequence[str]
+) -> JobResult:
+    from merge_cli.job import Job, carry_out
+
+    destinations = tuple((each.path, each.merge) for each in group.outputs)
+    job = Job(group.merge, destinations, plan.run, plan.rank, group.budget, group.bytes_to_read, command)
+    try:
+        return carry_out(job, on_progress)
+    except NonFiniteError as error:
+        hint = "leave that checkpoint out of the sweep; pmerge average --allow-nonfinite makes and counts what needs it"
+        raise NonFiniteError(error.message, details=error.details, hint=hint) from error
+
+
+def _following(
+    total: Statistics, plan: SweepPlan, began: float, on_progress: Callable[[Progress], None] | None
+) -> Callable[[Progress], None] | None:
+    """Progress of a group as progress of the sweep, after what `total` counts."""
+    from merge_cli.output.progress import Progress
+
+    if on_progress is None:
+        return None
+
+    def report(now: Progress) -> None:
+        read, written = total.bytes_read + now.bytes_read, total.bytes_written + now.bytes_written
+        on_progress(Progress(read, plan.bytes_to_read, written, plan.bytes_to_write, time.perf_counter() - began))
+
+    return report
+
+
+def _unfinished(group: SweepGroup, results: Mapping[Path, OutputResult]) -> SweepGroup:
+    """The outputs of a group of which files are missing."""
+    left = [k for k, each in enumerate(group.outputs) if results[each.path].missing]
+    merge = replace(group.merge, outputs=tuple(group.merge.outputs[k] for k in left))
+    return SweepGroup(merge, tuple(group.outputs[k] for k in left), group.budget)
+
+
+def _write_report(plan: SweepPlan, path: Path, command: Sequence[str]) -> None:
+    """Write sweep.json. Two ranks that publish the last outputs at the same time may both do so."""
+    from merge_cli.system.durable import write_file
+
     made_by = {"pmerge": __version__, "schema": SCHEMA, "algorithm": ALGORITHM, "command": list(command or sys.argv)}
-    content = {**made_by, **as_dict(plan)}
-    write_file(plan.output / SWEEP_REPORT, json.dumps(content, indent=2, default=str).encode() + b"\n")
-    seconds = time.perf_counter() - began
-    return SweepResult(tuple(each.path for each in plan.outputs), plan.output / SWEEP_REPORT, seconds, total, reused)
+    data = json.dumps({**made_by, **as_dict(plan)}, indent=2, default=str).encode() + b"\n"
+    write_file(path, data, partial_name=f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
 def as_dict(plan: SweepPlan) -> dict[str, Any]:
@@ -279,49 +343,6 @@ def as_dict(plan: SweepPlan) -> dict[str, Any]:
         "duplicates": [{**asked(each), "same_as": name} for each, name in plan.same_as],
         "skipped": [{**asked(each), "reason": reason} for each, reason in plan.skipped],
     }
-
-
-def _run_group(
-    plan: SweepPlan, group: SweepGroup, report: Callable[[Statistics], None], command: Sequence[str]
-) -> tuple[Statistics, int]:
-    """Make and publish the outputs of a group; what was done, and how many files earlier runs had finished."""
-    from merge_cli.engine.chunk import Statistics
-    from merge_cli.engine.input_checks import check_inputs_unchanged
-    from merge_cli.engine.sink import FolderSink
-    from merge_cli.engine.stream import stream
-    from merge_cli.output.folder import Done, Staging
-
-    merge = group.merge
-    with ExitStack() as stack:
-        stagings = [stack.enter_context(Staging(each.path, plan.run.overwrite)) for each in group.outputs]
-        done = [
-            staging.prepare(describe(each.merge), restart=plan.run.restart, verify=plan.run.verify_resume)
-            for staging, each in zip(stagings, group.outputs, strict=True)
-        ]
-        unpublished = [k for k, staging in enumerate(stagings) if not staging.is_published]
-        published = [staging for staging in stagings if staging.is_published]  # by a run that died before it could say so
-        reused = sum(map(len, done)) + len(published) * len(merge.files)
-        for staging in published:
-            staging.clean()
-
-        def finished(k: int, written: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
-            stagings[k].record(written.file, sha256, nonfinite)
-            done[k][written.file.name] = Done(written.file.file_bytes, sha256, nonfinite)
-
-        todo = [WorkItem.whole(file, tuple(k for k in unpublished if file.name not in done[k])) for file in merge.files]
-        todo = [each for each in todo if each.outputs]
-        folders = [staging.checkpoint for staging in stagings]
-        try:
-            statistics = stream(merge, todo, FolderSink(folders, report, finished), group.budget) if todo else Statistics()
-        except NonFiniteError as error:
-            hint = "leave that checkpoint out of the sweep; pmerge average --allow-nonfinite makes and counts what needs it"
-            raise NonFiniteError(error.message, details=error.details, hint=hint) from error
-        for k in unpublished:
-            complete(group.outputs[k].merge, folders[k], done[k], command)
-        check_inputs_unchanged(merge)
-        for k in unpublished:
-            stagings[k].publish()
-    return statistics, reused
 
 
 @dataclass(frozen=True)

@@ -27,21 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import ChangedError, InputError, MismatchError, NonFiniteError, PmergeError, UsageError
-from merge_cli.features.average import Progress
 from merge_cli.formats.checkpoint import INDEX_SUFFIX, read_index, recorded_fingerprint
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header_at
 from merge_cli.formats.untrusted_json import check_depth
 from merge_cli.names import MANIFEST
+from merge_cli.output.manifest import MAX_MANIFEST_BYTES
+from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, OutputFile, QuantizedExtent, WorkItem
 from merge_cli.planning.record import fingerprint, from_result, replan
 from merge_cli.request.spec import RunConfig
 from merge_cli.stores.local import STORE as LOCAL
 from merge_cli.stores.store import as_path, join, read_file
-from merge_cli.system.files import read_up_to
+from merge_cli.system.files import pieces_of, read_up_to
 
-MAX_MANIFEST_BYTES = 64 << 20
-_PIECE_BYTES = 4 << 20
 _WEIGHTS = (".safetensors", INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".distcp")
 
 
@@ -231,12 +230,11 @@ def _digest(path: Path, file_bytes: int, meter: _Meter, stopped: threading.Event
         if status.st_size != file_bytes:
             raise InputError(f"has {status.st_size} bytes, not {file_bytes}")
         hashed = hashlib.sha256()
-        buffer = memoryview(bytearray(min(_PIECE_BYTES, max(file_bytes, 1))))
-        position = 0
-        while not stopped.is_set() and (count := os.preadv(fd, [buffer], position)):
-            hashed.update(buffer[:count])
-            position += count
-            meter.add(count)
+        for piece in pieces_of(fd, 0, file_bytes):
+            hashed.update(piece)
+            meter.add(len(piece))
+            if stopped.is_set():
+                break
         return hashed.hexdigest()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}") from error

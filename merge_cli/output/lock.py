@@ -19,6 +19,7 @@ from typing import Any
 
 from merge_cli.errors import OutputError
 from merge_cli.system.durable import NOT_SUPPORTED, make_folder, output_error
+from merge_cli.system.files import read_json
 from merge_cli.system.process import identity, is_dead
 
 _NO_FLOCK = (*NOT_SUPPORTED, errno.ENOLCK)
@@ -46,6 +47,13 @@ class Lock:
         self._fd = -1
         self._locked = False
         self._owns_file = False
+
+    def __enter__(self) -> Lock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
 
     def acquire(self) -> None:
         """Take the lock. Raises OutputError, naming the holder, where another run has it."""
@@ -85,7 +93,7 @@ class Lock:
             try:
                 flock(self._fd, shared=True)
             except BlockingIOError as error:
-                raise self._held(_read(self.path), "wait for it, stop it, or write somewhere else:  -o PATH") from error
+                raise self._held(read_json(self.path), "wait for it, stop it, or write somewhere else:  -o PATH") from error
 
     def release(self) -> None:
         """Give the lock back; what its files said about the holder goes first."""
@@ -142,7 +150,7 @@ class Lock:
         try:
             return flock(fd, shared=self._shared)
         except BlockingIOError as error:
-            raise self._held(_read(self.path), "wait for it, stop it, or write somewhere else:  -o PATH") from error
+            raise self._held(read_json(self.path), "wait for it, stop it, or write somewhere else:  -o PATH") from error
 
     def _is_still_there(self, fd: int) -> bool:
         try:
@@ -153,7 +161,7 @@ class Lock:
 
     def _take_file(self, fd: int) -> None:
         """Without flock: create the owner file, or take over that of a dead run of this machine."""
-        holder = _read(self.path)
+        holder = read_json(self.path)
         if holder and not is_dead(holder):  # a run that could flock, where we cannot
             raise self._held(holder, f"if that run is no more:  rm {shlex.quote(str(self.path))}")
         if not _create(self._owner):
@@ -165,17 +173,17 @@ class Lock:
         self._check_dead(self._owner)
         takeover = self.path.with_name(self.path.name + ".takeover")
         if not _create(takeover):
-            raise self._held(_read(takeover), f"if that run is no more:  rm {shlex.quote(str(takeover))}")
+            raise self._held(read_json(takeover), f"if that run is no more:  rm {shlex.quote(str(takeover))}")
         try:
             self._check_dead(self._owner)
             self._owner.unlink()
             if not _create(self._owner):
-                raise self._held(_read(self._owner), "wait for it, stop it, or write somewhere else:  -o PATH")
+                raise self._held(read_json(self._owner), "wait for it, stop it, or write somewhere else:  -o PATH")
         finally:
             takeover.unlink()
 
     def _check_dead(self, path: Path) -> None:
-        holder = _read(path)
+        holder = read_json(path)
         if not is_dead(holder):
             raise self._held(holder, f"if that run is no more:  rm {shlex.quote(str(path))}")
 
@@ -214,11 +222,3 @@ def _create(path: Path) -> bool:
     finally:
         os.close(fd)
     return True
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        holder = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}

@@ -12,29 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import InputError, OutputError
-from merge_cli.formats.checkpoint import INDEX_SUFFIX, Checkpoint, recorded_fingerprint
+from merge_cli.formats.checkpoint import INDEX_SUFFIX, Checkpoint
 from merge_cli.formats.dcp.clone import DcpParts, write_metadata
 from merge_cli.formats.dcp.folder import METADATA_FILE, locate, open_folder
 from merge_cli.formats.dcp.item import Envelopes
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_declared_quantization, without_quantization
 from merge_cli.formats.safetensors import read_header_at
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES, check_side_files
-from merge_cli.names import MANIFEST, STAGING_SUFFIX
-from merge_cli.output.folder import Done
+from merge_cli.names import MANIFEST
+from merge_cli.output.records import FileRecord
 from merge_cli.output.schema import SCHEMA
 from merge_cli.planning.plan import ALGORITHM, MergePlan
 from merge_cli.planning.planner import stem_of
-from merge_cli.planning.record import describe_result, fingerprint, input_records
+from merge_cli.planning.record import describe_result
 from merge_cli.stores.store import join, read_file
 from merge_cli.system.durable import write_file
-from merge_cli.system.files import sha256_of
-from merge_cli.system.process import process_start
 from merge_cli.version import __version__
 
+MAX_MANIFEST_BYTES = 64 << 20
 _SEAL = b',\n  "sha256": "%s"\n}\n'
 
 
-def manifest(plan: MergePlan, done: Mapping[str, Done], command: list[str], beside: Mapping[str, Done]) -> dict[str, Any]:
+def manifest(
+    plan: MergePlan, done: Mapping[str, FileRecord], command: list[str], beside: Mapping[str, FileRecord]
+) -> dict[str, Any]:
     """The content of `pmerge.json`: where the checkpoint comes from and what its files must hash to.
 
     `done` are the weight files, `beside` the side files and the index.
@@ -52,7 +53,7 @@ def manifest(plan: MergePlan, done: Mapping[str, Done], command: list[str], besi
     }
 
 
-def count_nonfinite(done: Mapping[str, Done]) -> dict[str, int]:
+def count_nonfinite(done: Mapping[str, FileRecord]) -> dict[str, int]:
     """The elements of all inputs that were NaN or Inf, by tensor; a result that overflowed counts too."""
     return {key: count for _, entry in sorted(done.items()) for key, count in sorted(entry.nonfinite.items())}
 
@@ -67,36 +68,6 @@ def is_sealed(raw: bytes) -> bool:
     """Whether the bytes of `pmerge.json` end with the sha256 of what stands before it: no bit of them has changed."""
     text = raw[: -len(_SEAL % bytes(64))]
     return raw == text + _SEAL % hashlib.sha256(text).hexdigest().encode()
-
-
-def stands(path: Path, merge: MergePlan) -> bool:
-    """Whether the complete result of this very plan, made from these very inputs, stands at `path`."""
-    if path.is_symlink() or path.with_name(path.name + STAGING_SUFFIX).joinpath("publish.json").exists():
-        return False
-    try:
-        raw = (path / MANIFEST).read_bytes()
-        content = json.loads(raw) if is_sealed(raw) else {}
-        same = content["plan"] == fingerprint(merge) and [
-            [recorded_fingerprint(file) for file in each["files"]] for each in content["inputs"]
-        ] == [each["files"] for each in input_records(merge)]
-        files = {**content["files"], **content["side_files"]}
-        return same and all((path / name).stat().st_size == file["bytes"] for name, file in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def damaged(path: Path) -> list[str]:
-    """The files of a result that stands whose sha256 is not what pmerge.json says. Reads all of them. Raises OSError."""
-    content = json.loads((path / MANIFEST).read_bytes())
-    files = {**content["files"], **content["side_files"]}
-    return [name for name, file in files.items() if sha256_of(path / name) != file["sha256"]]
-
-
-def stands_for(path: Path, merge: MergePlan, overwrite: bool) -> bool:
-    """`stands`, for one of several ranks: with `overwrite` only what another of them has made since this process began counts."""
-    if not stands(path, merge):
-        return False
-    return not overwrite or (path / MANIFEST).stat().st_mtime >= process_start()
 
 
 def index_of(plan: MergePlan) -> tuple[str, bytes] | None:
@@ -122,12 +93,12 @@ def total_tensor_bytes(plan: MergePlan) -> int:
     return sum(file.file_bytes - len(file.header) for file in plan.files)
 
 
-def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, Done]:
+def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, FileRecord]:
     """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless that is "keep".
 
     The config of a checkpoint that is no longer quantised does not say that it is. Returns size and sha256 of what was written.
     """
-    written: dict[str, Done] = {}
+    written: dict[str, FileRecord] = {}
     if base.root is None:
         return written
     if dequantized and dtype == "keep":
@@ -158,9 +129,9 @@ def _without_declaration(data: bytes) -> bytes:
     return json.dumps(without_declared_quantization(params), indent=2).encode() + b"\n"
 
 
-def digest(data: bytes) -> Done:
+def digest(data: bytes) -> FileRecord:
     """Size and sha256 of a small file's bytes."""
-    return Done(len(data), hashlib.sha256(data).hexdigest())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -175,8 +146,11 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def complete(merge: MergePlan, folder: Path, done: Mapping[str, Done], command: Sequence[str]) -> None:
-    """Write what a checkpoint in `folder` holds beside its weights, which are `done`: side files, pmerge.json, the index."""
+def write_metadata_files(merge: MergePlan, folder: Path, done: Mapping[str, FileRecord], command: Sequence[str]) -> None:
+    """Write the files of a checkpoint in `folder` that are not weights: side files, pmerge.json, the index last.
+
+    `done` are the records of the weight files. Every header is read back, and nothing is published if one is wrong.
+    """
     beside = write_side_files(merge.inputs[merge.base], folder, merge.spec.dtype, merge.dequantized)
     index = index_of(merge)
     if index is not None:

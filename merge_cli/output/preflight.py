@@ -2,70 +2,82 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from merge_cli.errors import OutputError, UsageError, first_ten
-from merge_cli.names import MANIFEST, STAGING_SUFFIX
-from merge_cli.output.folder import already_there, is_merged
+from merge_cli.names import MANIFEST
+from merge_cli.output.existing import already_there, corrupt_files, is_in_the_way, is_merged, is_published, read_manifest
+from merge_cli.output.folder import staging_path
 from merge_cli.output.schema import is_newer
 from merge_cli.planning.plan import MergePlan
+from merge_cli.request.spec import RunConfig
 from merge_cli.stores.store import is_local
 from merge_cli.system.durable import output_error
 from merge_cli.system.files import files_in
 
 
-def check_destinations(plans: Mapping[Path, MergePlan], overwrite: bool) -> list[UsageError | OutputError]:
-    """What would stop a run at its destinations (each with its plan, all in one folder), found before any weight is read."""
-    problems = [problem for destination, plan in plans.items() for problem in _check_destination(destination, plan, overwrite)]
+def check_destinations(plans: Mapping[Path, MergePlan], run: RunConfig) -> list[UsageError | OutputError]:
+    """The errors that a run would meet at its destinations (each with its plan, all in one folder), without reading weights."""
+    problems: list[UsageError | OutputError] = []
+    for destination, plan in plans.items():
+        problems += _check_place(destination, plan)
+        problems += _check_existing(destination, plan, run)
     for destination in [*plans][:1]:
         where = destination if len(plans) == 1 else destination.parent
         problems += _check_parent(where, destination.resolve().parent, plans)
     return problems
 
 
-def _check_destination(destination: Path, plan: MergePlan, overwrite: bool) -> list[UsageError | OutputError]:
-    problems: list[UsageError | OutputError] = []
+def _check_place(destination: Path, plan: MergePlan) -> list[UsageError | OutputError]:
     real = destination.resolve()
     for checkpoint in plan.inputs:
         if not is_local(checkpoint.path):
             continue
         source = Path(checkpoint.path).resolve()
         if real == source or real.is_relative_to(source) or (checkpoint.root and source.is_relative_to(real)):
-            problems.append(
+            return [
                 UsageError(
                     f"the output {destination} is or contains the input {checkpoint.path}, or lies in it",
                     hint="inputs are never written to; choose another place:  -o PATH",
                 )
+            ]
+    if os.path.ismount(destination):
+        hint = f"write into a folder below it:  -o {destination / 'merged'}"
+        return [OutputError(f"{destination} is a mount point, which no result can replace", hint=hint)]
+    return []
+
+
+def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[OutputError]:
+    """Whatever is at the destination and may not be replaced. The result of this plan is no problem, unless it is corrupt."""
+    if not is_in_the_way(destination) or (staging_path(destination) / "publish.json").exists():
+        return []
+    if not run.overwrite:
+        if not is_published(destination, plan):
+            return [already_there(destination, plan)]
+        names = corrupt_files(destination) if run.verify_existing else iter(())
+        hint = "make it again:  --overwrite"
+        return [OutputError(f"{destination / name} is not as it was written", hint=hint) for name in islice(names, 1)]
+    if destination.is_symlink():
+        return [OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {destination.resolve()}")]
+    if not is_merged(destination):
+        return [
+            OutputError(
+                f"--overwrite replaces results of pmerge only, and {destination} has no pmerge.json",
+                hint="remove it yourself, or choose another place:  -o PATH",
             )
-            break
-    was_publishing = (destination.with_name(destination.name + STAGING_SUFFIX) / "publish.json").exists()
-    if (destination.is_symlink() or destination.exists()) and not was_publishing:
-        if not overwrite:
-            problems.append(already_there(destination))
-        elif destination.is_symlink():
-            problems.append(
-                OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {destination.resolve()}")
-            )
-        elif is_merged(destination) and (strangers := _strangers(destination)):
-            problems.append(
-                OutputError(
-                    f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
-                    details=first_ten(strangers),
-                    hint="move them away, or choose another place:  -o PATH",
-                )
-            )
-        elif not is_merged(destination):
-            problems.append(
-                OutputError(
-                    f"--overwrite replaces results of pmerge only, and {destination} has no pmerge.json",
-                    hint="remove it yourself, or choose another place:  -o PATH",
-                )
-            )
-    return problems
+        ]
+    strangers = _strangers(destination)
+    return [
+        OutputError(
+            f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
+            details=first_ten(strangers),
+            hint="move them away, or choose another place:  -o PATH",
+        )
+    ][: len(strangers)]
 
 
 def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
@@ -88,7 +100,7 @@ def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) ->
 
 def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
     """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote counts as free."""
-    staged = [path for destination in plans for path in files_in(destination.with_name(destination.name + STAGING_SUFFIX))]
+    staged = [path for destination in plans for path in files_in(staging_path(destination))]
     need = {
         "bytes": sum(plan.bytes_to_write for plan in plans.values()),
         "inodes": sum(2 * len(plan.files) + len(plan.inputs[plan.base].side_files.kept) + 12 for plan in plans.values()),
@@ -111,12 +123,12 @@ def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Ma
 
 def _strangers(folder: Path) -> list[str]:
     """What lies in a result of pmerge beside what its pmerge.json records."""
+    recorded = read_manifest(folder)
+    if is_newer(recorded):
+        return [f"{MANIFEST} is by a newer version of pmerge, so it is not known what is whose"]
     try:
-        recorded = json.loads((folder / MANIFEST).read_bytes())
-        if is_newer(recorded):
-            return [f"{MANIFEST} is by a newer version of pmerge, so it is not known what is whose"]
         known = {MANIFEST, *recorded["files"], *recorded["side_files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError):
         return [f"{MANIFEST} cannot be read, so it is not known what is whose"]
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
     return [name for name in found if name not in known]

@@ -34,10 +34,6 @@ class Rank:
         """How many threads it should use where its launcher leaves it all `cores` of the machine; None where that is not known."""
         return max(1, min(8, cores // self.local_size)) if self.local_size and self.source in (WORKER, "torchrun") else None
 
-    def variables(self) -> tuple[str, ...]:
-        """The environment variables that say so."""
-        return next((launcher[1:3] for launcher in _LAUNCHERS if launcher.name == self.source), ())
-
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size}"
 

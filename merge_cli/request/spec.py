@@ -153,6 +153,7 @@ class RunConfig(Options):
     overwrite: bool = option(False, "Replace an existing result, at the end.")
     restart: bool = option(False, "Discard the files of an unfinished run.")
     verify_resume: bool = option(False, "Read finished files again before trusting them.")
+    verify_existing: bool = option(False, "Read an existing result again before trusting it.")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 
 from merge_cli.errors import OutputError
+from merge_cli.system.files import TMPFS, filesystem_type
 
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
-_TMPFS = 0x01021994  # linux/magic.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -40,7 +40,7 @@ def reserve(fd: int, size: int, path: Path) -> None:
     zeros to memory, so nothing is reserved there.
     """
     try:
-        if size and hasattr(_LIBC, "fallocate") and not _is_tmpfs(fd):
+        if size and hasattr(_LIBC, "fallocate") and filesystem_type(fd) != TMPFS:
             _call(_LIBC.fallocate, fd, 0, ctypes.c_int64(0), ctypes.c_int64(size))
         else:
             os.ftruncate(fd, size)
@@ -51,11 +51,6 @@ def reserve(fd: int, size: int, path: Path) -> None:
             os.ftruncate(fd, size)
         except OSError as error:
             raise output_error(error, f"cannot give {path} its {size} bytes", path, size) from error
-
-
-def _is_tmpfs(fd: int) -> bool:
-    status = ctypes.create_string_buffer(256)  # struct statfs, which begins with the type as a long
-    return _LIBC.fstatfs(fd, status) == 0 and ctypes.c_long.from_buffer(status).value == _TMPFS
 
 
 def fsync_file(fd: int) -> None:
@@ -95,9 +90,12 @@ def make_folder(folder: Path) -> None:
     fsync_folder(folder.parent)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole and durable, or not at all; its mode follows the umask."""
-    partial = path.with_name(path.name + ".partial")
+def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
+    """Write a small file so that it is there whole and durable, or not at all; its mode follows the umask.
+
+    It grows as `NAME.partial`, or as `partial_name` if several processes may write it at the same time. Raises OutputError.
+    """
+    partial = path.with_name(partial_name or path.name + ".partial")
     fd = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
-"""Small helpers on files of pmerge's own: JSON that may be torn, hashes, all files of a folder."""
+"""Small helpers on files: JSON that may be torn, hashes, all files of a folder, the kind of a filesystem."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -9,16 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+TMPFS = 0x01021994  # linux/magic.h
 _READ_BYTES = 4 << 20
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def files_in(folder: Path) -> Iterator[Path]:
+    """All files below `folder`; none if it does not exist."""
     for parent, _, names in os.walk(folder):
         for name in names:
             yield Path(parent, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if the file cannot be read or holds anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -27,11 +33,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, "" where it cannot be read."""
+    """The sha256 of a file, "" if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
-            while piece := file.read(_READ_BYTES):
+            for piece in pieces_of(file.fileno(), 0, os.fstat(file.fileno()).st_size):
                 digest.update(piece)
     except OSError:
         return ""
@@ -46,3 +52,21 @@ def read_up_to(fd: int, length: int, offset: int) -> bytes:
         offset += len(piece)
         length -= len(piece)
     return b"".join(pieces)
+
+
+def pieces_of(fd: int, begin: int, end: int) -> Iterator[memoryview]:
+    """Bytes `begin` to `end` of an open file, a few MiB at a time, in one buffer. Raises OSError, EIO if the file is shorter."""
+    buffer = memoryview(bytearray(min(_READ_BYTES, max(end - begin, 0))))
+    while begin < end:
+        count = os.preadv(fd, [buffer[: end - begin]], begin)
+        if not count:
+            raise OSError(errno.EIO, "the file ended early")
+        yield buffer[:count]
+        begin += count
+
+
+def filesystem_type(where: Path | int) -> int:
+    """The magic number (linux/magic.h) of the filesystem of a path or an open file; 0 if it is not known."""
+    status = ctypes.create_string_buffer(256)  # struct statfs, which begins with the type as a long
+    failed = _LIBC.fstatfs(where, status) if isinstance(where, int) else _LIBC.statfs(os.fsencode(where), status)
+    return 0 if failed else ctypes.c_long.from_buffer(status).value

@@ -113,12 +113,12 @@ def one_average(paths: Sequence[Path], out: Path, options: Mapping[str, Any]) ->
 
 def by_ranks(paths: Sequence[Path], out: Path, options: Mapping[str, Any], world_size: int = 3) -> None:
     """Average by several ranks, the last one first, files cut into pieces of some hundred bytes and chunks of some thousand."""
-    from merge_cli import Rank, plan_average, run_share
+    from merge_cli import Rank, plan_average, run_average
 
     with mock.patch("merge_cli.ranks.shares.MIN_PIECE_BYTES", 512):
         for number in reversed(range(world_size)):
             rank = Rank(number, world_size, source="--rank")
-            run_share(plan_average(paths, out, device="cpu", threads=2, chunk_size=8192, rank=rank, **options))
+            run_average(plan_average(paths, out, device="cpu", threads=2, chunk_size=8192, rank=rank, **options))
 
 
 def one_sweep(paths: Sequence[Path], out: Path, options: Mapping[str, Any]) -> None:

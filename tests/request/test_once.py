@@ -61,14 +61,12 @@ for name in ("typed", "plain", "called"):
     found[name] = manifest(name)
 found["wrong"] = refused(lambda: average("run", "wrong", flavor="sugary"))
 
-from merge_cli.output.folder import Staging
-from merge_cli.planning.record import describe
+from merge_cli.output.solo import SoloDestination
 def begin(name, **options):
     plan = plan_average("run", name, **options)
-    with Staging(plan.output, False) as staging:
-        staging.prepare(describe(plan.merge))
-        (staging.checkpoint / "x.safetensors").write_bytes(b"")
-        (staging.folder / "done" / "x.json").write_text("{}")
+    with SoloDestination(plan.output, plan.merge, plan.run) as destination:
+        (destination.folder.checkpoint / "x.safetensors").write_bytes(b"")
+        (destination.folder.records.folder / "x.json").write_text("{}")
 begin("half", flavor="sweet")
 found["resumed"] = refused(lambda: average("run", "half"))
 found["finalized"] = refused(lambda: finalize("half"))

@@ -12,10 +12,9 @@ import pytest
 import torch
 from builders import write_checkpoint
 
-from merge_cli import Rank, average, finalize, plan_average, run_share, verify
+from merge_cli import Rank, average, finalize, plan_average, run_average, verify
 from merge_cli.engine.reader import InputFiles, check_unchanged
 from merge_cli.errors import ChangedError, StoreError
-from merge_cli.features import average as feature
 from merge_cli.formats.checkpoint import WeightFile
 from merge_cli.formats.opening import open_checkpoint
 from merge_cli.stores.local import LocalSource
@@ -75,7 +74,7 @@ def test_a_run_goes_on_after_a_remount(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(feature, "complete", stop)
+        patch.setattr("merge_cli.output.publish.write_metadata_files", stop)
         average(run, tmp_path / "out")
     mount(when)
     assert average(run, tmp_path / "out").reused == 1
@@ -84,7 +83,7 @@ def test_a_run_goes_on_after_a_remount(
 def test_ranks_on_other_mounts_agree(run: list[Path], mount: Callable[[str], None], tmp_path: Path) -> None:
     for rank in (0, 1):
         mount("once")
-        run_share(plan_average(run, tmp_path / "out", rank=Rank(rank, 2)))
+        run_average(plan_average(run, tmp_path / "out", rank=Rank(rank, 2)))
     mount("once")
     assert finalize(tmp_path / "out") == tmp_path / "out" and verify(tmp_path / "out").ok
 

@@ -10,7 +10,7 @@ import memory_store
 import pytest
 from golden_inputs import RUNS
 
-from merge_cli import Rank, average, finalize, plan_average, run_share, sweep, verify
+from merge_cli import Rank, average, finalize, plan_average, run_average, sweep, verify
 from merge_cli.errors import ChangedError, InputError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
 from merge_cli.stores import store as stores
@@ -56,7 +56,7 @@ def test_sweeps_ranks_and_inspect(local: list[Path], far: list[str], tmp_path: P
     made = sweep(far, tmp_path / "sweep", methods=["sma", "ema"], device="cpu")
     assert content(made.outputs[0]) == expected
     for rank in (0, 1):
-        run_share(plan_average(far, tmp_path / "ranks", device="cpu", rank=Rank(rank, 2)))
+        run_average(plan_average(far, tmp_path / "ranks", device="cpu", rank=Rank(rank, 2)))
     assert content(finalize(tmp_path / "ranks")) == expected
     report = inspect_checkpoints(["memory://runs/one"])
     assert [each.path for each in report.checkpoints] == far and not report.broken

@@ -1,0 +1,58 @@
+"""Publish by hand what ranks have finished: the feature behind `pmerge finalize`, as a library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+from merge_cli.errors import InputError, OutputError, UsageError, first_ten
+from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.names import MANIFEST, STAGING_SUFFIX
+from merge_cli.planning.record import describe, from_state, replan
+from merge_cli.request.spec import RunConfig
+from merge_cli.stores.store import StrPath, as_path
+
+
+def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
+    """Publish the result whose ranks have finished all files without one of them publishing it; returns its path.
+
+    Raises OutputError, naming the files that are missing, if there are any; InputError if inputs have changed since.
+    """
+    from merge_cli.job import Job, carry_out
+    from merge_cli.output.folder import differences, staging_path, with_fingerprints
+    from merge_cli.output.schema import check_schema
+    from merge_cli.system.files import read_json
+
+    path = Path(as_path(destination))
+    path = path.with_name(path.name.removesuffix(STAGING_SUFFIX)) if path.name.endswith(STAGING_SUFFIX) else path
+    folder = staging_path(path)
+    record = read_json(folder / "state.json")
+    if not record:
+        if (path / MANIFEST).is_file() and not os.path.lexists(folder):
+            return path
+        raise UsageError(f"there is no unfinished run for {path}", details=[f"looked for  {folder / 'state.json'}"])
+    check_schema(record, folder / "state.json", "finalize it with that version of pmerge, or a newer one", OutputError)
+    try:
+        state, command = with_fingerprints(record["state"]), record["command"]
+        planned = from_state(state)
+        seen = Seen()
+        kept = planned.spec.training_state
+        merge = replan(planned, [open_checkpoint(each, seen=seen, training_state=kept) for each in planned.paths])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise OutputError(
+            f"{folder / 'state.json'} does not describe a run of this version of pmerge: {error!r:.200}",
+            hint="run the command that began it again; to throw its work away, add --restart",
+        ) from error
+    if changed := differences(state, json.loads(json.dumps(describe(merge)))):
+        raise InputError(f"the inputs of {path} have changed since its ranks began", details=first_ten(changed, "more differences"))
+    run = RunConfig(overwrite=overwrite)
+    (result,) = carry_out(Job(merge, ((path, merge),), run, None, command=shlex.split(command))).outputs
+    if result.missing:
+        raise OutputError(
+            f"{len(result.missing)} of {len(merge.files)} files of {path} are not finished",
+            details=first_ten(result.missing),
+            hint=f"run the ranks again, they do only what is missing:  {command}",
+        )
+    return path
