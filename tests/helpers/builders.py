@@ -3,8 +3,7 @@
 `write_safetensors` writes at the level of the header, so that a test decides the physical order, the
 padding and the whitespace; `write_checkpoint` makes a whole folder with it. `nasty_run` makes the
 checkpoints that the engine must survive: a 0-d scalar, an empty tensor, integer and bool buffers, odd
-shapes, four float dtypes in one checkpoint, a non-ASCII name, negative zeros, subnormals, and a stray file
-that the index does not name. All is seeded.
+shapes, four float dtypes in one checkpoint, a non-ASCII name, negative zeros, and subnormals. All is seeded.
 """
 
 from __future__ import annotations
@@ -236,19 +235,8 @@ def nasty_run(folder: Path, count: int = 4, *, layout: str = "mixed", seed: int 
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(number)).tolist()
             names = [names[i] for i in order]
             options = {"shards": split(names, 1 + number), "multiple": 1, "after": " " * number}
-        path = write_checkpoint(folder / f"checkpoint-{100 * number}", tensors, **options)
-        if layout != "single" and (path / INDEX).exists():
-            write_stray(path, tensors)
-        paths.append(path)
+        paths.append(write_checkpoint(folder / f"checkpoint-{100 * number}", tensors, **options))
     return paths
-
-
-def write_stray(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that the index does not name, with NaN under known names: who reads it is found
-    out.
-    """
-    stray = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items() if tensor.is_floating_point()}
-    write_safetensors(folder / "consolidated.safetensors", stray | {"unknown": torch.ones(3)})
 
 
 def read_layout(folder: Path) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
