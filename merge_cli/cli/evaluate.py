@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.lists import read_list, split_list
 from merge_cli.cli.options import Checkpoints, DryRun, Given, Json, Quiet, flags, takes
-from merge_cli.errors import InputError, UsageError
+from merge_cli.errors import UsageError
 from merge_cli.request.spec import MergeSpec, Processes, lay_over
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def evaluate_command(
     planned = plan_evaluation(
         checkpoints,
         evaluator,
-        plan=plan if plan in PLANS or not Path(plan).is_file() else _read_list(Path(plan)),
+        plan=plan if plan in PLANS or not Path(plan).is_file() else read_list(plan),
         annealed=dict(map(_annealed, annealed or [])),
         output=output,
         dtype=lay_over(MergeSpec(), given).dtype,
@@ -84,6 +84,7 @@ def evaluate_command(
         redo=redo,
         allow_equal=allow_equal,
         rank=me,
+        **given,
     )
     if not quiet:
         _show_plan(planned)
@@ -107,10 +108,7 @@ def evaluate_command(
 def _command(command: str, metrics: list[str], jobs: int, gpus: str | None) -> Evaluator:
     from merge_cli.trajectory.evaluators import CommandEvaluator
 
-    named = [each.strip() for each in gpus.split(",")] if gpus is not None else []
-    if not all(named):
-        raise UsageError(f"--gpus cannot be {gpus!r}", details=["expected  numbers with commas: 0,1,2"])
-    return CommandEvaluator(command, metrics, jobs, named)
+    return CommandEvaluator(command, metrics, jobs, split_list("--gpus", gpus, "numbers with commas: 0,1,2"))
 
 
 def _text_evaluator(checkpoints: list[str], text: Path | None, *options: Any) -> Evaluator:
@@ -131,18 +129,6 @@ def _annealed(text: str) -> tuple[str, int]:
     if not path or not (step.isascii() and step.isdecimal()):
         raise UsageError(f"--annealed cannot be {text!r}", details=["expected  PATH:STEP, the step at which the decay began"])
     return path, int(step)
-
-
-def _read_list(path: Path) -> list[Any]:
-    try:
-        entries = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError(f"{path} does not hold a JSON array of objects", hint='as  [{"last": 1}, {"method": "sma", "last": 8}]')
-    return entries
 
 
 def _show_plan(plan: EvaluationPlan) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.lists import read_list, split_list
 from merge_cli.cli.options import Checkpoints, DryRun, Given, Json, Quiet, flags, takes
-from merge_cli.errors import InputError, UsageError, first_ten
+from merge_cli.errors import UsageError, first_ten
 from merge_cli.request.amounts import parse_whole
 from merge_cli.request.spec import MergeSpec, Processes, RunConfig, Selection, lay_over
-from merge_cli.stores.store import as_path
 
 if TYPE_CHECKING:
     from merge_cli.cli.workers import Workers
@@ -64,11 +62,11 @@ def sweep_command(
             plan = plan_sweep(
                 checkpoints,
                 output,
-                methods=_split("--method", method),
-                last=[parse_whole(each, "--last") for each in _split("--last", last)],
-                every=_split("--every", every),
-                at=_split("--at", at),
-                combinations=_read_list(list_file) if list_file is not None else (),
+                methods=split_list("--method", method),
+                last=[parse_whole(each, "--last") for each in split_list("--last", last)],
+                every=split_list("--every", every),
+                at=split_list("--at", at),
+                combinations=read_list(list_file) if list_file is not None else (),
                 rank=me,
                 **given,
             )
@@ -108,26 +106,6 @@ def _run(plan: SweepPlan, quiet: bool, others: Workers) -> tuple[SweepResult, bo
             return run_sweep(now, on_progress=progress.update, command=sys.argv)
 
         return run_with(others, run)
-
-
-def _split(option: str, text: str | None) -> list[str]:
-    parts = [part.strip() for part in text.split(",")] if text is not None else []
-    if not all(parts):
-        raise UsageError(f"{option} cannot be {text!r}", details=["expected  values with commas between them"])
-    return parts
-
-
-def _read_list(path: str) -> list[Any]:
-    try:
-        entries = json.loads(Path(as_path(path)).read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint=f"ls -l {path}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        example = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last": 10, "at": 8000}]'
-        raise UsageError(f"{path} does not hold a JSON array of objects", hint=f"as  {example}")
-    return entries
 
 
 def _show_plan(plan: SweepPlan) -> None:

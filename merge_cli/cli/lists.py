@@ -1,0 +1,33 @@
+"""Lists as they are typed: values with commas, and JSON files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from merge_cli.errors import InputError, UsageError
+from merge_cli.stores.store import as_path
+
+_EXAMPLE = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last": 10, "at": 8000}]'
+
+
+def split_list(flag: str, text: str | None, expected: str = "values with commas between them") -> list[str]:
+    """The values of "a,b,c", none for None. Raises UsageError for an empty one."""
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(parts):
+        raise UsageError(f"{flag} cannot be {text!r}", details=[f"expected  {expected}"])
+    return parts
+
+
+def read_list(path: str) -> list[Any]:
+    """The entries of a JSON array in a file, with the options of an average each. Raises InputError or UsageError."""
+    try:
+        entries = json.loads(Path(as_path(path)).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint=f"ls -l {path}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) for each in entries):
+        raise UsageError(f"{path} does not hold a JSON array of objects", hint=f"as  {_EXAMPLE}")
+    return entries
