@@ -57,7 +57,7 @@ def test_weights_by_path(run: Path) -> None:
 def test_dry_run_lists_findings_writes_nothing_and_exits_0(run: Path) -> None:
     (run.parent / "taken").mkdir()
     done = pmerge("average", run, "-o", run.parent / "taken", "--dry-run", cwd=run.parent)
-    assert "finding:" in done.stderr and "exists already" in done.stderr and "hint: choose another place" in done.stderr
+    assert "would fail:" in done.stderr and "exists already" in done.stderr and "hint: choose another place" in done.stderr
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "taken"]
     plan = json.loads(pmerge("average", run, "--dry-run", "--json", "--quiet", cwd=run.parent).stdout)
     assert plan["bytes_to_read"] == 10 * (40 * 7 * 2 + 13 * 4 + 8) and plan["findings"] == []

@@ -418,7 +418,7 @@ def test_only_one_rank_tells_the_path_and_only_rank_0_talks(run_folder: Path, tm
     assert [run.code for run in runs] == [0, 0, 0]
     assert [run.stdout.split() for run in runs] == [[str(tmp_path / "out")], [], [str(tmp_path / "out")]]  # rank 0: it stood
     assert (
-        "rank 1 of 3: came last and has published" in runs[0].stderr and "rank 2 of 3: the result exists already" in runs[1].stderr
+        "rank 1 of 3: finished last and published" in runs[0].stderr and "rank 2 of 3: the result exists already" in runs[1].stderr
     )
     assert "rank 0 of 3 (from torchrun)" in runs[2].stderr and "exists already, complete" in runs[2].stderr
     assert digests(tmp_path / "out") == digests(run_folder / "one")
@@ -479,7 +479,7 @@ def test_the_work_of_a_worker_that_was_killed_is_done_by_the_first(run_folder: P
     arguments = ["average", "run", "-o", str(tmp_path / "out"), "--workers", "2"]
     run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=run_folder, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stdout.split() == [str(tmp_path / "out")], run.stderr
-    assert "worker 1 ended with exit code -9; its work was done by this one" in run.stderr
+    assert "worker 1 ended with exit code -9; this one did its work" in run.stderr
     as_single(run_folder / "one", tmp_path / "out")
 
 

@@ -429,7 +429,7 @@ def test_the_command(tmp_path: Path) -> None:
         "sweep", "run", "-o", "out", "--method", "sma,ema:0.1", "--last", "3,9", "--at", "5000", "--dry-run", cwd=tmp_path
     )
     assert done.stdout == "out/sma-last3-at5000\nout/ema-0.1-last3-at5000\n"
-    for text in ("K = 2 outputs from N = 3 checkpoints", "separate runs", "0.8100 0.0900 0.1000", "sma-last9-at5000 is skipped"):
+    for text in ("2 outputs from 3 checkpoints", "separate runs", "0.8100 0.0900 0.1000", "sma-last9-at5000 is skipped"):
         assert text in done.stderr
     assert not (tmp_path / "out").exists()
     (tmp_path / "list.json").write_text(

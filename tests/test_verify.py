@@ -312,11 +312,11 @@ def test_another_request_is_not_taken_for_the_recorded_one(out: Path) -> None:
 def test_the_command(out: Path) -> None:
     here = out.parent
     good = pmerge("verify", "out", "--against-inputs", "--sample", "all", cwd=here, expect=0)
-    assert good.stdout.endswith("23 of 23 tensors were computed again\nall holds\n") and good.stderr == ""
+    assert good.stdout.endswith("23 of 23 tensors computed again\nok\n") and good.stderr == ""
     assert pmerge("verify", "out", "--quiet", cwd=here, expect=0).stdout == ""
     (out / "tokenizer.json").write_text("{}")
     bad = pmerge("verify", "out", cwd=here, expect=1)
-    assert "1 things do not hold" in bad.stdout and bad.stderr.startswith("error: out/tokenizer.json: has 2 bytes")
+    assert "1 check failed" in bad.stdout and bad.stderr.startswith("error: out/tokenizer.json: has 2 bytes")
     quiet = pmerge("verify", "out", "-q", cwd=here, expect=1)
     assert quiet.stdout == "" and quiet.stderr == bad.stderr
     found = json.loads(pmerge("verify", "out", "--json", cwd=here, expect=1).stdout)

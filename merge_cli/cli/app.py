@@ -1,4 +1,4 @@
-"""The command line: one command of `pmerge` a module."""
+"""The command line: one module a command."""
 
 from __future__ import annotations
 
@@ -69,4 +69,4 @@ def _root(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Options that stand before the command."""
+    """Options before the command."""

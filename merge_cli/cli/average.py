@@ -63,7 +63,7 @@ def average_command(
             show_plan(plan)
         if dry_run:
             if me.rank:
-                console.say(f"the plan is shown by rank 0 (this is from {me.source}); to be alone:  --world-size 1")
+                console.say(f"the plan is shown by rank 0 (rank from {me.source}); to run alone:  --world-size 1")
             else:
                 finish_dry_run(plan, as_json, quiet, bandwidth)
             return
@@ -71,10 +71,10 @@ def average_command(
         if not quiet:
             show_result(plan, result)
         elif plan.rank.rank and not muted and result.has_published:
-            console.say(f"came last and has published {plan.output}")
+            console.say(f"finished last and published {plan.output}")
             warn_of_nonfinite(result)
         elif plan.rank.rank and plan.rank.source != WORKER and not muted and result.already_published:
-            console.say("the result exists already; its path is on the stdout of rank 0. To be alone:  --world-size 1")
+            console.say("the result exists already; its path is on the stdout of rank 0. To run alone:  --world-size 1")
         if not is_to_print(me, plan.output, result.has_published, result.already_published):
             return
         if as_json:

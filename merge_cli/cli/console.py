@@ -25,18 +25,18 @@ _speaker = ""
 
 
 def speak_as(name: str) -> None:
-    """Begin every line on stderr with `name`: one of several processes that write to one terminal."""
+    """Begin every line on stderr with `name`, for one of several processes that write to one terminal."""
     global _speaker
     _speaker = name
 
 
 def printable(text: object) -> str:
-    """`text` with control characters escaped: tensor and file names come from others and may hold anything."""
+    """`text` with control characters escaped: tensor and file names come from others and may hold any."""
     return str(text).translate(_CONTROL).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def out(line: object) -> None:
-    """One line of result on stdout. Raises OutputError where it cannot be written; a reader that went away is no error."""
+    """One line of result on stdout. Raises OutputError if it cannot be written; a reader that went away is no error."""
     _print(printable(line))
 
 
@@ -62,7 +62,7 @@ def _print(text: str) -> None:
 
 
 def print_error(error: PmergeError, label: str = "error") -> None:
-    """An error as the user sees it: what and where, found and expected, what to do."""
+    """An error on stderr: the problem and its place, found and expected, the next command."""
     say(f"{label}: {error.message}")
     for line in error.details:
         say(f"  {line}")
@@ -78,8 +78,19 @@ def report_error(error: PmergeError) -> None:
             out_json({"error": error.message, "details": error.details, "hint": error.hint})
 
 
+def dry_run_ended(findings: Sequence[PmergeError]) -> None:
+    """The last line of --dry-run."""
+    fine = "" if findings else "; nothing in the headers would stop this run (values were not read)"
+    say(f"dry run: nothing was written{fine}")
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things: 1 file, 2 files."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def names(found: Sequence[str], most: int = 12) -> str:
-    """The first names of a list on one line, and how many more there are."""
+    """The first names of a list on one line, and the number of the others."""
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
@@ -110,14 +121,14 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration as one would say it: 4.2 s, 12 min, 3.5 h."""
+    """A duration in the fitting unit: 4.2 s, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class ProgressLine:
-    """A bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+    """A bar on a terminal, elsewhere a line every ten seconds, nothing when quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -145,7 +156,7 @@ class ProgressLine:
             self._bar.stop()
 
     def update(self, progress: Progress) -> None:
-        """Show how far the run is, its speed and the time left."""
+        """Show the share that is done, the speed and the time left."""
         if self._quiet:
             return
         total = progress.bytes_to_read + progress.bytes_to_write

@@ -1,4 +1,4 @@
-"""`pmerge finalize`: publish by hand what several ranks have finished."""
+"""`pmerge finalize`: publish by hand the files that several ranks have finished."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def finalize_command(
     output: Annotated[Path, typer.Argument(help="The destination that was given to pmerge average.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
 ) -> None:
-    """Publish an average whose files are all finished, or say which are not; needed only where no rank was left to do it.
+    """Publish an average whose files are all finished, or list the missing ones; only needed if no rank was left to do it.
 
     Example:  pmerge finalize merged-ema-1000-10000
     """

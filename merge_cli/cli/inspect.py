@@ -1,4 +1,4 @@
-"""`pmerge inspect`: what checkpoints are, side by side."""
+"""`pmerge inspect`: the content of checkpoints, side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def inspect_command(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint folders, files, or a run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what checkpoints hold, and what differs between them. Reads headers only. Exit code 2 where one is broken.
+    """Show the content of checkpoints and the differences between them. Reads headers only. Exit code 2 if one is broken.
 
     Example:  pmerge inspect ckpt_1000 ckpt_2000
     """
@@ -66,7 +66,7 @@ def _show(report: Report) -> None:
         "parameters",
         "bytes",
         "experts x layers",
-        "quantisation",
+        "quantization",
     )
     for line in console.table(header, rows, indent=""):
         console.out(line)

@@ -21,7 +21,7 @@ def methods_command(
     given: Given,
     as_json: Json = False,
 ) -> None:
-    """List the methods with formula, source and the coefficients for N checkpoints, oldest first.
+    """List the methods with formula, source and coefficients for N checkpoints, oldest first.
 
     Example:  pmerge methods ema --n 10 --alpha 0.1
     """

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: AveragePlan) -> None:
+    """The checkpoints with their coefficients, the amount of work, and the notes and warnings of the plan."""
     merge = plan.merge
     chosen = merge.outputs[0].coefficients
     rows = [
@@ -25,8 +26,7 @@ def show_plan(plan: AveragePlan) -> None:
         for i, (candidate, value) in enumerate(zip(plan.candidates, chosen.values, strict=True))
     ]
     parameters = "".join(f" {k}={v}" for k, v in merge.spec.parameters.items() if not isinstance(v, list))
-    count = f"{len(rows)} checkpoint" + ("s" if len(rows) > 1 else "")
-    console.say(f"average of {count} by {merge.spec.method}{parameters} -> {plan.output}")
+    console.say(f"average of {console.count(len(rows), 'checkpoint')} by {merge.spec.method}{parameters} -> {plan.output}")
     if not plan.rank.is_alone:
         _show_shares(plan)
     for line in console.table(("checkpoint", "step", "coefficient", ""), rows):
@@ -34,8 +34,8 @@ def show_plan(plan: AveragePlan) -> None:
     console.say(f"  effective sample size {chosen.effective_sample_size:.2f}, mean age {chosen.mean_age():.2f} intervals")
     console.say(
         f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
-        f" in {len(merge.files)} file{'s' if len(merge.files) > 1 else ''}, buffers {console.human_bytes(plan.budget.bytes)}"
-        f" ({plan.budget.workers} threads), device {plan.device.name}"
+        f" in {console.count(len(merge.files), 'file')}, buffers {console.human_bytes(plan.budget.bytes)}"
+        f" ({console.count(plan.budget.workers, 'thread')}), device {plan.device.name}"
         + (f" ({console.human_bytes(plan.budget.device_bytes)} of its memory)" if plan.device.is_accelerator else "")
     )
     side = merge.inputs[merge.base].side_files
@@ -44,13 +44,13 @@ def show_plan(plan: AveragePlan) -> None:
         console.say(f"  left out: {console.names(side.skipped) or 'nothing'}")
     copied = sorted({key for file in merge.files for run in file.extents if run.is_copy for key in run.keys})
     if copied:
-        console.say(f"  copied, not averaged: {len(copied)} tensors ({console.names(copied, 3)})")
+        console.say(f"  copied, not averaged: {console.count(len(copied), 'tensor')} ({console.names(copied, 3)})")
     if merge.spec.dtype != "keep":
         from merge_cli.output.manifest import with_dtype
 
         config = merge.inputs[merge.base].config
-        says_so = "; config.json says so" if with_dtype(config, "bf16") != with_dtype(config, "fp32") else ""
-        console.say(f"  floats are written as {merge.spec.dtype}{says_so}")
+        recorded = "; config.json says so" if with_dtype(config, "bf16") != with_dtype(config, "fp32") else ""
+        console.say(f"  floats are written as {merge.spec.dtype}{recorded}")
     for note in plan.notes:
         console.say(f"note: {note}")
     for warning in plan.warnings:
@@ -63,28 +63,29 @@ def _show_shares(plan: AveragePlan) -> None:
     pieces = cut(plan.merge.files, plan.rank.world_size)
     loads = [sum(piece.end - piece.begin for piece in share) for share in shares(pieces, plan.rank.world_size)]
     largest = max(loads) * len(loads) / max(sum(loads), 1)
-    many = sum(not piece.is_whole for piece in pieces)
+    parts = sum(not piece.is_whole for piece in pieces)
+    of_files = f", {parts} of them parts of files" if parts else ""
     console.say(
-        f"  {plan.rank} (from {plan.rank.source}): {len(pieces)} pieces{f', {many} of them parts of files' if many else ''};"
+        f"  {plan.rank} (from {plan.rank.source}): {console.count(len(pieces), 'piece')}{of_files};"
         f" the largest share is {largest:.2f} x the mean"
     )
 
 
 def finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwidth: int | None) -> None:
+    """The problems of the plan, the estimated time, and the plan or its path on stdout."""
     from merge_cli.tuning.estimate import estimate
 
     if not (as_json and quiet):
         for finding in plan.findings:
-            console.print_error(finding, "finding")
+            console.print_error(finding, "would fail")
     expected = estimate(plan.merge, storage_bandwidth, device=plan.device)
     rate = console.human_bytes(expected.storage_bandwidth)
     if not quiet:
         console.say(
-            f"  about {console.human_seconds(expected.seconds)}, decided by {expected.bottleneck}, at {rate}/s"
+            f"  about {console.human_seconds(expected.seconds)}, limited by {expected.bottleneck}, at {rate}/s"
             f" {'as given' if storage_bandwidth else 'measured on the first bytes'}"
         )
-        fine = "" if plan.findings else "; nothing that headers show would stop this run (values were not read)"
-        console.say(f"dry run: nothing was written{fine}")
+        console.dry_run_ended(plan.findings)
     if as_json:
         console.out_json({**plan_as_json(plan), "estimate": asdict(expected)})
     else:
@@ -92,6 +93,7 @@ def finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwi
 
 
 def show_result(plan: AveragePlan, result: AverageResult) -> None:
+    """The time and where it was spent, and the notes and warnings of the run."""
     from merge_cli.ranks.launcher import WORKER
 
     if not result.has_published:
@@ -101,7 +103,7 @@ def show_result(plan: AveragePlan, result: AverageResult) -> None:
             console.say("done by all workers")
         else:
             left = f"{result.missing} of {len(plan.merge.files)} files are with other ranks, the last of which publishes"
-            console.say(f"{plan.rank} has done what was there for it in {result.seconds:.1f} s; {left}")
+            console.say(f"{plan.rank} has finished its part in {result.seconds:.1f} s; {left}")
         return
     statistics = result.statistics
     parts = {
@@ -117,20 +119,25 @@ def show_result(plan: AveragePlan, result: AverageResult) -> None:
     )
     if statistics.requantization_error is not None:
         largest, mean = statistics.requantization_error
-        console.say(f"quantising again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
+        console.say(f"quantizing again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
     for note in statistics.notes:
         console.say(f"note: {note}")
     if result.reused:
-        console.say(f"{result.reused} files had been finished by an earlier run and were kept")
+        console.say(f"{console.count(result.reused, 'file')} of an earlier run kept")
     warn_of_nonfinite(result)
 
 
 def warn_of_nonfinite(result: AverageResult) -> None:
-    for line in first_ten([f"`{key}` has {count} NaN or Inf elements" for key, count in result.nonfinite.items()], "such tensors"):
+    """A line for each tensor with NaN or Inf."""
+    for line in first_ten(
+        [f"`{key}` has {console.count(count, 'element')} that are NaN or Inf" for key, count in result.nonfinite.items()],
+        "such tensors",
+    ):
         console.say(f"warning: {line}")
 
 
 def plan_as_json(plan: AveragePlan) -> dict[str, Any]:
+    """The plan, for --json."""
     merge = plan.merge
     chosen = merge.outputs[0].coefficients
     return {
@@ -157,6 +164,7 @@ def plan_as_json(plan: AveragePlan) -> dict[str, Any]:
 
 
 def result_as_json(result: AverageResult) -> dict[str, Any]:
+    """The result, for --json, beside the plan."""
     statistics = result.statistics
     return {
         "seconds": result.seconds,

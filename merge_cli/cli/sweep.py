@@ -110,7 +110,8 @@ def _run(plan: SweepPlan, quiet: bool, others: Workers) -> tuple[SweepResult, bo
 
 def _show_plan(plan: SweepPlan) -> None:
     done = {each.combination.name for each in plan.outputs if each.is_done}
-    console.say(f"sweep of {len(plan.outputs)} outputs from {len(plan.inputs)} checkpoints -> {plan.output}")
+    made, used = console.count(len(plan.outputs), "output"), console.count(len(plan.inputs), "checkpoint")
+    console.say(f"sweep of {made} from {used} -> {plan.output}")
     if not plan.rank.is_alone:
         console.say(f"  {plan.rank} (from {plan.rank.source}): they share the pieces of all outputs")
     rows = []
@@ -138,10 +139,10 @@ def _show_plan(plan: SweepPlan) -> None:
     for number, group in enumerate(plan.groups, 1):
         first = f"group {number} of {len(plan.groups)} (another layout): " if len(plan.groups) > 1 else ""
         console.say(
-            f"  {first}K = {len(group.outputs)} outputs from N = {len(group.merge.inputs)} checkpoints:"
+            f"  {first}{console.count(len(group.outputs), 'output')} from {console.count(len(group.merge.inputs), 'checkpoint')}:"
             f" read {console.human_bytes(group.bytes_to_read)} (separate runs: {console.human_bytes(group.bytes_read_separately)}),"
             f" write {console.human_bytes(group.merge.bytes_to_write)}, buffers {console.human_bytes(group.budget.bytes)}"
-            f" ({group.budget.workers} threads), device {plan.device.name}"
+            f" ({console.count(group.budget.workers, 'thread')}), device {plan.device.name}"
         )
     for note in plan.notes:
         console.say(f"note: {note}")
@@ -154,10 +155,9 @@ def _finish_dry_run(plan: SweepPlan, as_json: bool, quiet: bool) -> None:
 
     if not (as_json and quiet):
         for finding in plan.findings:
-            console.print_error(finding, "finding")
+            console.print_error(finding, "would fail")
     if not quiet:
-        fine = "" if plan.findings else "; nothing that headers show would stop this run (values were not read)"
-        console.say(f"dry run: nothing was written{fine}")
+        console.dry_run_ended(plan.findings)
     if as_json:
         console.out_json({**as_dict(plan), **_costs(plan)})
     else:
@@ -170,13 +170,13 @@ def _show_result(plan: SweepPlan, result: SweepResult) -> None:
     done = f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s"
     if result.missing:
         left = f"{sum(result.missing.values())} files of {len(result.missing)} outputs are with other ranks"
-        console.say(f"{done}; {plan.rank} has done what was there for it; {left}, the last of which publishes")
+        console.say(f"{done}; {plan.rank} has finished its part; {left}, the last of which publishes")
     else:
-        console.say(f"{done}; {len(result.outputs)} outputs are listed in {result.report}")
+        console.say(f"{done}; {console.count(len(result.outputs), 'output')} listed in {result.report}")
     for note in result.statistics.notes:
         console.say(f"note: {note}")
     if result.reused:
-        console.say(f"{result.reused} files had been finished by an earlier run and were kept")
+        console.say(f"{console.count(result.reused, 'file')} of an earlier run kept")
 
 
 def _costs(plan: SweepPlan) -> dict[str, Any]:

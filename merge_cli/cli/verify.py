@@ -1,4 +1,4 @@
-"""`pmerge verify`: is a merged checkpoint still what pmerge wrote?"""
+"""`pmerge verify`: check a merged checkpoint against its record."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from merge_cli.errors import UsageError
 
 
 def verify_command(
-    output: Annotated[Path, typer.Argument(help="A folder that pmerge average has written.")],
+    output: Annotated[Path, typer.Argument(help="A folder written by pmerge average.")],
     against_inputs: Annotated[
         bool, typer.Option("--against-inputs", help="Compute tensors again from the inputs, and compare bits.")
     ] = False,
-    sample: Annotated[str | None, typer.Option(help="How many tensors, drawn at random, or all (64).")] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="Tensors to compute again, drawn at random: a number, or all. [default: 64]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only what does not hold, on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only failed checks, on stderr.")] = False,
 ) -> None:
-    """Check headers, sizes, sha256, index and side files of a result; exit code 0 only if all holds.
+    """Check headers, sizes, sha256, index and side files of a result; exit code 0 only if all are right.
 
     Example:  pmerge verify merged-ema-1000-10000 --against-inputs
     """
@@ -28,7 +30,7 @@ def verify_command(
 
     count = _parse_sample(sample)
     if sample is not None and not against_inputs:
-        raise UsageError("--sample says how many tensors are computed again", hint="add --against-inputs")
+        raise UsageError("--sample is the number of tensors to compute again", hint="add --against-inputs")
     with console.ProgressLine(quiet) as line:
         found = verify(output, against_inputs=against_inputs, sample=count, on_progress=line.update)
     if as_json:
@@ -49,8 +51,8 @@ def verify_command(
         for row in console.table(("file", "state"), [(name, state[:100]) for name, state in found.files.items()], indent=""):
             console.out(row)
         if found.num_tensors:
-            console.out(f"{found.recomputed} of {found.num_tensors} tensors were computed again")
-        console.out("all holds" if found.ok else f"{len(found.problems)} things do not hold")
+            console.out(f"{found.recomputed} of {console.count(found.num_tensors, 'tensor')} computed again")
+        console.out("ok" if found.ok else f"{console.count(len(found.problems), 'check')} failed")
     for problem in found.problems[:20]:
         console.say(f"error: {problem}")
     if len(found.problems) > 20:

@@ -1,4 +1,4 @@
-"""Several processes that make one result: started here by `--workers`, or by a launcher. Which of them says what, and runs what.
+"""Several processes that make one result: started here by `--workers`, or by a launcher. Which of them prints, and which runs what.
 
 With `--workers` this process is rank 0, starts the others with the same command, and shows the progress of all.
 """
@@ -63,7 +63,7 @@ def run_with(others: Workers, run: Callable[[bool], T]) -> tuple[T, bool]:
         return result, False
     result = run(True)
     for line in failed:
-        console.say(f"warning: {line}; its work was done by this one")
+        console.say(f"warning: {line}; this one did its work")
     return result, True
 
 
@@ -97,7 +97,7 @@ def count_workers(workers: int | str, rank: Rank) -> int:
 
 
 class Workers:
-    """The processes beside this one: ranks 1 to `count` - 1. They write their errors themselves. None outlives the context."""
+    """The other processes, ranks 1 to `count` - 1. They print their own errors. None outlives the context."""
 
     def __init__(self, count: int) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -128,7 +128,7 @@ class Workers:
 
 
 def end_with_parent() -> None:
-    """In a worker: be ended when the process that started it dies, so that a killed run has ended as a whole."""
+    """In a worker: die with the process that started it, so that a killed run ends as a whole."""
     parent = os.environ.get(_VARIABLES[2])
     if parent is None:
         return

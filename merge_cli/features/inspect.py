@@ -1,4 +1,4 @@
-"""What a checkpoint is: numbers that its headers, names and config tell, without reading a weight."""
+"""The content of checkpoints: numbers from headers, names and config, without reading a weight."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _FUSED = re.compile(r"^(?P<experts>.+\.experts)\.[^.]+$")
 
 @dataclass(frozen=True)
 class Inspection:
-    """One checkpoint. `num_tensors` and `dtypes` count what is stored, `num_parameters` the values that it means.
+    """One checkpoint. `num_tensors` and `dtypes` count stored tensors, `num_parameters` the values that they encode.
 
-    `experts` maps a number of experts per layer to the number of layers that have it, `quantization` a scheme to its number of
-    tensors; `unreadable` says why quantised tensors cannot be averaged ("" where they can, or where there are none).
+    `experts` maps a number of experts per layer to the number of layers that have it, `quantization` a scheme to its
+    number of tensors; `unreadable` is the reason why quantized tensors cannot be averaged ("" if they can, or if
+    there are none).
     """
 
     path: str
@@ -49,7 +50,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Report:
-    """The checkpoints that could be read, what differs between them, what discovery left out, and the errors of broken ones."""
+    """The checkpoints that could be read, their differences, the notes of discovery, and the errors of broken ones."""
 
     checkpoints: list[Inspection]
     differences: list[str]
@@ -58,9 +59,10 @@ class Report:
 
 
 def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
-    """Inspect the checkpoints at `paths` (or in a run folder), by step where all have one; and say what differs between them.
+    """Inspect the checkpoints at `paths` (or in a run folder), by step if all have one, and list their differences.
 
-    A broken checkpoint does not hide the others: its error is in `broken`, by path. Raises InputError where `paths` name nothing.
+    A broken checkpoint does not hide the others: its error is in `broken`, by path. Raises InputError if no checkpoint
+    is found.
     """
     notes: list[str] = []
     candidates = [read_candidate(path) for path in discover(paths, notes.append)]

@@ -13,7 +13,7 @@ _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kMGT]?)(i?)B?\s*", r
 
 
 def is_in_tokens(amount: int | str | None) -> bool:
-    """Whether `amount` has a suffix (k, M, B, T), and so is in tokens where the tokens of a step are known."""
+    """Whether `amount` has a suffix (k, M, B, T), and so is in tokens if the tokens of a step are known."""
     return isinstance(amount, str) and bool(_AMOUNT.fullmatch(amount)) and amount.strip()[-1].isalpha()
 
 
@@ -24,7 +24,7 @@ def parse_amount(
     option: str = "--every",
     rounding: Callable[[Fraction], int] = round,
 ) -> int:
-    """Steps of "500", "2k", "1_000"; or, where `tokens_per_step` is given, of tokens if there is a suffix: "8B".
+    """Steps of "500", "2k", "1_000"; with `tokens_per_step`, a number with a suffix is in tokens: "8B".
 
     A plain number is always in steps. Tokens become whole steps by `rounding`. Raises UsageError, which names `option`.
     """
@@ -36,9 +36,7 @@ def parse_amount(
     amount = Fraction(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " ")
     if tokens_per_step is None or not match[2]:
         if match[2].upper() in ("B", "T"):
-            raise UsageError(
-                f"{option} {text} is an amount of tokens", hint="say how many tokens a step has:  --tokens-per-step 4M"
-            )
+            raise UsageError(f"{option} {text} is an amount of tokens", hint="name the tokens of a step:  --tokens-per-step 4M")
         if amount.denominator != 1:
             raise UsageError(f"{option} {text} is not a whole number of steps")
         return int(amount)

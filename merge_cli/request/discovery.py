@@ -1,7 +1,7 @@
-"""Find checkpoints: from the paths that were typed to candidates with their steps.
+"""Discovery: from the paths that were typed to checkpoints with their steps.
 
-Lists folders and reads `trainer_state.json`, through a store; never a weight. The step of a checkpoint is `global_step` of its
-trainer state, else the number in its name.
+Lists folders and reads `trainer_state.json`, through a store; never a weight. The step of a checkpoint is
+`global_step` of its trainer state, else the number in its name.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _OTHER_FORMATS = (".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf", ".npz", ".
 
 
 def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
-    """The checkpoint at `path` with its step; a file without a step in its name is told by the folder it lies in.
+    """The checkpoint at `path` with its step. A file without a step in its name has the step of its folder.
 
-    A name that says nothing (`latest`, `.`) may be a link to one that does. A folder `stage1` above the checkpoint is its stage.
-    The step of `trainer_state.json` outranks that of the name; if it cannot be read, `step_warning` has the reason. The step that
-    torchtitan stores in a distributed checkpoint counts if nothing else has one.
-    `with_time` looks at every weight file for the newest modification time; without it there is none (0).
+    A name without a step (`latest`, `.`) may be a link to a name with one. A folder `stage1` above the checkpoint is
+    its stage. The step of `trainer_state.json` outranks that of the name; if it cannot be read, `step_warning` has
+    the reason. The step that torchtitan stores in a distributed checkpoint counts if nothing else has one. With
+    `with_time` the time is that of the newest weight file, else 0.
 
     Raises InputError for a missing path.
     """
@@ -90,18 +90,18 @@ def _label_of(path: str) -> StepLabel:
 
 
 def no_such_checkpoint(path: str) -> InputError:
-    """The error for a path where nothing is; a glob in it means that the shell found nothing either."""
+    """The error for a path that does not exist. A glob in it was left as it is by a shell that found no match."""
     if not is_local(path):
         return InputError(f"no such checkpoint: {path}")
     parent = next((above for above in Path(path).parents if above.exists() and not is_glob(str(above))), Path())
-    hint = f"look what is there:  ls {parent}"
+    hint = f"list the folder:  ls {parent}"
     if is_glob(path):
         return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=hint)
     return InputError(f"no such checkpoint: {path}", hint=hint)
 
 
 def _weights_time(store: Store, path: str) -> int:
-    """When the newest weight file was modified; the time of a folder is another: it changes with any file that is added."""
+    """The modification time of the newest weight file; that of a folder changes with any file that is added."""
     found = store.stat(path)
     if found is None or found.kind != "folder":
         return 0 if found is None else found.mtime_ns
@@ -116,7 +116,7 @@ def _weights_time(store: Store, path: str) -> int:
 def _trainer_step(store: Store, path: str) -> int | None:
     if (status := store.stat(path)) is None or status.kind != "file":
         return None
-    remedy = "mend or remove it; the name then gives the step"
+    remedy = "correct or remove it; the step is then that of the name"
     if status.num_bytes > _MAX_TRAINER_STATE_BYTES:
         raise InputError(f"{path} is larger than {_MAX_TRAINER_STATE_BYTES >> 20} MiB", hint=remedy)
     try:
@@ -133,7 +133,7 @@ def _trainer_step(store: Store, path: str) -> int | None:
 def is_checkpoint(folder: StrPath) -> bool:
     """Whether `folder` is a distributed checkpoint, or has the safetensors files of one, directly or in folders of ranks.
 
-    Files each named by a step of its own (`model_step_10.safetensors`) are several checkpoints, so their folder is not one.
+    Files named by different steps (`model_step_10.safetensors`) are several checkpoints, so their folder is not one.
     """
     folder = as_path(folder)
     entries = _entries(folder)
@@ -147,14 +147,15 @@ def is_checkpoint(folder: StrPath) -> bool:
 
 
 def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] | None = None) -> list[str]:
-    """The checkpoints that `paths` (or one path) mean: themselves, and those inside every run folder, by number.
+    """The checkpoints at `paths` (or one path): themselves, and those inside every run folder, by number.
 
-    A folder given alone is a run when it holds at least two checkpoints named by step, even if a final model was saved
-    beside them; with others it is a checkpoint, if it can be. Of a run are left out: hidden and unfinished folders, and, told to
-    `on_skip`, results of pmerge, links to a neighbour (`latest`), folders named by step without safetensors, and checkpoints
-    without a step (`final`, `best`) where others have one.
+    A folder given alone is a run if it holds at least two checkpoints named by step, even with a final model saved
+    beside them; a folder given with others is a checkpoint, if it can be. Hidden and unfinished folders of a run are
+    left out, as are, with a line each to `on_skip`, results of pmerge, links to a neighbor (`latest`), folders named
+    by step without safetensors, and checkpoints without a step (`final`, `best`) if others have one.
 
-    Raises InputError where nothing is found or one shard of several is given alone, UsageError when one checkpoint is named twice.
+    Raises InputError if no checkpoint is found or one shard of several is given alone, UsageError if one checkpoint
+    is named twice.
     """
     on_skip = on_skip or (lambda line: None)
     if isinstance(paths, str | os.PathLike):
@@ -246,7 +247,7 @@ def _is_named_by_step(path: str) -> bool:
 
 
 def _step_files(entries: Sequence[Entry]) -> list[str]:
-    """The safetensors files that are a checkpoint each. A bare number is the number of a shard, and an index unites its files."""
+    """The safetensors files that are a checkpoint each. A bare number numbers a shard; an index unites its files."""
     if any(entry.name.endswith(".safetensors.index.json") for entry in entries):
         return []
     names = [e.name for e in entries if e.name.endswith(".safetensors") and not e.name.startswith(".") and e.kind != "folder"]
@@ -256,7 +257,7 @@ def _step_files(entries: Sequence[Entry]) -> list[str]:
 
 
 def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
-    """The checkpoints directly inside `run`, and a line for each thing that looks like one and is none."""
+    """The checkpoints directly inside `run`, and a line for each entry that looks like one and is none."""
     store, entries, home = open_store(run), _entries(run), resolve(run)
     found, skipped = [join(run, name) for name in _step_files(entries)], []
     for entry in entries:
@@ -266,7 +267,7 @@ def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
         if entry.name.startswith(".") or entry.name.endswith(STAGING_SUFFIX):
             continue
         if _UNFINISHED.search(entry.name):
-            skipped.append(f"{path} is left out: its name says that it is unfinished")
+            skipped.append(f"{path} is left out: its name marks it as unfinished")
         elif store.stat(join(path, MANIFEST)) is not None:
             skipped.append(f"{path} is left out: a result of pmerge; name it to average it")
         elif (real := store.resolve(path)) != join(home, entry.name) and folder_of(real) == home:
@@ -306,9 +307,9 @@ def _nothing_found(path: str) -> InputError:
 
 
 def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step") -> tuple[list[Candidate], list[str]]:
-    """The checkpoints that `paths` mean, and a line for each entry that is left out. Raises InputError or UsageError.
+    """The checkpoints at `paths`, and a line for each entry that is left out. Raises InputError or UsageError.
 
-    Their times are looked up only if `order` is "mtime".
+    Modification times are read only if `order` is "mtime".
     """
     if not isinstance(paths, str | os.PathLike) and not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from merge_cli.errors import InputError
 
-# A letter or a fraction after the number means that it is no step: `ckpt-7b`, `step_1.5k`. 18 digits fit any float and int64.
+# No step if a letter or a fraction follows the number: `ckpt-7b`, `step_1.5k`. 18 digits fit int64.
 _STEP = re.compile(
     r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt|epoch)[-_=]?([0-9]{1,18})(?![0-9a-z]|\.[0-9])", re.IGNORECASE
 )
@@ -22,7 +22,7 @@ BARE_NUMBER = re.compile(r"[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class StepLabel:
-    """What a checkpoint's name says: its step, and the stage and ingredient of a run that has several."""
+    """The step in a checkpoint's name, and the stage and ingredient of a run that has several."""
 
     step: int | None
     stage: str | None = None
@@ -31,7 +31,7 @@ class StepLabel:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that may be averaged; `path` is as it was given.
+    """A checkpoint that may be averaged; `path` is as given.
 
     `step_warning`: why the step may be wrong, such as another number in the name or a broken `trainer_state.json`.
     """
@@ -45,10 +45,10 @@ class Candidate:
 
 
 def parse_label(name: str) -> StepLabel:
-    """Read the name of a checkpoint folder or file: `step-001000-2BT`, `epoch=3-step=1200`, `iter_0001000`, `0001000` and so on.
+    """Read the name of a checkpoint folder or file: `step-001000-2BT`, `epoch=3-step=1200`, `iter_0001000`, `0001000`.
 
-    The number after step wins over one after iter, checkpoint or ckpt, and these over one after epoch; token
-    labels are rounded and not used.
+    The number after step outranks one after iter, checkpoint or ckpt, and these one after epoch. Token labels are
+    rounded, and not used.
     """
     name = _SHARD.sub("", name.removesuffix(".safetensors"))
     stage, ingredient = _STAGE.search(name), _INGREDIENT.search(name)

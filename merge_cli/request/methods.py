@@ -1,4 +1,4 @@
-"""From the steps of checkpoints to the coefficients of their average: every method is one vector.
+"""Methods: from the steps of checkpoints to the coefficients of their average. Every method is one vector.
 
 `out = sum_i c_i x_i`, always oldest to newest: `c_0` belongs to the oldest checkpoint, `c_{N-1}` to the
 newest. A method is a pure function from the steps and a few parameters to the c_i, so a new method is one
@@ -10,8 +10,8 @@ keeps exact ties exact, which multiplying by a rounded 1/3 does not. Explicit we
 decimals, unless they have very many digits. All other values are float64 and sum to 1 within 1e-12; only
 explicit weights may be as far off as 1e-6, and are then used as they are (`warnings_for` states their sum).
 
-Nothing here says that an average is any good: `warnings_for` names what is known to hurt, the rest takes an
-evaluation.
+No method guarantees a better model: `warnings_for` lists the known reasons why an average hurts, and only an
+evaluation decides.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def gamma_of(width: float) -> float:
 def power(steps: Sequence[float], sigma_rel: float) -> Coefficients:
     """Power-function EMA: weigh training time t by `t^g`, of relative width `sigma_rel` (2312.02696).
 
-    Each checkpoint stands for the time between the midpoints a_i, b_i to its neighbours, so c_i is in
+    Each checkpoint represents the time between the midpoints a_i, b_i to its neighbors, so c_i is in
     proportion to `b_i^(g+1) - a_i^(g+1)`. The first and the last cell reach as far outwards as inwards (not
     below 0). So a flat profile with even spacing is sma, and the time before the window is left out rather
     than heaped onto the oldest checkpoint, which would mostly undo averaging; the price is that the average
@@ -235,8 +235,8 @@ def power(steps: Sequence[float], sigma_rel: float) -> Coefficients:
 def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize: bool) -> Coefficients:
     """The `weights` as given, one per checkpoint; `normalize` divides them by their sum.
 
-    Without it they must sum to 1 within 1e-6 and are not touched: what was typed is what is used. Negative
-    ones are allowed. A float means its shortest decimal, so 0.7 is 7/10.
+    Without it they must sum to 1 within 1e-6 and are used exactly as typed. Negative ones are allowed. A float
+    means its shortest decimal, so 0.7 is 7/10.
 
     Raises UsageError: not one weight per checkpoint, NaN or Inf, a sum that is not 1 (or 0 to normalize).
     """
@@ -347,7 +347,7 @@ _ALL = (
     _method(
         "power",
         summary="power-function EMA: training time t weighs t^g, so the width grows with the run",
-        formula="c_i ~ b_i^(g+1) - a_i^(g+1), a_i and b_i the midpoints to the neighbours",
+        formula="c_i ~ b_i^(g+1) - a_i^(g+1), a_i and b_i the midpoints to the neighbors",
         source="post-hoc EMA, arXiv 2312.02696",
         needs_step_values=True,
         function=power,
@@ -357,7 +357,7 @@ _ALL = (
         EXPLICIT,
         summary="explicit weights, one per checkpoint in the order given",
         formula="c_i as given, sum c_i = 1",
-        source="you",
+        source="the user",
         needs_order=False,
         is_explicit=True,
         function=explicit,

@@ -87,7 +87,7 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
             raise MismatchError(
                 f"the checkpoints belong to different {what}s: {', '.join(sorted(str(value or 'none') for value in values))}",
                 details=first_ten([candidate.path for candidate in candidates]),
-                hint=f"name the checkpoints of one {what}, or say that you mean it:  --order given",
+                hint=f"name the checkpoints of one {what}, or confirm the order as typed:  --order given",
             )
     if by == "mtime":
         ordered = sorted(candidates, key=lambda candidate: (candidate.mtime_ns, candidate.path))
@@ -109,7 +109,7 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
         raise MismatchError(
             f"no step is known for {len(unknown)} of {len(candidates)} checkpoints",
             details=first_ten(unknown),
-            hint="leave them out, name them by step (ckpt_1000), or say what the order is:  --order given  or  --order mtime",
+            hint="leave them out, name them by step (ckpt_1000), or choose another order:  --order given  or  --order mtime",
         )
     by_step: dict[int, list[Candidate]] = {}
     for candidate in candidates:
@@ -119,7 +119,7 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
             raise MismatchError(
                 f"{len(same)} checkpoints have step {step}",
                 details=first_ten([candidate.path for candidate in same]),
-                hint="leave one of them out, or say that the order is right as typed:  --order given",
+                hint="leave one of them out, or confirm the order as typed:  --order given",
             )
     return [by_step[step][0] for step in sorted(by_step)]
 
@@ -205,9 +205,10 @@ def _step_warnings(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> list[Candidate]:
-    """Walk back from the newest in strides of `every` steps, taking the nearest checkpoint within 10 % of a stride.
+    """Walk back from the newest in strides of `every` steps, to the nearest checkpoint within 10 % of a stride.
 
-    The walk ends at the oldest checkpoint or after `last` strides. It costs a pass over the checkpoints, however many strides.
+    The walk ends at the oldest checkpoint or after `last` strides. One pass over the checkpoints, for any number of
+    strides.
     """
     if every < 1:
         raise UsageError(f"--every must be at least 1 step, not {every}")
