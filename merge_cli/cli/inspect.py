@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.options import Checkpoints, Json
 
 if TYPE_CHECKING:
     from merge_cli.features.inspect import Report
 
 
 def inspect_command(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint folders, files, or a run folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    checkpoints: Checkpoints,
+    as_json: Json = False,
 ) -> None:
     """Show the content of checkpoints and the differences between them. Reads headers only. Exit code 2 if one is broken.
 

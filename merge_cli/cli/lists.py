@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import InputError, UsageError
+from merge_cli.request.grid import EXAMPLE_LIST
 from merge_cli.stores.store import as_path
-
-_EXAMPLE = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last": 10, "at": 8000}]'
 
 
 def split_list(flag: str, text: str | None, expected: str = "values with commas between them") -> list[str]:
@@ -29,5 +28,5 @@ def read_list(path: str) -> list[Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) for each in entries):
-        raise UsageError(f"{path} does not hold a JSON array of objects", hint=f"as  {_EXAMPLE}")
+        raise UsageError(f"{path} does not hold a JSON array of objects", hint=f"as  {EXAMPLE_LIST}")
     return entries

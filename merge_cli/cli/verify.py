@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.options import Json, Quiet
 from merge_cli.errors import UsageError
 
 
@@ -17,10 +18,10 @@ def verify_command(
         bool, typer.Option("--against-inputs", help="Compute tensors again from the inputs, and compare bits.")
     ] = False,
     sample: Annotated[
-        str | None, typer.Option(help="Tensors to compute again, drawn at random: a number, or all. [default: 64]")
+        str | None, typer.Option(metavar="N", help="Tensors to compute again, drawn at random, or all. [default: 64]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only failed checks, on stderr.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check headers, sizes, sha256, index and side files of a result; exit code 0 only if all are right.
 
@@ -28,11 +29,11 @@ def verify_command(
     """
     from merge_cli.features.verify import verify
 
-    count = _parse_sample(sample)
+    given: dict[str, Any] = {} if sample is None else {"sample": _parse_sample(sample)}
     if sample is not None and not against_inputs:
         raise UsageError("--sample is the number of tensors to compute again", hint="add --against-inputs")
     with console.ProgressLine(quiet) as line:
-        found = verify(output, against_inputs=against_inputs, sample=count, on_progress=line.update)
+        found = verify(output, against_inputs=against_inputs, **given, on_progress=line.update)
     if as_json:
         console.out_json(
             {
@@ -64,9 +65,9 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _parse_sample(text: str | None) -> int | None:
+def _parse_sample(text: str) -> int | None:
     if text == "all":
         return None
-    if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
         raise UsageError(f"--sample cannot be {text!r}", details=["expected  a number of tensors, or all"], hint="--sample 64")
-    return 64 if text is None else int(text)
+    return int(text)

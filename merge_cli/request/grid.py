@@ -85,13 +85,13 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return name, parameters
 
 
-_EXAMPLE = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last": 10, "at": 8000}]'
+EXAMPLE_LIST = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "last": 10, "at": 8000}]'
 
 
 def entry(given: object) -> Combination:
     """The combination of an object with options of `pmerge average`, `at` and an optional `name`. Raises UsageError."""
     if not isinstance(given, dict):
-        raise UsageError(f"an entry of the list is {str(given)[:60]}, expected an object", hint=_EXAMPLE)
+        raise UsageError(f"an entry of the list is {str(given)[:60]}, expected an object", hint=EXAMPLE_LIST)
     options_by_word = {each.flag.removeprefix("--"): name for name, each in (SELECTION | PARAMETERS).items()}
     options = {options_by_word.get(key) or key.replace("-", "_"): value for key, value in given.items()}
     unknown = sorted(options.keys() - {"method", "name"} - SELECTION.keys() - PARAMETERS.keys())
@@ -102,7 +102,7 @@ def entry(given: object) -> Combination:
         )
     name, method = options.get("name", ""), options.get("method", implied_method(options, DEFAULT))
     if not isinstance(method, str) or not isinstance(name, str):
-        raise UsageError("method and name are words", hint=_EXAMPLE)
+        raise UsageError("method and name are words", hint=EXAMPLE_LIST)
     parameters = {key: value for key, value in options.items() if key in PARAMETERS}
     return combination(method, parameters, {key: value for key, value in options.items() if key in SELECTION}, name)
 
