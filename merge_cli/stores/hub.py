@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from merge_cli.errors import ChangedError, InputError, StoreError, first_ten
 from merge_cli.stores.http import Answer, HttpClient
@@ -104,7 +104,10 @@ class HubSource:
         size = answer.headers.get("X-Linked-Size") or (answer.headers.get("Content-Length") if answer.status == 200 else None)
         if size is not None and size != str(self.num_bytes):
             raise ChangedError(f"{self.path} has {size} bytes by its link, and {self.num_bytes} by its listing", offset=0)
-        return location or answer.url
+        link = urljoin(answer.url, location or "")
+        if self._url.startswith("https://") and not link.startswith("https://"):
+            raise StoreError(f"{self.path} would be read without encryption, from {urlsplit(link).hostname}")
+        return link
 
 
 class HubStore:

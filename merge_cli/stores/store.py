@@ -20,7 +20,11 @@ from merge_cli.errors import InputError
 
 StrPath = str | os.PathLike[str]
 
-STORES = {"": "merge_cli.stores.local", "hf": "merge_cli.stores.hub"}
+STORES = {
+    "": "merge_cli.stores.local",
+    "hf": "merge_cli.stores.hub",
+    **dict.fromkeys(("s3", "gs", "az"), "merge_cli.stores.object_store"),
+}
 """Scheme -> the module whose `STORE` reads such paths, imported when it is needed; "" is this machine."""
 
 Kind = Literal["file", "folder", "broken link", "other"]

@@ -1,14 +1,16 @@
-"""A Hub on loopback that `hf://` reads from, with no cache and no token of the machine's own."""
+"""A Hub and an S3 server on loopback that `hf://` and `s3://` read from, with nothing of the machine's own: cache, tokens, keys."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from s3_server import S3Server
 
-from merge_cli.stores import http, hub
+from merge_cli.stores import http, hub, object_store
 
 
 @pytest.fixture
@@ -26,3 +28,22 @@ def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubS
         monkeypatch.setattr(hub, "STORE", store)
         yield server
         store.client.close()
+
+
+@pytest.fixture
+def s3_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    pytest.importorskip("obstore")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
+    with S3Server() as server:
+        for name, value in {
+            "ACCESS_KEY_ID": "x",
+            "SECRET_ACCESS_KEY": "y",
+            "REGION": "us-east-1",
+            "ENDPOINT_URL": server.url,
+        }.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setattr(object_store, "STORE", object_store.ObjectStore())
+        yield server

@@ -11,6 +11,7 @@ from pathlib import Path
 import memory_store
 import pytest
 from hub_server import HubServer
+from s3_server import S3Server
 
 from merge_cli.errors import ChangedError, InputError
 from merge_cli.stores import store as stores
@@ -67,7 +68,18 @@ def hub(hub_server: HubServer) -> Place:
     return Place("hf://org/model@main", change)
 
 
-@pytest.fixture(params=["local", "memory", "hub"])
+@pytest.fixture
+def s3(s3_server: S3Server) -> Place:
+    s3_server.objects |= {f"bucket/root/{name}": content for name, content in FILES.items()}
+
+    def change(name: str, content: bytes) -> None:
+        s3_server.objects[f"bucket/root/{name}"] = content
+        open_store("s3://").expand("s3://bucket")
+
+    return Place("s3://bucket/root", change)
+
+
+@pytest.fixture(params=["local", "memory", "hub", "s3"])
 def place(request: pytest.FixtureRequest) -> Place:
     found: Place = request.getfixturevalue(request.param)
     return found
