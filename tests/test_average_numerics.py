@@ -320,7 +320,7 @@ def test_dtypes_may_differ_between_checkpoints(tmp_path: Path) -> None:
     assert_within(merged, expect(run, "sma", {}, STEPS[:3], torch.float32))
 
 
-def neighbours() -> dict[str, Tensor]:
+def neighbors() -> dict[str, Tensor]:
     """Tensors that lie next to each other in one file, so that the engine may treat them in one go."""
     return {f"layers.{i}.weight": torch.randn(i + 3, 41).bfloat16() for i in range(60)}
 
@@ -328,7 +328,7 @@ def neighbours() -> dict[str, Tensor]:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("name", "position"), [("layers.0.weight", 0), ("layers.17.weight", -1), ("layers.59.weight", -1)])
 def test_nan_and_inf_are_refused_by_name(name: str, position: int, value: float, tmp_path: Path) -> None:
-    run = training_run(neighbours(), 3)
+    run = training_run(neighbors(), 3)
     run[1][name].view(-1)[position] = value
     paths = write_run(tmp_path / "run", run, shards=2)
     with pytest.raises(NonFiniteError) as refused:
@@ -339,7 +339,7 @@ def test_nan_and_inf_are_refused_by_name(name: str, position: int, value: float,
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_nan_and_inf_are_reported_when_allowed(threads: int, tmp_path: Path) -> None:
-    run = training_run(neighbours(), 3)
+    run = training_run(neighbors(), 3)
     run[0]["layers.3.weight"][2, 3] = torch.nan
     run[1]["layers.3.weight"][2, 4] = torch.inf
     run[2]["layers.40.weight"][-1, -1] = -torch.inf
@@ -358,7 +358,7 @@ def test_nan_and_inf_are_reported_when_allowed(threads: int, tmp_path: Path) -> 
 
 
 def test_of_several_nans_the_first_in_the_plan_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = training_run(neighbours(), 3)
+    run = training_run(neighbors(), 3)
     run[0]["layers.5.weight"][0, 0] = torch.nan
     run[2]["layers.2.weight"][0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"layers\.2\.weight") as refused:
@@ -377,7 +377,7 @@ def test_of_several_nans_the_first_in_the_plan_is_named(tmp_path: Path, monkeypa
 
 
 def test_nan_counts_are_in_the_manifest_and_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = training_run(neighbours(), 2)
+    run = training_run(neighbors(), 2)
     run[0]["layers.3.weight"][2, 3] = run[1]["layers.40.weight"][0, 0] = torch.nan
     paths = write_run(tmp_path / "run", run, shards=2)
     expected = {"layers.3.weight": 1, "layers.40.weight": 1}

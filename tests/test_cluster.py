@@ -168,7 +168,7 @@ def test_a_terabyte_on_hundreds_of_ranks_is_planned_in_a_moment() -> None:
 
 
 def chunks(todo: WorkItem, values: int) -> list[tuple[int, int, int]]:
-    """(run, first, end) of every chunk of quantised rows, or of elements."""
+    """(run, first, end) of every chunk of quantized rows, or of elements."""
     found = []
     for run, first, end in todo.parts():
         number = todo.file.extents.index(run)

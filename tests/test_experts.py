@@ -86,7 +86,7 @@ def test_transposed_experts_are_refused(tmp_path: Path) -> None:
             plan_average(paths)
 
 
-def test_single_quantised_experts_go_into_a_fused_base(tmp_path: Path) -> None:
+def test_single_quantized_experts_go_into_a_fused_base(tmp_path: Path) -> None:
     """Each expert is decoded into its rows of the fused tensor."""
     generator = torch.Generator().manual_seed(0)
     codec, (experts, wide, narrow) = Fp8(Grid(16, 16)), (3, 24, 40)

@@ -474,7 +474,7 @@ SEMANTIC: dict[str, tuple[Any, str]] = {
     "tied lm_head in only one": (change_newest(**{"lm_head.weight": torch.ones(2)}), "lm_head.weight"),
     "other shape": (change_newest(**{EXPERT: torch.ones(3)}), "disagree on the shape of `" + EXPERT),
     "float against integer": (change_newest(**{EXPERT: torch.ones(2, dtype=torch.int32)}), EXPERT),
-    "quantised against unquantised": (change_newest(**{EXPERT: torch.ones(2).to(torch.float8_e4m3fn)}), EXPERT),
+    "quantized against unquantized": (change_newest(**{EXPERT: torch.ones(2).to(torch.float8_e4m3fn)}), EXPERT),
 }
 
 

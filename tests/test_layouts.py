@@ -142,7 +142,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: object) -> No
         open_checkpoint(one)
 
 
-def test_quantised_codes_are_refused_by_name(tmp_path: Path) -> None:
+def test_quantized_codes_are_refused_by_name(tmp_path: Path) -> None:
     for step in (1, 2):
         codes = torch.ones(4, 4).to(torch.float8_e4m3fn)
         save_file({"q.weight": codes}, folder(tmp_path / f"step_{step}") / "model.safetensors")

@@ -56,7 +56,7 @@ def test_encoding_does_not_depend_on_the_chunks(case: Case) -> None:
         same(first, encoded(codec, values, shape, before, 1000))
 
 
-def test_requantising_what_was_decoded_gives_the_same_bytes(case: Case) -> None:
+def test_requantizing_what_was_decoded_gives_the_same_bytes(case: Case) -> None:
     codec, shape = case
     parts = random_parts(codec, shape)
     values = decoded(codec, parts, shape)
@@ -74,7 +74,7 @@ def test_averaging_a_checkpoint_with_itself_gives_the_same_bytes(case: Case, num
     same(parts, encoded(codec, total / torch.full_like(total, num_inputs), shape, parts, 1))
 
 
-def test_requantising_twice_changes_nothing(case: Case) -> None:
+def test_requantizing_twice_changes_nothing(case: Case) -> None:
     codec, shape = case
     once = encoded(codec, nasty_values(shape), shape, None, 1)
     values = decoded(codec, once, shape)
@@ -82,7 +82,7 @@ def test_requantising_twice_changes_nothing(case: Case) -> None:
     same(once, encoded(codec, values, shape, once, 1))
 
 
-def test_requantising_ordinary_values_stays_within_a_step(case: Case) -> None:
+def test_requantizing_ordinary_values_stays_within_a_step(case: Case) -> None:
     """Half a step of the coarsest code, relative to the block's largest value (all blocks share it here)."""
     codec, shape = case
     values = torch.randn(num_rows(shape), shape[-1], generator=torch.Generator().manual_seed(3))

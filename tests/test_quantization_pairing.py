@@ -1,4 +1,4 @@
-"""Headers and config.json to quantised tensors: what is paired, what is plain, what is refused and how."""
+"""Headers and config.json to quantized tensors: what is paired, what is plain, what is refused and how."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def find(tensors: Tensors, config: dict[str, Any] | None = None) -> Found:
 
 
 def only(tensors: Tensors, config: dict[str, Any] | None = None) -> tuple[str, tuple[int, ...], Codec]:
-    """The one quantised tensor of a checkpoint that also holds plain ones; every other stored tensor is its part."""
+    """The one quantized tensor of a checkpoint that also holds plain ones; every other stored tensor is its part."""
     found = find({**PLAIN, **tensors}, config)
     ((name, tensor),) = found.tensors.items()
     assert tensor.name == name
@@ -81,7 +81,7 @@ def test_an_ordinary_checkpoint_is_plain_whatever_its_names() -> None:
     assert find(tensors, {"model_type": "llama"}) == Found()
 
 
-def test_a_learned_scale_beside_quantised_tensors_stays_plain() -> None:
+def test_a_learned_scale_beside_quantized_tensors_stays_plain() -> None:
     tensors, _, _, _ = READ["DeepSeek-V3"]
     found = find({**tensors, "q_l2_clip.scale": ("F32", (4,)), "attn.k_scale": ("F32", ())}, FP8)
     assert set(found.owner) == set(tensors)
@@ -131,8 +131,8 @@ REFUSED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "an unknown packed weight": (
         {"a.weight": ("U8", (4, 8)), "a.weight_scale": ("BF16", (1,))}, {}, "format that is not read",
     ),
-    "both plain and quantised": (
-        {**READ["nvfp4"][0], "a.weight": ("BF16", (9, 96))}, {}, "both plain and quantised",
+    "both plain and quantized": (
+        {**READ["nvfp4"][0], "a.weight": ("BF16", (9, 96))}, {}, "both plain and quantized",
     ),
     "exponents that nobody announced": (
         {"a.weight": ("F8_E4M3", (9, 64)), "a.weight_scale": ("U8", (9, 2))}, {}, "dtype U8",
@@ -159,7 +159,7 @@ def test_other_methods_are_refused_even_without_their_tensors(method: str) -> No
         find(PLAIN, {"quantization_config": {"quant_method": method}})
 
 
-def test_a_config_without_quantised_tensors_is_no_mistake() -> None:
+def test_a_config_without_quantized_tensors_is_no_mistake() -> None:
     assert find(PLAIN, FP8) == Found()
 
 

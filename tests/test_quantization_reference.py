@@ -160,8 +160,8 @@ def test_gpt_oss_decodes_as_transformers_does() -> None:
         assert torch.equal(read(found, tensors).to(dtype), expected)
 
 
-def test_a_dequantised_gpt_oss_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
-    """A tiny real model: quantised by our codec, read by transformers; dequantised by our codec, read likewise."""
+def test_a_dequantized_gpt_oss_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
+    """A tiny real model: quantized by our codec, read by transformers; dequantized by our codec, read likewise."""
     from safetensors.torch import load_file, save_file
     from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors

@@ -1,4 +1,4 @@
-"""Quantised checkpoints through the whole tool: every scheme, dequantised or quantised again, mixed, sharded, streamed."""
+"""Quantized checkpoints through the whole tool: every scheme, dequantized or quantized again, mixed, sharded, streamed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from merge_cli.formats.quantization import Stored, find_quantized
 
 
 @pytest.mark.parametrize("case", READ)
-def test_dequantised_average_of_every_scheme(case: str, tmp_path: Path) -> None:
+def test_dequantized_average_of_every_scheme(case: str, tmp_path: Path) -> None:
     paths, values, name, _ = quantized_run(tmp_path / "run", case)
     result = average(paths, tmp_path / "out")
     merged = load(result.output)
@@ -41,7 +41,7 @@ def test_dequantised_average_of_every_scheme(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", READ)
-def test_requantised_copies_come_back_bit_for_bit(case: str, tmp_path: Path) -> None:
+def test_requantized_copies_come_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     """Merging a checkpoint with itself gives every byte of every weight file back, whatever the rule that made its scales."""
     parts = {**PLAIN, **stored_parts(case, 5)}
     names = list(parts)
@@ -58,7 +58,7 @@ def test_requantised_copies_come_back_bit_for_bit(case: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("case", READ)
-def test_requantised_average_of_every_scheme(case: str, tmp_path: Path) -> None:
+def test_requantized_average_of_every_scheme(case: str, tmp_path: Path) -> None:
     paths, values, name, codec = quantized_run(tmp_path / "run", case)
     result = average(paths, tmp_path / "out", requantize=True)
     assert read_layout(result.output) == read_layout(paths[-1])
@@ -84,7 +84,7 @@ def test_same_bytes_however_it_runs(case: str, requantize: bool, tmp_path: Path)
         assert digests(average(paths, tmp_path / str(number), memory=memory, threads=threads, **options).output) == plain
 
 
-def test_quantised_and_plain_checkpoints_of_a_run_mix(tmp_path: Path) -> None:
+def test_quantized_and_plain_checkpoints_of_a_run_mix(tmp_path: Path) -> None:
     case = "DeepSeek-V3"
     paths, values, name, _ = quantized_run(tmp_path / "run", case, 2)
     plain = write_quantized(tmp_path / "run" / "step_3", {name: values[0].bfloat16(), **PLAIN}, {})
@@ -96,11 +96,11 @@ def test_quantised_and_plain_checkpoints_of_a_run_mix(tmp_path: Path) -> None:
     assert torch.equal(load(other.output)[name], load(merged.output)[name])
     again = average([*paths, plain], tmp_path / "again", base=paths[0], requantize=True)
     assert read_layout(again.output) == read_layout(paths[0])
-    with pytest.raises(UsageError, match="not quantised"):
+    with pytest.raises(UsageError, match="not quantized"):
         plan_average([*paths, plain], requantize=True)
 
 
-def test_excluded_quantised_tensors_are_copied(tmp_path: Path) -> None:
+def test_excluded_quantized_tensors_are_copied(tmp_path: Path) -> None:
     paths, values, name, _ = quantized_run(tmp_path / "run", "DeepSeek-V3")
     merged = load(average(paths, tmp_path / "out", exclude=["a.*"], method="ema").output)
     assert torch.equal(merged[name], values[-1].bfloat16())
@@ -137,7 +137,7 @@ def test_activation_scales_are_dropped_or_must_agree(tmp_path: Path) -> None:
 
 
 def test_one_file_per_rank(tmp_path: Path) -> None:
-    """Every rank's file holds tensors of the same names, quantised each for itself."""
+    """Every rank's file holds tensors of the same names, quantized each for itself."""
     paths = []
     for step in (1, 2):
         folder = tmp_path / f"step_{step}"

@@ -77,7 +77,7 @@ def test_ranks_one_after_the_other_give_the_bytes_of_one_run(layout: str, world_
 
 @pytest.mark.parametrize("requantize", [False, True])
 @pytest.mark.parametrize("case", ["fp8 block", "nvfp4"])
-def test_quantised_checkpoints(case: str, requantize: bool, tmp_path: Path) -> None:
+def test_quantized_checkpoints(case: str, requantize: bool, tmp_path: Path) -> None:
     from schemes import READ
 
     name = next(name for name in READ if case.split()[0] in name.lower())

@@ -103,7 +103,7 @@ def test_each_output_of_any_grid_is_that_of_average(data: st.DataObject) -> None
 
 
 @pytest.mark.parametrize("case", ["DeepSeek-V3", "scales in BF16"])
-def test_quantised_runs_are_dequantised_as_by_average(case: str, tmp_path: Path) -> None:
+def test_quantized_runs_are_dequantized_as_by_average(case: str, tmp_path: Path) -> None:
     paths, *_ = quantized_run(tmp_path / "run", case, 4)
     asked = {"methods": ["sma", "ema:0.3"], "last": [2, 3], "at": [3, 4]}
     assert assert_each_is_that_of_average(paths, tmp_path, tmp_path / "out", asked) == 8

@@ -252,7 +252,7 @@ def test_any_run_can_be_computed_again(tmp_path: Path, layout: str, options: dic
 
 @pytest.mark.parametrize("requantize", [False, True])
 @pytest.mark.parametrize("case", ["DeepSeek-V3", "nvfp4", "gpt-oss", "packed int4, asymmetric", "per tensor"])
-def test_quantised_weights_are_computed_again(tmp_path: Path, case: str, requantize: bool) -> None:
+def test_quantized_weights_are_computed_again(tmp_path: Path, case: str, requantize: bool) -> None:
     paths, *_ = quantized_run(tmp_path, case)
     out = average(paths, tmp_path / "out", method="wma", requantize=requantize).output
     found = verify(out, against_inputs=True)

@@ -164,7 +164,7 @@ def _ties(values: torch.Tensor) -> torch.Tensor:
 
 
 def round_to_odd(values: torch.Tensor) -> torch.Tensor:
-    """float64 to float32, inexact results rounded to the neighbour with an odd last bit.
+    """float64 to float32, inexact results rounded to the neighbor with an odd last bit.
 
     Rounding that to 16 bits gives what rounding the float64 directly would: torch itself goes by way of float32 and rounds twice.
     """

@@ -73,7 +73,7 @@ class CudaQueues:
 
 
 class CudaStream:
-    """One stream for a worker's quantised tensors, which are decoded and encoded on it, and two pinned buffers to read into.
+    """One stream for a worker's quantized tensors, which are decoded and encoded on it, and two pinned buffers to read into.
 
     While the device decodes one part the next is read; the other workers have streams of their own.
     """

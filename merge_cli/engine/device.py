@@ -38,7 +38,7 @@ class Device:
         return CudaQueues(self.torch)
 
     def stream(self) -> CudaStream | None:
-        """A new stream for the quantised tensors of one worker; None on the CPU."""
+        """A new stream for the quantized tensors of one worker; None on the CPU."""
         from merge_cli.engine.cuda import CudaStream
 
         return CudaStream(self.torch) if self.is_accelerator else None

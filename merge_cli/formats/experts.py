@@ -107,7 +107,7 @@ def _slices(fused: str, tensor: Logical, pieces: Mapping[str, Logical], where: s
     _check_shapes(fused, tensor, pieces, where)
     if not isinstance(tensor, Stored):
         raise UnsupportedError(
-            f"`{fused}` in {where} is quantised ({dtype_of(tensor)}) and fused, the base holds single experts: not mapped",
+            f"`{fused}` in {where} is quantized ({dtype_of(tensor)}) and fused, the base holds single experts: not mapped",
             hint="use a fused checkpoint as the base:  --base PATH",
         )
     slices: dict[str, Logical] = {}
@@ -125,7 +125,7 @@ def _stack(fused: str, base: Logical, pieces: Mapping[str, Logical], where: str)
     _check_shapes(fused, base, pieces, where)
     if isinstance(base, Coded):
         raise UnsupportedError(
-            f"`{fused}` in the base is quantised ({dtype_of(base)}) and fused, {where} holds single experts: not mapped",
+            f"`{fused}` in the base is quantized ({dtype_of(base)}) and fused, {where} holds single experts: not mapped",
             hint=f"use that checkpoint as the base:  --base {where}",
         )
     return Stacked(shape_of(base), tuple(piece for piece in pieces.values() if not isinstance(piece, Stacked)))

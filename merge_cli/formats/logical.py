@@ -1,6 +1,6 @@
-"""A checkpoint's tensors as what they mean: plain ones as they are stored, quantised ones as one tensor of values.
+"""A checkpoint's tensors as what they mean: plain ones as they are stored, quantized ones as one tensor of values.
 
-A quantised weight is stored as codes and scales, in one shard or in several. Here it becomes one `Coded` tensor under the name and
+A quantized weight is stored as codes and scales, in one shard or in several. Here it becomes one `Coded` tensor under the name and
 the shape of its values; scales are no tensors of their own, so that none can ever be averaged by itself.
 """
 
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 class Coded(NamedTuple):
-    """A quantised tensor: the `shape` of its values, and where its parts (codes, scales ...) are stored, by role."""
+    """A quantized tensor: the `shape` of its values, and where its parts (codes, scales ...) are stored, by role."""
 
     shape: Shape
     codec: Codec
@@ -42,7 +42,7 @@ def shape_of(tensor: Logical) -> Shape:
 
 
 def dtype_of(tensor: Logical) -> str:
-    """The safetensors dtype; for a quantised tensor its scheme."""
+    """The safetensors dtype; for a quantized tensor its scheme."""
     if isinstance(tensor, Stored):
         return tensor.info.dtype
     return tensor.codec.scheme if isinstance(tensor, Coded) else dtype_of(tensor.pieces[0])
@@ -66,8 +66,8 @@ def file_of(tensor: Logical) -> str:
 class View:
     """The tensors of a checkpoint by key, in stored order.
 
-    `owner` gives, for the key of each stored part of a quantised tensor, the key of that tensor; `activation_scales` are the keys
-    of calibrated scales, which belong to the quantised form only.
+    `owner` gives, for the key of each stored part of a quantized tensor, the key of that tensor; `activation_scales` are the keys
+    of calibrated scales, which belong to the quantized form only.
     """
 
     checkpoint: Checkpoint
@@ -78,7 +78,7 @@ class View:
 
     @property
     def schemes(self) -> dict[str, int]:
-        """How many tensors are quantised by which scheme."""
+        """How many tensors are quantized by which scheme."""
         counts: dict[str, int] = {}
         for key in dict.fromkeys(self.owner.values()):
             scheme = dtype_of(self.tensors[key])
@@ -87,14 +87,14 @@ class View:
 
     @property
     def num_parameters(self) -> int:
-        """The values of all tensors, quantised ones counted as what they stand for."""
+        """The values of all tensors, quantized ones counted as what they stand for."""
         return sum(math.prod(shape_of(tensor)) for tensor in self.tensors.values())
 
 
 def view(checkpoint: Checkpoint, seen: dict[object, Found] | None = None) -> View:
     """What the tensors of `checkpoint` mean; `seen` shares the pairing between checkpoints with equal headers and configs.
 
-    Raises UnsupportedError, naming scheme and tensor, for what is quantised and cannot be read.
+    Raises UnsupportedError, naming scheme and tensor, for what is quantized and cannot be read.
     """
     if checkpoint.layout != "ranks":
         return _view(checkpoint, "", checkpoint.tensors, {} if seen is None else seen)

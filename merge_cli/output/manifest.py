@@ -96,7 +96,7 @@ def total_tensor_bytes(plan: MergePlan) -> int:
 def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, FileRecord]:
     """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless that is "keep".
 
-    The config of a checkpoint that is no longer quantised does not say that it is. Returns size and sha256 of what was written.
+    The config of a checkpoint that is no longer quantized does not say that it is. Returns size and sha256 of what was written.
     """
     written: dict[str, FileRecord] = {}
     if base.root is None:

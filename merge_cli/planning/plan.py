@@ -117,7 +117,7 @@ class Extent:
 
 
 class PartLocation(NamedTuple):
-    """Where one part (codes, scales ...) of a quantised tensor lies in an input."""
+    """Where one part (codes, scales ...) of a quantized tensor lies in an input."""
 
     role: str
     file: WeightFile
@@ -126,14 +126,14 @@ class PartLocation(NamedTuple):
 
 
 class QuantizedSource(NamedTuple):
-    """A quantised tensor in one input: `parts` are read, `codec` makes float32 of them."""
+    """A quantized tensor in one input: `parts` are read, `codec` makes float32 of them."""
 
     codec: Codec
     parts: tuple[PartLocation, ...]
 
 
 class PartOffset(NamedTuple):
-    """Where a tensor, or one part of a quantised one, begins in the output file; `role` is empty for plain values."""
+    """Where a tensor, or one part of a quantized one, begins in the output file; `role` is empty for plain values."""
 
     role: str
     offset: int
@@ -141,7 +141,7 @@ class PartOffset(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedExtent:
-    """One tensor, quantised in an input or in the output: `shape` of its values, one source an input (only the base's for a copy).
+    """One tensor, quantized in an input or in the output: `shape` of its values, one source an input (only the base's for a copy).
 
     Plain values of `dtype` are written to the one sink, or, where `codec` is given, the parts that `encode` makes, each to the sink
     of its role. A part that belongs into another output file is not written here: that file has this run too.
@@ -342,7 +342,7 @@ class Output:
 class MergePlan:
     """K outputs from N inputs that share one layout, the base's. `steps` and `inputs` run from oldest to newest.
 
-    `dequantized`: the base is quantised and the output is not, so config.json and side files must not say that it is. `notes` tell
+    `dequantized`: the base is quantized and the output is not, so config.json and side files must not say that it is. `notes` tell
     what happens to tensors that are not simply averaged, `warnings` what may be wrong.
     """
 
@@ -441,7 +441,7 @@ class ExtentBuilder:
         self._next = [(source.file, source.offset + size, source.dtype) for source, size in pairs]
 
     def add_quantized(self, extent: QuantizedExtent) -> None:
-        """Add the run of a quantised tensor."""
+        """Add the run of a quantized tensor."""
         self._close()
         self.extents.append(extent)
 

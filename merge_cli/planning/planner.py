@@ -1,8 +1,8 @@
 """From opened checkpoints to a plan: what happens to each tensor, and where each byte goes.
 
 Works on names, shapes and dtypes only; a tensor that nobody has heard of is averaged like any other. Every tensor of the base is
-in the plan, under its own name and shape, in the order of the base's files. Quantised tensors are planned as what they mean
-(`formats/logical.py`): written as plain values, or, on request, quantised again in the base's way.
+in the plan, under its own name and shape, in the order of the base's files. Quantized tensors are planned as what they mean
+(`formats/logical.py`): written as plain values, or, on request, quantized again in the base's way.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def build_plan(
     check_same_tensors(inputs, [_compared(spec, each, averaged) for each in tensors], steps, base)
     if spec.requantize and not views[base].owner:
         raise UsageError(
-            f"--requantize writes the weights as the base has them, and {inputs[base].path} is not quantised",
-            hint="leave --requantize out, or name a quantised checkpoint:  --base PATH",
+            f"--requantize writes the weights as the base has them, and {inputs[base].path} is not quantized",
+            hint="leave --requantize out, or name a quantized checkpoint:  --base PATH",
         )
     entries = list(_entries(spec, views[base], tensors[base], base, len(inputs), averaged))
     _check_something_is_averaged(spec, entries, len(inputs))
@@ -157,13 +157,13 @@ def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Se
     for other in views:
         if other.owner and (other is views[base] or not views[base].owner):
             schemes = ", ".join(f"{count} tensors {scheme}" for scheme, count in other.schemes.items())
-            notes.append(f"{other.checkpoint.path} is quantised: {schemes}; read as codes times scales")
+            notes.append(f"{other.checkpoint.path} is quantized: {schemes}; read as codes times scales")
     if views[base].owner and spec.requantize:
-        notes.append("the averages are quantised again in the same way, with new scales where values changed")
+        notes.append("the averages are quantized again in the same way, with new scales where values changed")
     elif views[base].owner:
         dtype = OUTPUT_DTYPES.get(spec.dtype, DEQUANTIZED)
         dropped = f" and {len(views[base].activation_scales)} activation scales" if views[base].activation_scales else ""
-        notes.append(f"dequantised weights are written as {dtype}; scales{dropped} and quantization_config are left out")
+        notes.append(f"dequantized weights are written as {dtype}; scales{dropped} and quantization_config are left out")
     biases = [entry.name for entry in entries if entry.name.endswith(ROUTER_BIAS) and entry.kind == "average"]
     if biases:
         dtypes = "/".join(sorted({entry.dtype for entry in entries if entry.name in biases}))
@@ -215,7 +215,7 @@ def _entries(
             yield Entry(key, name, file, info.dtype, info.shape, equal_kind, equal)
     if codes:
         raise UnsupportedError(
-            f"{len(codes)} tensors hold quantised codes, and nothing says what they mean",
+            f"{len(codes)} tensors hold quantized codes, and nothing says what they mean",
             details=first_ten(codes),
             hint="average the bf16 or fp32 checkpoints of the run instead, or copy these from the base:  --exclude GLOB",
         )
@@ -340,7 +340,7 @@ def _add_plain(
 
 
 def _as_stored(entry: Entry, stored: Mapping[str, Stored], tensors: Mapping[str, Logical]) -> Stored:
-    """The stored tensor that `entry` takes over: the one it means, or a part of a quantised one that goes by its own name."""
+    """The stored tensor that `entry` takes over: the one it means, or a part of a quantized one that goes by its own name."""
     tensor = tensors.get(entry.key)
     if isinstance(tensor, Coded):
         return dict(tensor.parts)[entry.role]
@@ -385,7 +385,7 @@ def _rows_of(tensor: Logical, begin: int, rows: int, columns: int) -> Stored:
     """Rows of the 2-D view of a plain tensor as a tensor of their own."""
     if not isinstance(tensor, Stored):
         raise UnsupportedError(
-            f"fused quantised experts ({dtype_of(tensor)}, {file_of(tensor)}) cannot be read together with single experts",
+            f"fused quantized experts ({dtype_of(tensor)}, {file_of(tensor)}) cannot be read together with single experts",
             hint="leave one of the two kinds of checkpoints out",
         )
     bits = columns * DTYPES[tensor.info.dtype].bits
@@ -396,7 +396,7 @@ def _rows_of(tensor: Logical, begin: int, rows: int, columns: int) -> Stored:
 def _quantized_extent(
     parts: Sequence[Entry], header: Header, tensors: Sequence[Mapping[str, Logical]], base: int
 ) -> QuantizedExtent:
-    """The run that fills those parts of a requantised tensor that lie in this file."""
+    """The run that fills those parts of a requantized tensor that lie in this file."""
     entry = parts[0]
     tensor = tensors[base][entry.key]
     assert isinstance(tensor, Coded)
@@ -419,7 +419,7 @@ def _extent(
             sources.append(Location(tensor.file, tensor.offset, tensor.info.dtype))
         else:
             raise UnsupportedError(
-                f"`{entry.key}` is quantised and fused in one checkpoint, {file_of(tensor)} holds single experts",
+                f"`{entry.key}` is quantized and fused in one checkpoint, {file_of(tensor)} holds single experts",
                 hint="leave one of the two kinds of checkpoints out",
             )
     codec = None if like is None else like.codec

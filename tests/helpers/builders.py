@@ -158,7 +158,7 @@ def perturbed(tensors: Mapping[str, Tensor], seed: int, noise: float = 0.02) -> 
 
 
 def training_run(tensors: Mapping[str, Tensor], count: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """`count` checkpoints of a run that starts near `tensors`: neighbours are close to each other."""
+    """`count` checkpoints of a run that starts near `tensors`: neighbors are close to each other."""
     run = [perturbed(tensors, seed)]
     while len(run) < count:
         run.append(perturbed(run[-1], seed + len(run)))

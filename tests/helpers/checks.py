@@ -1,7 +1,7 @@
 """What the engine may answer: for every element the smallest and the largest value that a correct run can give.
 
 Most of these intervals are a single value. sma and wma: the exact mean, rounded once, wherever the integer sum is exact in the
-accumulator. Other coefficients: the float64 sum, rounded once, unless it lies so close to the midpoint of two neighbours that the
+accumulator. Other coefficients: the float64 sum, rounded once, unless it lies so close to the midpoint of two neighbors that the
 rounding errors of the accumulator decide. Outside these cases an interval follows from the usual bound on a sum's error.
 """
 
@@ -18,7 +18,7 @@ Interval = tuple[Tensor, Tensor]
 
 
 def ordered(values: Tensor) -> Tensor:
-    """Integers [elements] in the order of the floats, neighbours one apart, -0 just below +0."""
+    """Integers [elements] in the order of the floats, neighbors one apart, -0 just below +0."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     bits = values.flatten().view(integer).long()
     return torch.where(bits < 0, ~(bits & torch.iinfo(integer).max), bits)

@@ -157,7 +157,7 @@ def failing(error: BaseException) -> Callable[[], object]:
 
 @dataclass(frozen=True)
 class FakeDevice(Device):
-    """An accelerator for plain tensors; what is quantised is computed on the CPU."""
+    """An accelerator for plain tensors; what is quantized is computed on the CPU."""
 
     world: World = field(default_factory=World)
 

@@ -2,7 +2,7 @@
 
 `exact_mean` is the true answer for integer numerators (sma, wma): the rational mean of the stored values,
 rounded once to nearest even. The integer sum is taken in float64 with an error-free check of every
-addition, the quotient is compared with the midpoint of two neighbours without rounding, and elements that
+addition, the quotient is compared with the midpoint of two neighbors without rounding, and elements that
 fail the check are redone with `fractions`. (Multiplying by a rounded 1/N, even in float64, breaks exact
 ties: up to 3 % of the elements of a bf16 mean of six.) `weighted_sum` is for real coefficients: a float64
 sum, rounded once and directly, not by way of float32.
@@ -47,7 +47,7 @@ def round_quotient(total: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
         return quotient
     precision, min_exponent = FORMATS[dtype]
     exponent = (torch.frexp(quotient).exponent - 1).clamp(min=min_exponent).long() - (precision - 1)
-    unit = ((exponent + 1023) << 52).view(torch.float64)  # 2^exponent: the gap between neighbours
+    unit = ((exponent + 1023) << 52).view(torch.float64)  # 2^exponent: the gap between neighbors
     low = (quotient / unit).floor()
     midpoint_2 = (2 * low + 1) * unit * divisor  # twice the midpoint, times the divisor: exact in float64
     up = (2 * total > midpoint_2) | ((2 * total == midpoint_2) & (low % 2 == 1))

@@ -58,7 +58,7 @@ class Accumulator:
         clean.copy_(is_clean(output))
 
     def _rounded_to_odd(self, total: Tensor) -> Tensor:
-        """`total` (float64, overwritten) as float32, inexact results rounded to the neighbour with an odd last bit.
+        """`total` (float64, overwritten) as float32, inexact results rounded to the neighbor with an odd last bit.
 
         See `arithmetic.store`. The difference to the nearest float32 is exact, and its sign says on which side `total` lies.
         """

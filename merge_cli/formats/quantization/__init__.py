@@ -1,4 +1,4 @@
-"""Quantised checkpoints: stored tensors to float32 and back, a codec per scheme.
+"""Quantized checkpoints: stored tensors to float32 and back, a codec per scheme.
 
 `find_quantized` pairs codes with their scales from headers alone and imports no torch; a `Codec` turns bytes
 into float32 rows and rows into bytes. A scale is never averaged by itself. See `codec.py` for the contract.

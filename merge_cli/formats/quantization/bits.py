@@ -1,4 +1,4 @@
-"""Bytes to float32 and back for the number formats inside quantised checkpoints (torch).
+"""Bytes to float32 and back for the number formats inside quantized checkpoints (torch).
 
 Only table look-ups, integer operations and IEEE 754 single operations, so that CPU and CUDA give the same
 bits: divisions are tensor by tensor (CUDA multiplies by the reciprocal where the divisor is a Python number),

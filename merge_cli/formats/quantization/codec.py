@@ -1,6 +1,6 @@
-"""What a quantisation scheme must do for the engine, and what pairing hands over.
+"""What a quantization scheme must do for the engine, and what pairing hands over.
 
-A quantised tensor is stored as several tensors (its parts: codes, scales, zero points), which may lie in
+A quantized tensor is stored as several tensors (its parts: codes, scales, zero points), which may lie in
 different shards. The engine sees one logical tensor: a 2-D view of `rows` = product of all dimensions but the
 last, and `columns` = the last one. It works through it in chunks of rows whose first row is a multiple of
 `row_step`:
@@ -21,7 +21,7 @@ Schemes whose scale spans more than a chunk have `needs_stats`: a first pass ove
 `stats` for each chunk, combines the results with elementwise `torch.maximum`, and hands the outcome to
 `encode`.
 
-`base` is what makes requantising faithful. It holds the parts of the base checkpoint (any one input) for the
+`base` is what makes requantizing faithful. It holds the parts of the base checkpoint (any one input) for the
 same rows. A block whose merged values already lie on the base's grid keeps the base's scale, so merging a
 checkpoint with itself gives its bytes back whatever rule once produced its scales. Every other block, and
 every block when `base` is None, gets a new scale by the scheme's published rule. Not guaranteed: the sign of
@@ -71,8 +71,8 @@ class Stored:
 class QuantizedTensor:
     """A logical tensor and the stored tensors that it is made of.
 
-    `name` and `shape` are those of the dequantised tensor; `parts` are pairs of role and stored name, codes
-    first. Equal for two checkpoints exactly if they are quantised alike.
+    `name` and `shape` are those of the dequantized tensor; `parts` are pairs of role and stored name, codes
+    first. Equal for two checkpoints exactly if they are quantized alike.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Found:
     """What `find_quantized` found: stored names that are neither in `owner` nor activation scales are plain tensors.
 
     tensors: by logical name, in the order of the first stored part. owner: stored name -> logical name, for
-    every part of every quantised tensor. activation_scales: stored names of calibrated scales of activations
+    every part of every quantized tensor. activation_scales: stored names of calibrated scales of activations
     and KV caches (`input_scale`, `k_scale`, ...).
-      They belong to the quantised form and describe one checkpoint's activations. A dequantised output leaves
-      them out; a requantised one copies them if all inputs agree and otherwise has to be refused (calibrate
+      They belong to the quantized form and describe one checkpoint's activations. A dequantized output leaves
+      them out; a requantized one copies them if all inputs agree and otherwise has to be refused (calibrate
       anew). None where no tensor is quantized: they are tensors like others then.
     leftover_config: config.json declares a quantization of which the tensors show nothing.
     """

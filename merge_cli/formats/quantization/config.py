@@ -1,4 +1,4 @@
-"""What config.json says about quantisation, and what a config of a dequantised checkpoint must no longer say.
+"""What config.json says about quantization, and what a config of a dequantized checkpoint must no longer say.
 
 Names and dtypes in the headers decide what a tensor is; the config adds what they cannot show: block sizes,
 bit widths, whether scales are powers of two. A method that pmerge does not read is refused here, by its name.
@@ -13,10 +13,10 @@ from typing import Any
 from merge_cli.errors import UnsupportedError
 
 QUANTIZATION_SIDE_FILES = ("hf_quant_config.json",)
-"""Files beside the weights that describe the quantised form; a dequantised checkpoint must not carry them."""
+"""Files beside the weights that describe the quantized form; a dequantized checkpoint must not carry them."""
 
 TO_BF16 = (
-    "average the BF16 checkpoints that these were quantised from, or convert each to BF16 "
+    "average the BF16 checkpoints that these were quantized from, or convert each to BF16 "
     "with the tool that wrote it and average those"
 )
 
@@ -32,7 +32,7 @@ _REFUSED_FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """How one config group of compressed-tensors quantises weights."""
+    """How one config group of compressed-tensors quantizes weights."""
 
     num_bits: int
     is_float: bool
@@ -44,7 +44,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The quantisation config, as far as pairing needs it. `method` is empty if there is none.
+    """The quantization config, as far as pairing needs it. `method` is empty if there is none.
 
     block: FP8 block size; ue8m0: scales are powers of two; groups: those of compressed-tensors; kv_cache: the
     KV cache has calibrated scales; restricted_int4: Kimi's codes -7..7 (its config does not say so).
@@ -62,7 +62,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     """Settings from a parsed config.json; raises UnsupportedError naming a method that cannot be read."""
     found = [section for section in _sections(config) if section]
     if "quantization" in config and not found:
-        raise _refused("MLX quantisation (`quantization` in config.json)")
+        raise _refused("MLX quantization (`quantization` in config.json)")
     if not found:
         return Settings()
     methods = {_method(section) for section in found}
@@ -90,7 +90,7 @@ def without_declared_quantization(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of a parsed config.json without its quantisation sections, at any depth (`text_config` too)."""
+    """A deep copy of a parsed config.json without its quantization sections, at any depth (`text_config` too)."""
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -102,7 +102,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sections(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Every quantisation section, outermost first."""
+    """Every quantization section, outermost first."""
     if not isinstance(value, Mapping):
         return
     for key in _KEYS:
@@ -127,7 +127,7 @@ def _method(section: Mapping[str, Any]) -> str:
 
 
 def _groups(section: Mapping[str, Any]) -> Iterator[Group]:
-    """The config groups that quantise weights; raises UnsupportedError for formats and transforms that are not read."""
+    """The config groups that quantize weights; raises UnsupportedError for formats and transforms that are not read."""
     transforms = section.get("transform_config") or {}
     if transforms.get("config_groups"):
         raise _refused("compressed-tensors with rotated weights (`transform_config`)")
@@ -171,7 +171,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 def _refused(what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"config.json declares a quantisation that cannot be averaged: {what}",
+        f"config.json declares a quantization that cannot be averaged: {what}",
         details=["readable: " + ", ".join(sorted(_READABLE))],
         hint=TO_BF16,
     )

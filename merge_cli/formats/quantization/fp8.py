@@ -13,7 +13,7 @@ New scales: amax / 448 of the block, rounded to the scale's dtype before the cod
 of an all-zero block is 1); rounded up to a power of two ("ceil": DeepSeek's ue8m0); or compressed-tensors' MX
 exponent ("mx"). Codes: value / scale, clamped to +-448, rounded to nearest even.
 
-Requantising what was just decoded gives the same codes, and with `base` the same scales. Without `base`: the
+Requantizing what was just decoded gives the same codes, and with `base` the same scales. Without `base`: the
 same scales where the block's largest code is +-448 (ue8m0: above 224) and the scale has at most 21
 significant bits (BF16, powers of two); F32 scales may then differ in the last bit, and a block whose largest
 code is not 448 gets another scale, hence other values (up to 1/16 relative).

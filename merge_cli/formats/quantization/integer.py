@@ -13,7 +13,7 @@ scale, rounded, where 0 always lies between min and max. The scale of an all-zer
 scale + zero point, clamped, rounded to nearest even. `lowest` -7 stands for the symmetric range that Kimi's
 training used: amax / 7, codes -7..7.
 
-Requantising what was just decoded is the identity with `base`. Without it: for `lowest` = -7 if a code of the
+Requantizing what was just decoded is the identity with `base`. Without it: for `lowest` = -7 if a code of the
 group is +-7; else not, since amax / 7.5 of a group whose largest code is 7 is a smaller scale (same codes,
 values times 14/15).
 

@@ -15,7 +15,7 @@ scale are clamped), "round" the same with amax of 1.75 * 2^n rounded up to the n
 (compressed-tensors), "ceil" the smallest with amax <= 6 times the scale (DeepSeek). Codes: nearest, ties to
 the even code.
 
-Requantising what was just decoded gives the same values by any of the rules, with `base` also the same bytes;
+Requantizing what was just decoded gives the same values by any of the rules, with `base` also the same bytes;
 without `base` a group whose largest code is below 4 gets a smaller exponent and larger codes for the same
 values.
 """

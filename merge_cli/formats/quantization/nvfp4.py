@@ -10,7 +10,7 @@ becomes 0.125 (ModelOpt 1). Codes: value / (scale / global), clamped to +-6, nea
 
 With `base`, the base's global scale stays as long as it covers the merged tensor. Engines read the layers
 that they fuse (q, k, v; gate, up) with one global scale, so checkpoints are written with equal ones, and
-averaging must not tell them apart. Requantising what was just decoded is then the identity. Without `base` it
+averaging must not tell them apart. Requantizing what was just decoded is then the identity. Without `base` it
 is not: the global scale is recomputed from a rounded maximum, which can move group scales by one step of
 E4M3.
 

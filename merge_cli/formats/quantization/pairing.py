@@ -1,8 +1,8 @@
-"""Which stored tensors make up which quantised tensor, from names, dtypes and shapes alone (no torch).
+"""Which stored tensors make up which quantized tensor, from names, dtypes and shapes alone (no torch).
 
-Every stored tensor ends up in one of three places: a part of a quantised tensor, an activation scale, or
-plain. What looks quantised but cannot be read, codes without a scale and scales without codes raise
-UnsupportedError with the scheme, the tensor and what to do. Names alone never make a tensor quantised:
+Every stored tensor ends up in one of three places: a part of a quantized tensor, an activation scale, or
+plain. What looks quantized but cannot be read, codes without a scale and scales without codes raise
+UnsupportedError with the scheme, the tensor and what to do. Names alone never make a tensor quantized:
 `logit_scale`, `attn.scale` and `layer_scale.weight` in BF16 are plain.
 
 Two passes keep 150,000 tensors within about a second: one over all names with cheap tests, one over those
@@ -65,7 +65,7 @@ _LEFTOVERS = (
 def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any]) -> Found:
     """Pair codes with scales in one checkpoint: `tensors` by stored name (over all shards), parsed config.json.
 
-    Raises UnsupportedError, naming scheme and tensor, for whatever is quantised and cannot be read.
+    Raises UnsupportedError, naming scheme and tensor, for whatever is quantized and cannot be read.
     """
     suspects = [
         name
@@ -87,7 +87,7 @@ def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any])
     for candidate in _candidates(suspects, tensors, settings):
         tensor = _pair(candidate, settings, matches)
         if tensor.name in found or (tensor.name in tensors and tensor.name != tensor.parts[0][1]):
-            raise _refused(candidate.what, tensor.name, "the checkpoint holds it both plain and quantised")
+            raise _refused(candidate.what, tensor.name, "the checkpoint holds it both plain and quantized")
         found[tensor.name] = tensor
         for _, stored_name in tensor.parts:
             if stored_name in owner:
@@ -144,12 +144,12 @@ def _candidate(logical: str, codes: str, tensors: Mapping[str, StoredLike]) -> C
 
 def _add(companions: dict[str, str], role: str, name: str, logical: str) -> None:
     if role in companions:
-        raise _refused("quantised", logical, f"more than one {role} tensor: {companions[role]}, {name}")
+        raise _refused("quantized", logical, f"more than one {role} tensor: {companions[role]}, {name}")
     companions[role] = name
 
 
 def _pair(candidate: Candidate, settings: Settings, matches: dict[Any, Match]) -> QuantizedTensor:
-    """The quantised tensor of `candidate`; tensors that look alike in all but name are matched once."""
+    """The quantized tensor of `candidate`; tensors that look alike in all but name are matched once."""
     if "scale" not in candidate.companions:
         raise _refused(candidate.what, candidate.codes, "its scale is missing", scale_hint=True)
     alike: tuple[object, ...] = candidate.signature()
@@ -170,7 +170,7 @@ def _leftovers(
     found: Mapping[str, QuantizedTensor],
     owner: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """Activation scales among what no quantised tensor owns; raises for codes and scales that are left over."""
+    """Activation scales among what no quantized tensor owns; raises for codes and scales that are left over."""
     activations = []
     quantized = bool(owner or settings.method)
     for name in suspects:
@@ -185,7 +185,7 @@ def _leftovers(
                 raise _refused(stored.dtype, name, "it is a scale without codes", scale_hint=True)
             raise _refused(stored.dtype, name, "it has no scale, or its format is not read", scale_hint=True)
         elif name.endswith("_scale_inv") or (quantized and last.endswith(_LEFTOVERS)):
-            raise _refused("quantised", name, "the codes that it belongs to are missing", scale_hint=True)
+            raise _refused("quantized", name, "the codes that it belongs to are missing", scale_hint=True)
         elif stored.dtype in ("U8", "I32") and name.endswith(("_packed", "_blocks", "_scales")):
             raise _refused("packed", name, "its scale or its codes are missing", scale_hint=True)
         elif quantized and stored.dtype in _CODE_DTYPES and last == "weight" and len(stored.shape) > 1:
@@ -198,7 +198,7 @@ def _is_scale(name: str) -> bool:
 
 
 def _is_activation(module: str, last: str, settings: Settings, found: Mapping[str, QuantizedTensor]) -> bool:
-    """Calibrated scale of the activations of a quantised module, or of a KV cache that the config quantises.
+    """Calibrated scale of the activations of a quantized module, or of a KV cache that the config quantizes.
 
     Elsewhere a name such as `k_scale` may be a learned parameter, which must not be left out of an output.
     """

@@ -82,7 +82,7 @@ def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: boo
         print(f"pmerge: skipped: {reason}", file=sys.stderr)
     for name in options.peers:
         if quantized:
-            print(f"{name}: skipped: it would average the codes of quantised weights", file=sys.stderr)
+            print(f"{name}: skipped: it would average the codes of quantized weights", file=sys.stderr)
             continue
         try:
             found.append(PEERS[name](options.mergekit_env, work))

@@ -44,9 +44,9 @@ def text(x: float, y: float, content: str, anchor: str, size: int = 11) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
-def line(x1: float, y1: float, x2: float, y2: float, colour: str, dashed: bool = False) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, color: str, dashed: bool = False) -> str:
     dashes = ' stroke-dasharray="6 4"' if dashed else ""
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{dashes}/>'
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}"{dashes}/>'
 
 
 def nice_step(least: float) -> float:

@@ -56,7 +56,7 @@ def standard_library() -> tuple[bytes, bytes]:
 
 
 def make_model(moe: bool) -> transformers.PreTrainedModel:
-    """About a million parameters, freshly initialised: dense Llama-style, or Mixtral-style with 8 experts."""
+    """About a million parameters, freshly initialized: dense Llama-style, or Mixtral-style with 8 experts."""
     sizes = {
         "vocab_size": 256,
         "num_hidden_layers": 4,

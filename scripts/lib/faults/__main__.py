@@ -4,7 +4,7 @@
     scripts/faults --quick       every third point of the sweeps
     scripts/faults --only kill   the faults whose name contains "kill"
     scripts/faults --soak 100    besides, a hundred rounds of kill -9 at random moments
-    scripts/faults --attack all  the attacks of a hostile neighbour or file; --list has their names
+    scripts/faults --attack all  the attacks of a hostile neighbor or file; --list has their names
 
 The invariant after every fault: the destination is absent or complete (with --overwrite: the old or
 the new result), nothing of the inputs has changed, and the same command ends with the bytes of a

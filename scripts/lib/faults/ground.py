@@ -113,7 +113,7 @@ class Ground:
 
 
 def write_checkpoint(folder: Path, step: int, elements: int) -> None:
-    """Two shards, an index, a config, a tokenizer and a side file in a sub-folder; neighbours in `step` are close."""
+    """Two shards, an index, a config, a tokenizer and a side file in a sub-folder; neighbors in `step` are close."""
     (folder / "chat_templates").mkdir(parents=True)
     generator = torch.Generator().manual_seed(step)
     weight_map: dict[str, str] = {}

@@ -92,7 +92,7 @@ class World(Ground):
     def broken(self, *ended: Ended, right: Sequence[Mapping[str, str]] | None = None, mended: bool = False) -> str:
         """ "" if all promises held in these runs, else the first one that did not. `mended`: the last had to succeed."""
         for run in ended:
-            if wrong := misbehaviour(run):
+            if wrong := misbehavior(run):
                 return wrong
         if changed := self.touched():
             return f"outside the output, {changed}"
@@ -112,7 +112,7 @@ class World(Ground):
         assert ended.code == -9 and self.staging.is_dir(), ended
 
 
-def misbehaviour(ended: Ended) -> str:
+def misbehavior(ended: Ended) -> str:
     """ "" for a run that ended by itself with exit 0, 1 or 2 and without a traceback."""
     if ended.hung:
         return "hangs"

@@ -1,4 +1,4 @@
-"""What requantising keeps without a base, where it cannot, what it reports, and what memory it takes."""
+"""What requantizing keeps without a base, where it cannot, what it reports, and what memory it takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_largest(code: int, scale: Tensor, scale_dtype: str, rule: str = "amax")
 
 
 def again(codec: Codec, parts: dict[str, Tensor], shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The parts requantised without a base, the values before, the values after."""
+    """The parts requantized without a base, the values before, the values after."""
     rows = math.prod(shape[:-1])
     before = codec.decode(parts, shape, 0, rows)
     coded = encoded(codec, before, shape, None, 1)
