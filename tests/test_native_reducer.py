@@ -1,5 +1,6 @@
 """The native kernel in the loop: the same bytes with every kernel as with torch, and no torch where it is used."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from schemes import quantized_run
 
 from merge_cli import average, sweep
 from merge_cli.engine.kernels.native import VARIABLE, kernels
-from merge_cli.errors import NonFiniteError
+from merge_cli.errors import InputError, NonFiniteError
 
 EVERY = [*kernels(), "torch"]
 WITHOUT_TORCH = """
@@ -55,6 +56,21 @@ def test_quantized_inputs_too(case: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.setenv(VARIABLE, name)
         found.append(digests(average(paths, tmp_path / name, device="cpu", method="ema").output))
     assert all(each == found[0] for each in found)
+
+
+def test_a_stored_shape_that_contradicts_the_headers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paths, *_ = quantized_run(tmp_path / "run", "packed int4")
+    for file in paths[1].glob("*.safetensors"):
+        size = int.from_bytes(file.read_bytes()[:8], "little")
+        for name, entry in json.loads(file.read_bytes()[8 : 8 + size]).items():
+            if name.endswith("weight_shape"):
+                data = bytearray(file.read_bytes())
+                data[8 + size + entry["data_offsets"][0]] += 1
+                file.write_bytes(data)
+    for name in EVERY:
+        monkeypatch.setenv(VARIABLE, name)
+        with pytest.raises(InputError, match="weight_shape contradicts"):
+            average(paths, tmp_path / "out", device="cpu")
 
 
 def test_many_outputs_at_once(run: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

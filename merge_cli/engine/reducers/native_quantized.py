@@ -16,6 +16,7 @@ from merge_cli.engine.kernels.layouts import Layout, layout_of
 from merge_cli.engine.kernels.native import Job, Kernel, Parts, load
 from merge_cli.engine.reads import Reads
 from merge_cli.errors import NonFiniteError
+from merge_cli.formats.quantization.integer import Integer
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Location, MergePlan, PartLocation, QuantizedExtent, QuantizedSource
 
@@ -87,8 +88,10 @@ class NativeQuantizedReducer:
         found = {
             part.role: self._fill((i, part.role), part, *source.codec.part_range(part.role, shape, first, end))
             for part in source.parts
-            if part.role in _ROLES
         }
+        if "shape" in found and isinstance(source.codec, Integer):
+            begin, stop = source.codec.part_range("shape", shape, first, end)
+            source.codec.check_stored_shape(bytes(self._buffers[i, "shape"].data(stop - begin)), shape)
         codes, scale, zero, global_scale = (found.get(role, 0) for role in _ROLES)
         return Parts(codes, scale, zero, global_scale, first)
 

@@ -80,11 +80,6 @@ def write_floats(values: Tensor, dtype: str) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def read_integers(data: Tensor, dtype: str) -> tuple[int, ...]:
-    """The numbers in the bytes of a small I64 or I32 tensor."""
-    return tuple(data.clone().view(torch.int64 if dtype == "I64" else torch.int32).tolist())
-
-
 def write_integers(values: Sequence[int], dtype: str, device: torch.device) -> Tensor:
     """Bytes of `values` as I64 or I32."""
     kind = torch.int64 if dtype == "I64" else torch.int32

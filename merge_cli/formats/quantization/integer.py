@@ -86,15 +86,20 @@ class Integer:
 
     def decode(self, parts: Parts, shape: Shape, r0: int, r1: int) -> Tensor:
         """(code - zero point) * scale; raises InputError if the stored shape is not the one that was planned for."""
-        from merge_cli.formats.quantization.bits import read_integers
-
-        if self.shape_dtype and (found := read_integers(parts["shape"], self.shape_dtype)) != shape:
-            raise InputError(
-                "weight_shape contradicts the packed weight",
-                details=[f"stored weight_shape {list(found)}", f"from headers {list(shape)}"],
-            )
+        if self.shape_dtype:
+            self.check_stored_shape(bytes(parts["shape"].tolist()), shape)
         cut = Cut(self.grid, shape, r0, r1)
         return self._values(parts["codes"], *self._scales_and_zeros(parts, cut), cut)
+
+    def check_stored_shape(self, stored: bytes, shape: Shape) -> None:
+        """Raise InputError unless the part "shape" is `shape`, the one that was planned for."""
+        width = 8 if self.shape_dtype == "I64" else 4
+        found = [int.from_bytes(stored[i : i + width], "little", signed=True) for i in range(0, len(stored), width)]
+        if found != list(shape):
+            raise InputError(
+                "weight_shape contradicts the packed weight",
+                details=[f"stored weight_shape {found}", f"from headers {list(shape)}"],
+            )
 
     def stats(self, values: Tensor, shape: Shape, r0: int, r1: int, *, base: Parts | None = None) -> Tensor:
         """Largest value, largest negated value, and whether `values` leave the grid of the base's scale."""
