@@ -190,7 +190,7 @@ def test_every_tail_at_every_alignment(dtype: str, output: str) -> None:
             count = tail + 512 * (alignment % 2)
             inputs = [bytearray(alignment) + data[: count * width] for data in stored]
             out = bytearray(b"\xa5" * (alignment + count * width_out + 64))
-            job.run([native.address_of(data) + alignment for data in inputs], [native.address_of(out) + alignment], count)
+            job.run([address_of(data) + alignment for data in inputs], [address_of(out) + alignment], count)
             end = alignment + count * width_out
             assert out[alignment:end] == expected[: count * width_out], (kernel.name, tail, alignment)
             assert not out[:alignment].strip(b"\xa5") and not out[end:].strip(b"\xa5")
@@ -204,14 +204,18 @@ def test_no_byte_outside_is_touched(dtype: str) -> None:
     maps = [mmap.mmap(-1, 4 * page) for _ in range(6)]
     for memory in maps:
         for guard in (0, 3 * page):
-            assert libc.mprotect(ctypes.c_void_p(native.address_of(memory) + guard), page, 0) == 0
+            assert libc.mprotect(ctypes.c_void_p(address_of(memory) + guard), page, 0) == 0
     sums = [sum_of(dtype, "F32", (0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0), 3.0), sum_of(dtype, "F64", (0, 1, 3), (0.1, 0.2, 0.7))]
     for kernel, some in itertools.product(KERNELS.values(), (sums, sums[:1], sums[1:])):
         job = prepare(kernel, [dtype] * 4, some)
         for count in [*range(1, 65), 512, 513, 2 * page // width]:
             for offset in (page, 3 * page - count * width):
-                addresses = [native.address_of(memory) + offset for memory in maps]
+                addresses = [address_of(memory) + offset for memory in maps]
                 assert job.run(addresses[:4], addresses[4 : 4 + len(some)], count) == []
+
+
+def address_of(buffer: bytearray | mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
 
 
 def bytes_of(tensor: Tensor) -> bytes:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -171,11 +170,6 @@ class Kernel:
         positions = (ctypes.c_int64 * most)()
         found = self._find_nonfinite(ctypes.byref(record), count, positions, most)
         return found, positions[: min(found, most)]
-
-
-def address_of(buffer: bytearray | memoryview | mmap.mmap) -> int:
-    """The address of a writable, contiguous buffer, which must outlive its use."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
 
 
 def load() -> Kernel | None:
