@@ -62,6 +62,8 @@ CASES: dict[str, tuple[Codec, Shape]] = {
     "mxfp4": (MxFp4("U8", "round"), (9, 96)),
     "mxfp4, ragged": (MxFp4("F8_E8M0", "ceil"), (9, 50)),
     "mxfp4, fused": (MxFp4("F8_E8M0", "ceil"), (2, 9, 64)),
+    "gpt-oss": (MxFp4Transposed(), (3, 64, 10)),
+    "gpt-oss, long rows": (MxFp4Transposed(), (2, 32, 1100)),
     "nvfp4": (NvFp4(), (9, 64)),
     "nvfp4, long rows": (NvFp4(), (2, 1520)),
     "nvfp4, ragged, ModelOpt": (NvFp4(inverse=True), (9, 40)),
@@ -208,7 +210,3 @@ def test_sums_of_any_inputs(job: tuple[list[tuple[Codec | str, Shape]], int, int
             found.append(outputs)
         for a, b in zip(*found, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), kernel.name
-
-
-def test_what_torch_has_to_decode_has_no_layout() -> None:
-    assert layout_of(MxFp4Transposed(), (2, 64, 10)) is None

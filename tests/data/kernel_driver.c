@@ -47,16 +47,16 @@ static char *memory(int64_t size, char **whole) {
     return *whole + skip;
 }
 
-static const int scale_sizes[] = {2, 2, 4, 0, 1, 1}, code_bits[] = {8, 4, 8, 2, 4, 8};
+static const int scale_sizes[] = {2, 2, 4, 0, 1, 1}, code_bits[] = {8, 4, 8, 2, 4, 8, 4};
 static const int32_t scale_dtypes[] = {BF16, F16, F32, E4M3, E8M0};
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* A stack of `rows` / `matrix_rows` quantized matrices, cut at a matrix. */
 static void quantize(struct coded *c, int64_t rows, int64_t columns, char **blocks) {
-    c->kind = (int32_t)draw(6);
+    c->kind = (int32_t)draw(7);
     c->scale_dtype = scale_dtypes[draw(5)];
-    c->zero_kind = (int32_t)draw(c->kind >= CODES_2 ? 3 : 2);
+    c->zero_kind = (int32_t)draw(c->kind >= CODES_2 && c->kind <= CODES_8 ? 3 : 2);
     c->divides = (int32_t)draw(2);
     c->columns = columns;
     c->row_bytes = ceil_div(columns * code_bits[c->kind], 8) + (int64_t)draw(3);
@@ -66,6 +66,14 @@ static void quantize(struct coded *c, int64_t rows, int64_t columns, char **bloc
     c->block_columns = draw(2) ? 1 + (int64_t)draw(140) : 1;
     c->below = ceil_div(c->matrix_rows, c->block_rows);
     c->beside = ceil_div(columns, c->block_columns);
+    if (c->kind == CODES_TRANSPOSED) {
+        c->row_bytes = ceil_div(c->matrix_rows, 2);
+        c->scale_dtype = E8M0;
+        c->beside = ceil_div(c->matrix_rows, c->block_columns);
+        c->codes = memory(rows / c->matrix_rows * columns * c->row_bytes, blocks);
+        c->scales = memory(rows / c->matrix_rows * columns * c->beside, blocks + 1);
+        return;
+    }
     int64_t matrices = rows / c->matrix_rows, num_blocks = matrices * c->below * c->beside;
     int64_t words = matrices * ceil_div(c->matrix_rows, 32 / code_bits[c->kind]) * c->beside;
     c->codes = memory(rows * c->row_bytes, blocks);

@@ -245,28 +245,41 @@ static void add_block(
     }
 }
 
+/* Elements `begin` to `begin + n`, at most TILE, of all outputs. */
+static void average_tile(
+    const struct input *inputs, int64_t num_inputs, struct output *outputs, int64_t num_outputs, int64_t begin, int n
+) {
+    room sums[OUTPUTS];
+    for (int64_t left = num_outputs; left > 0; left -= OUTPUTS) {
+        struct output *o = outputs + num_outputs - left;
+        int num = (int)(left < OUTPUTS ? left : OUTPUTS);
+        for (int k = 0; k < num; k++) clear(sums + k, o[k].sum, n);
+        for (int64_t first = 0; first < num_inputs; first += TERMS) {
+            float space[TERMS][TILE];
+            source block[TERMS];
+            int terms = (int)(num_inputs - first < TERMS ? num_inputs - first : TERMS);
+            for (int t = 0; t < terms; t++) block[t] = at(inputs + first + t, begin, n, space[t]);
+            add_block(block, terms, first, o, num, sums, n);
+        }
+        for (int k = 0; k < num; k++) {
+            if (o[k].divisor != 1) divide(sums + k, o[k].sum, o[k].divisor, n);
+            if (!store(sums + k, o[k].sum, (char *)o[k].data + begin * bytes_of[o[k].dtype], o[k].dtype, n))
+                o[k].nonfinite |= !store_slowly(inputs, num_inputs, o + k, sums + k, begin, n);
+        }
+    }
+}
+
+/* Rows one after the other; with a transposed input, in strips of columns, so that the bytes of a stored
+ * row that are read for one row are still in the cache for the next. */
 void PMERGE_AVERAGE(
     const struct input *inputs, int64_t num_inputs, struct output *outputs, int64_t num_outputs, int64_t count
 ) {
-    room sums[OUTPUTS];
-    for (int64_t begin = 0; begin < count; begin += TILE) {
-        int n = (int)(count - begin < TILE ? count - begin : TILE);
-        for (int64_t left = num_outputs; left > 0; left -= OUTPUTS) {
-            struct output *o = outputs + num_outputs - left;
-            int num = (int)(left < OUTPUTS ? left : OUTPUTS);
-            for (int k = 0; k < num; k++) clear(sums + k, o[k].sum, n);
-            for (int64_t first = 0; first < num_inputs; first += TERMS) {
-                float space[TERMS][TILE];
-                source block[TERMS];
-                int terms = (int)(num_inputs - first < TERMS ? num_inputs - first : TERMS);
-                for (int t = 0; t < terms; t++) block[t] = at(inputs + first + t, begin, n, space[t]);
-                add_block(block, terms, first, o, num, sums, n);
-            }
-            for (int k = 0; k < num; k++) {
-                if (o[k].divisor != 1) divide(sums + k, o[k].sum, o[k].divisor, n);
-                if (!store(sums + k, o[k].sum, (char *)o[k].data + begin * bytes_of[o[k].dtype], o[k].dtype, n))
-                    o[k].nonfinite |= !store_slowly(inputs, num_inputs, o + k, sums + k, begin, n);
-            }
+    int64_t columns = count;
+    for (int64_t j = 0; j < num_inputs; j++)
+        if (inputs[j].coded && inputs[j].coded->kind == CODES_TRANSPOSED) columns = inputs[j].coded->columns;
+    for (int64_t column = 0; column < columns; column += TILE)
+        for (int64_t row = 0; row < count; row += columns) {
+            int n = (int)(columns - column < TILE ? columns - column : TILE);
+            average_tile(inputs, num_inputs, outputs, num_outputs, row + column, n);
         }
-    }
 }

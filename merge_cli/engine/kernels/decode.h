@@ -100,12 +100,24 @@ static void decode_row(float *restrict out, const struct coded *c, int64_t row, 
     }
 }
 
+/* The same of a transposed matrix: every value is in a stored row of its own. */
+static void decode_column(float *restrict out, const struct coded *c, int64_t row, int64_t column, int n) {
+    int64_t first = row / c->matrix_rows * c->columns + column, inside = row % c->matrix_rows;
+    const uint8_t *codes = (const uint8_t *)c->codes + first * c->row_bytes + inside / 2;
+    const uint8_t *scales = (const uint8_t *)c->scales + first * c->beside + inside / c->block_columns;
+    for (int64_t i = 0; i < n; i++)
+        out[i] = from_e2m1(codes[i * c->row_bytes] >> inside % 2 * 4 & 15) * from_e8m0(scales[i * c->beside]);
+}
+
 /* `n` values from number `begin` of this call's on. */
 static void decode(float *out, const struct coded *c, int64_t begin, int n) {
     int64_t row = begin / c->columns, column = begin % c->columns;
     for (int done = 0; done < n; row++, column = 0) {
         int some = (int)(c->columns - column < n - done ? c->columns - column : n - done);
-        decode_row(out + done, c, row, column, some);
+        if (c->kind == CODES_TRANSPOSED)
+            decode_column(out + done, c, row, column, some);
+        else
+            decode_row(out + done, c, row, column, some);
         done += some;
     }
 }

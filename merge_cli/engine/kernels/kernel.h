@@ -6,15 +6,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PMERGE_ABI 3
+#define PMERGE_ABI 4
 
 enum dtype { BF16, F16, F32, F64, E4M3, E8M0 }; /* the last two only of scales */
-enum codes { CODES_E4M3, CODES_E2M1, CODES_I8, CODES_2, CODES_4, CODES_8 }; /* the last three with an offset, packed */
+enum codes { CODES_E4M3, CODES_E2M1, CODES_I8, CODES_2, CODES_4, CODES_8, CODES_TRANSPOSED }; /* 2, 4, 8: with an offset, packed */
 enum zeros { ZEROS_NONE, ZEROS_I8, ZEROS_PACKED };
 
 /* A quantized tensor, seen as rows of its last dimension; the inner two dimensions are a matrix of a
  * stack. A scale (and zero point) for each block of a matrix; the last blocks of a row or column may be
- * smaller. All parts begin with what the first row of this call needs. */
+ * smaller. All parts begin with what the first row of this call needs.
+ *
+ * Transposed codes are E2M1 too, of whole matrices that are stored with their columns as rows: `row_bytes`
+ * and `beside` are those of a stored row. */
 struct coded {
     const void *codes, *scales, *zeros, *global_scale; /* the last two may be NULL */
     int64_t columns, row_bytes;                        /* of a row of codes */

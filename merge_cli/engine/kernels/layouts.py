@@ -9,7 +9,7 @@ from merge_cli.formats.quantization.fp8 import Fp8
 from merge_cli.formats.quantization.integer import Integer
 from merge_cli.formats.quantization.layout import Grid, Shape, matrix
 from merge_cli.formats.quantization.mxfp4 import GROUP as MX_GROUP
-from merge_cli.formats.quantization.mxfp4 import MxFp4
+from merge_cli.formats.quantization.mxfp4 import MxFp4, MxFp4Transposed
 from merge_cli.formats.quantization.nvfp4 import GROUP as NV_GROUP
 from merge_cli.formats.quantization.nvfp4 import NvFp4
 
@@ -19,8 +19,9 @@ _ANY = (1 << 62) - 1  # rows or columns
 class Layout(NamedTuple):
     """How a tensor is quantized, as rows of its last dimension.
 
-    `codes`: E4M3, E2M1, I8, or the bits of packed integers with an offset. `below` and `beside` count
-    the blocks of a matrix. `zeros`: "", "I8" or "packed". `global_scale`: "", "multiplies", "divides".
+    `codes`: E4M3, E2M1, I8, the bits of packed integers with an offset, or "E2M1 transposed", whose
+    stored rows are the columns. `below` and `beside` count the blocks of a matrix. `zeros`: "", "I8" or
+    "packed". `global_scale`: "", "multiplies", "divides".
     """
 
     codes: str
@@ -43,6 +44,9 @@ def layout_of(codec: Codec, shape: Shape) -> Layout | None:
         return _on_grid(codec.grid, shape, "E4M3", cols, codec.scale_dtype)
     if isinstance(codec, MxFp4):
         return _on_grid(Grid(1, MX_GROUP), shape, "E2M1", cols // 2, codec.scale_dtype)
+    if isinstance(codec, MxFp4Transposed):
+        rows = shape[-2]
+        return Layout("E2M1 transposed", cols, rows // 2, rows, 1, MX_GROUP, rows, -(-rows // MX_GROUP), "F8_E8M0")
     if isinstance(codec, NvFp4):
         layout = _on_grid(Grid(1, NV_GROUP), shape, "E2M1", cols // 2, "F8_E4M3")
         return layout._replace(global_scale="multiplies" if codec.inverse else "divides")

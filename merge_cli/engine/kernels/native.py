@@ -27,10 +27,10 @@ from merge_cli.errors import UsageError
 from merge_cli.planning.sums import WeightedSum
 
 VARIABLE = "PMERGE_KERNEL"
-_ABI = 3
+_ABI = 4
 _DTYPES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 _SCALES = {**_DTYPES, "F8_E4M3": 4, "F8_E8M0": 5, "U8": 5}
-_CODES = {"E4M3": 0, "E2M1": 1, "I8": 2, "2": 3, "4": 4, "8": 5}
+_CODES = {"E4M3": 0, "E2M1": 1, "I8": 2, "2": 3, "4": 4, "8": 5, "E2M1 transposed": 6}
 _ZEROS = {"": 0, "I8": 1, "packed": 2}
 
 
