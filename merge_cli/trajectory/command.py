@@ -16,7 +16,7 @@ from merge_cli.errors import UsageError
 
 PLACEHOLDERS = ("path", "name", "step", "out")
 _PLACEHOLDER = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
-_CACHE = re.compile(r"--use_cache\b|--cache_requests\b")
+_CACHE = re.compile(r"--use_cache\b|\blm[-_]eval\b.*\s-c\s")  # of lm-eval 0.4; --cache_requests keeps prompts only
 
 
 def check_command(command: str) -> list[str]:

@@ -92,7 +92,10 @@ def digits(metrics: Mapping[str, float]) -> int:
 
 def _result(value: Any, source: str) -> Result:
     if isinstance(value, dict) and isinstance(value.get("results"), dict):
-        value = value["results"]  # lm-eval: the rest is configuration, dates and times
+        value = {  # lm-eval 0.4: the rest is configuration, dates and times
+            task: {name: number for name, number in found.items() if name != "sample_len"} if isinstance(found, dict) else found
+            for task, found in value["results"].items()
+        }
     documents: tuple[Document, ...] = ()
     if isinstance(value, dict) and isinstance(value.get("documents"), list):
         value = {**value}

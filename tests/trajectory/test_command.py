@@ -52,6 +52,8 @@ def test_warnings_of_commands() -> None:
     assert "neither {path} nor $PMERGE_PATH" in check_command("python eval.py")[0]
     assert check_command("python eval.py $PMERGE_PATH") == []
     assert "cache" in check_command("lm_eval --model_args pretrained={path} --use_cache /tmp/c")[0]
+    assert "cache" in check_command("lm-eval run --model_args pretrained={path} -c /tmp/c")[0]
+    assert check_command("lm_eval --model_args pretrained={path} --cache_requests true") == []
 
 
 def result(tmp_path: Path, stdout: str = "", file: object = None):
@@ -70,6 +72,7 @@ LM_EVAL = {
             "acc_stderr,none": 0.0146,
             "acc_norm,none": 0.375,
             "acc_norm_stderr,none": "N/A",
+            "sample_len": 1000,
         },
         "wikitext": {"word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A", "bits_per_byte,none": 0.7},
     },
