@@ -30,17 +30,24 @@ class Choice(NamedTuple):
 
 
 def choices(
-    a: float, s: float, steps: Sequence[float], finest: float, since: float = 0.0, done: Sequence[tuple[Measured, float]] = ()
+    noises: Sequence[tuple[float, float]],
+    s: float,
+    steps: Sequence[float],
+    since: float = 0.0,
+    done: Sequence[tuple[Measured, float]] = (),
 ) -> list[Choice]:
-    """Every choice at multiples of the spacing `finest` back from the newest of `steps`; `done` are merges with measured gains.
+    """Every choice at multiples of the finest spacing back from the newest of `steps`; `done` are merges with measured gains.
 
-    Merges that lag by more than a quarter of the steps since `since` are left out: there the loss is no straight line.
+    `noises` are (spacing, a), finest first: a choice takes the a of the widest spacing up to its own, because close checkpoints
+    share some of their noise, and averaging removes less of it. Merges that lag by more than a quarter of the steps since
+    `since` are left out: there the loss is no straight line.
     """
     newest = steps[-1]
     inside = [step for step in steps if step >= since]
     found = []
     for multiple in MULTIPLES:
-        spacing = finest * multiple
+        spacing = noises[0][0] * multiple
+        a = [value for wide, value in noises if wide <= 1.1 * spacing][-1]
         for count in range(1, 1 + min(MOST, window(inside, spacing, newest))):
             places = [newest - i * spacing for i in reversed(range(count))]
             for method in METHODS if count > 1 else ():

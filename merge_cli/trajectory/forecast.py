@@ -203,9 +203,13 @@ def _predict(found: Evidence, measured: Forecast, steps: Sequence[float], anneal
     widen = _widen(line, ratio, warnings)
     spanned = _spanned(noises, warnings)
     now = _band(found, line.at(newest), spanned, line, BAND_NOW * widen, newest, NOW.format(newest=newest))
-    now = _below_merges(now, min(one.loss for one in found.merges), warnings)
+    best_merge = min(one.loss for one in found.merges)
+    if now.value > best_merge:
+        text = f"the best merge ({best_merge:.4f}) is below l(T) - a ({now.value:.4f}) already: a is too small"
+        warnings.append(Named("merge below forecast", text))
     done = [(one, level.value - one.loss) for one in found.merges if one.steps[-1] == newest]
-    table = choices(a, slope, [step for step in steps if step <= newest], finest.spacing, found.since, done)
+    known = [(noise.spacing, noise.a.value) for noise in noises if noise.a.value > 0]
+    table = choices(known, slope, [step for step in steps if step <= newest], found.since, done)
     top = best(table)
     optimum = best_count(a, slope, finest.spacing)
     return replace(
@@ -261,7 +265,8 @@ def _spanned(noises: Sequence[Noise], warnings: list[Named]) -> list[Estimate]:
         return [finest.a]
     text = (
         f"a is {finest.a.value:.4g} from checkpoints {finest.spacing:.10g} steps apart and {twice.a.value:.4g} from"
-        f" {twice.spacing:.10g}: too close together it is too small, too far apart too large; the band spans both"
+        f" {twice.spacing:.10g}: too close together it is too small, too far apart too large; the band spans both, and more"
+        " spacings (--plan grid) make the proposal surer"
     )
     warnings.append(Named("spacings differ", text))
     return [finest.a, twice.a]
@@ -280,15 +285,6 @@ def _band(
     low = level.value - max(noise.value for noise in noises) - half
     high = level.value - min(noise.value for noise in noises) + half
     return Band(quantity.value, low, high, step, definition, parts, quantity)
-
-
-def _below_merges(now: Band, best_merge: float, warnings: list[Named]) -> Band:
-    """In none of the 21 annealing runs was the annealed loss above the best merge, so the band ends there."""
-    if now.value > best_merge:
-        text = f"the best merge ({best_merge:.4f}) is below l(T) - a ({now.value:.4f}) already: a is too small"
-        warnings.append(Named("merge below forecast", text))
-        return now
-    return replace(now, high=min(now.high, best_merge))
 
 
 def _ahead(found: Evidence, noises: Sequence[Estimate], anneal: float, widen: float, warnings: list[Named]) -> Band | None:

@@ -267,9 +267,20 @@ def test_the_band_spans_both_values_of_a_where_spacings_differ() -> None:
     assert "merge below forecast" in names(found)[1]  # the merge at 2V: a from close checkpoints is too small
 
 
-def test_the_band_ends_at_the_best_merge() -> None:
-    found = forecast_rows(rows_of(white(0.13, 1e-6), 10_000, 50, singles=SINGLES, merges=((32, 1), (16, 2))))
-    assert found.now.high == min(each.value for each in found.results) < 2.0 + 0.15 * 0.13
+def test_each_spacing_is_judged_by_its_own_noise() -> None:
+    """Noise that is correlated over a hundred steps: at one spacing for all, close checkpoints would look as good as far ones."""
+
+    def loss(steps: Sequence[int], values: Sequence[float]) -> float:
+        lag = np.abs(np.subtract.outer(steps, steps))
+        c = np.array(values)
+        return float(2 + 0.13 * c @ 0.99**lag @ c + 2e-6 * (c @ (10_000 - np.array(steps))))
+
+    found = forecast_rows(rows_of(loss, 10_000, 50, singles=SINGLES), steps=range(0, 10_001, 50))
+    assert found.choice.spacing >= 100
+    places = [10_000 - found.choice.spacing * i for i in reversed(range(found.choice.n))]
+    gained = loss([10_000], [1.0]) - loss(places, coefficients(found.choice.method, places).values)
+    fine = [10_000 - 50 * i for i in reversed(range(found.choice.n))]
+    assert gained > loss([10_000], [1.0]) - loss(fine, coefficients(found.choice.method, fine).values)
 
 
 def test_noise_below_two_standard_errors_gives_no_forecast() -> None:
