@@ -2,7 +2,7 @@
 
 Memory is made once and kept until the device is idle (`Ring.close`), so tensors that several streams use need no `record_stream`.
 The few numbers that an operation allocates in passing belong to its own stream. Events block rather than spin: the cores are needed
-for reading and hashing. Written and reviewed, its ordering tested against a fake device; it has not run on a GPU yet.
+for reading and hashing. The ordering is tested against a fake device; all tests of version 0.1.0 passed on an H100.
 """
 
 from __future__ import annotations

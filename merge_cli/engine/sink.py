@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from merge_cli.engine.chunk import Chunk, Statistics
-from merge_cli.engine.writer import shard_writer
 from merge_cli.planning.plan import WorkItem
 
 
@@ -66,26 +64,3 @@ class NoSink:
 
     def progress(self, statistics: Statistics) -> bool | None:
         return True
-
-
-class FolderSink(NoSink):
-    """Files in a folder for each output. `on_file(k, item, sha256, nonfinite)` is called when one is durable under its name."""
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        on_progress: Callable[[Statistics], None],
-        on_file: Callable[[int, WorkItem, str, Mapping[str, int]], None],
-    ) -> None:
-        self._folders = folders
-        self._on_progress = on_progress
-        self._on_file = on_file
-
-    def open(self, item: WorkItem, k: int) -> Writer:
-        return shard_writer(item, self._folders[k])
-
-    def done(self, item: WorkItem, k: int, sha256: str, nonfinite: Mapping[str, int]) -> None:
-        self._on_file(k, item, sha256, nonfinite)
-
-    def progress(self, statistics: Statistics) -> None:
-        self._on_progress(statistics)
