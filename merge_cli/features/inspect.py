@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from merge_cli.errors import InputError, UnsupportedError
+from merge_cli.errors import ChangedError, InputError, PmergeError, StoreError, UnsupportedError
 from merge_cli.formats.logical import View, dtype_of, shape_of, view
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.quantization import Found
@@ -55,7 +55,7 @@ class Report:
     checkpoints: list[Inspection]
     differences: list[str]
     notes: list[str]
-    broken: dict[str, InputError]
+    broken: dict[str, PmergeError]
 
 
 def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
@@ -73,11 +73,11 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
     paired: dict[object, Found] = {}
     views: list[View] = []
     found: list[Inspection] = []
-    broken: dict[str, InputError] = {}
+    broken: dict[str, PmergeError] = {}
     for candidate in candidates:
         try:
             checkpoint = open_checkpoint(candidate.path, seen=seen)
-        except InputError as error:
+        except (InputError, ChangedError, StoreError) as error:
             broken[candidate.path] = error
             continue
         unreadable = ""

@@ -8,6 +8,8 @@ from typing import Any
 
 import memory_store
 import pytest
+import torch
+from dcp_checkpoints import save_dcp
 from golden_inputs import RUNS
 
 from merge_cli import Rank, average, finalize, plan_average, run_average, sweep, verify
@@ -60,6 +62,18 @@ def test_sweeps_ranks_and_inspect(local: list[Path], far: list[str], tmp_path: P
     assert content(finalize(tmp_path / "ranks")) == expected
     report = inspect_checkpoints(["memory://runs/one"])
     assert [each.path for each in report.checkpoints] == far and not report.broken
+
+
+def test_distributed_checkpoints_are_read_through_the_seam_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stores.STORES, "memory", "memory_store")
+    monkeypatch.setattr(memory_store, "FILES", {})
+    for step in (1, 2):
+        path = save_dcp(tmp_path / f"step-{step}", {"w": torch.full((64, 64), float(step)), "b": torch.arange(10.0) * step})
+        memory_store.load(path, f"memory://run/step-{step}")
+    near = average([tmp_path / "step-1", tmp_path / "step-2"], tmp_path / "near", device="cpu").output
+    far = average(["memory://run"], tmp_path / "far", device="cpu").output
+    for name in (".metadata", "__0_0.distcp"):
+        assert (far / name).read_bytes() == (near / name).read_bytes()
 
 
 def test_a_far_file_that_changes_is_noticed(far: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
