@@ -55,7 +55,7 @@ def test_weights_by_path(run: Path) -> None:
 
 
 def test_dry_run_lists_findings_writes_nothing_and_exits_0(run: Path) -> None:
-    (run.parent / "taken").mkdir()
+    (run.parent / "taken" / "data").mkdir(parents=True)
     done = pmerge("average", run, "-o", run.parent / "taken", "--dry-run", cwd=run.parent)
     assert "would fail:" in done.stderr and "exists already" in done.stderr and "hint: choose another place" in done.stderr
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "taken"]
