@@ -154,13 +154,15 @@ def test_what_cannot_be_read_is_refused_by_name(case: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "gguf", "hqq", "torchao", "quark", "never heard of"])
-def test_other_methods_are_refused_even_without_their_tensors(method: str) -> None:
+def test_a_config_of_another_method_is_a_leftover_beside_plain_tensors_and_refused_beside_codes(method: str) -> None:
+    config = {"quantization_config": {"quant_method": method}}
+    assert find(PLAIN, config) == Found(leftover_config=True)
     with pytest.raises(UnsupportedError, match=method):
-        find(PLAIN, {"quantization_config": {"quant_method": method}})
+        find({**PLAIN, "layers.0.codes": ("U8", (4, 4))}, config)
 
 
 def test_a_config_without_quantized_tensors_is_no_mistake() -> None:
-    assert find(PLAIN, FP8) == Found()
+    assert find(PLAIN, FP8) == Found(leftover_config=True)
 
 
 def test_without_quantization_removes_it_at_any_depth_and_copies() -> None:

@@ -19,7 +19,7 @@ from collections import deque
 from pathlib import Path
 
 from merge_cli.planning.plan import OutputFile, WorkItem
-from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, output_error, reserve, write_all
+from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, open_own, output_error, reserve, write_all
 from merge_cli.system.files import pieces_of
 
 
@@ -38,7 +38,7 @@ class ShardWriter:
         self._hash = _FrontHash(file)
         try:
             make_folder(self.path.parent)
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._fd = open_own(self.partial, os.O_RDWR | os.O_TRUNC)
         except OSError as error:
             raise output_error(error, f"cannot create {self.partial}", self.partial, file.file_bytes) from error
         try:
@@ -100,7 +100,7 @@ class PieceWriter:
         self._remaining = num_bytes
         try:
             make_folder(self.partial.parent)
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = open_own(self.partial, os.O_RDWR)
         except OSError as error:
             raise output_error(error, f"cannot create {self.partial}", self.partial, file.file_bytes) from error
         try:
@@ -147,7 +147,7 @@ def assemble(file: OutputFile, folder: Path) -> str:
     try:
         if path.exists() and not partial_path(path).exists():
             path.rename(partial_path(path))  # whoever completed it died before the sha256 was recorded
-        fd = os.open(partial_path(path), os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(partial_path(path), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise output_error(error, f"cannot open {partial_path(path)}", path) from error
     try:

@@ -36,11 +36,12 @@ from merge_cli.output.publish import recover
 from merge_cli.output.records import FileRecord, escaped
 from merge_cli.output.sink import Claim
 from merge_cli.output.solo import complete_records
+from merge_cli.output.trust import check_made_by_us
 from merge_cli.planning.plan import MergePlan, OutputFile, WorkItem
 from merge_cli.planning.record import describe
 from merge_cli.ranks.launcher import Rank
 from merge_cli.request.spec import RunConfig
-from merge_cli.system.durable import output_error
+from merge_cli.system.durable import open_own, output_error
 from merge_cli.system.files import read_json
 
 _CONTROL_WAIT_S = 300.0
@@ -99,6 +100,7 @@ class JointDestination:
 
     def _join(self) -> None:
         folder = self.folder
+        check_made_by_us(folder.path, thoroughly=not self._lock.has_flock or self._lock.is_alone())
         if self._find_published(hashed=self.overwrite or self._run.verify_existing):
             self.reused = len(self.merge.files)
             return
@@ -232,7 +234,7 @@ class JointDestination:
         """The open file of a claim; -1 if it cannot exist, because the result was published and the folder cleaned away."""
         path = self.folder.claims / escaped(item.name)
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            return open_own(path, os.O_RDWR)
         except FileNotFoundError:
             return -1
         except OSError as error:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import OutputError
-from merge_cli.system.durable import NOT_SUPPORTED, make_folder, output_error
+from merge_cli.output.trust import check_made_by_us
+from merge_cli.system.durable import NOT_SUPPORTED, make_folder, open_own, output_error
 from merge_cli.system.files import read_json
 from merge_cli.system.process import identity, is_dead
 
@@ -116,7 +117,8 @@ class Lock:
     def _try(self) -> bool:
         try:
             make_folder(self.path.parent)
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            check_made_by_us(self.path.parent, thoroughly=False)
+            fd = open_own(self.path, os.O_RDWR)
         except FileNotFoundError:
             return False
         except OSError as error:

@@ -14,6 +14,7 @@ from merge_cli.output.lock import Lock
 from merge_cli.output.publish import recover
 from merge_cli.output.records import FileRecord
 from merge_cli.output.sink import Claim
+from merge_cli.output.trust import check_made_by_us
 from merge_cli.planning.plan import MergePlan, WorkItem
 from merge_cli.planning.record import describe
 from merge_cli.request.spec import RunConfig
@@ -57,6 +58,7 @@ class SoloDestination:
     def _prepare(self) -> None:
         folder, destination = self.folder, self.folder.destination
         hashed = self.overwrite or self._run.verify_existing
+        check_made_by_us(folder.path, thoroughly=True)
         if recover(folder) or is_published(destination, self.merge, hashed=hashed):
             self.is_published = True
             self.reused = len(self.merge.files)

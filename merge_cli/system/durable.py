@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shlex
+import stat
 from pathlib import Path
 
 from merge_cli.errors import OutputError
@@ -90,6 +92,39 @@ def make_folder(folder: Path) -> None:
     fsync_folder(folder.parent)
 
 
+def open_own(path: Path, flags: int) -> int:
+    """Open or create a file of pmerge's own for writing; `flags` may hold O_TRUNC. Raises OSError or OutputError.
+
+    Strangers may plant names on shared scratch: a link is not followed, and a second name of another
+    file, a pipe or a device is refused before a byte of it changes.
+    """
+    created = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, created | (flags & ~os.O_TRUNC), 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise foreign(path) from error
+        raise
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise foreign(path)
+        if flags & os.O_TRUNC and status.st_size:
+            os.ftruncate(fd, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def foreign(path: Path) -> OutputError:
+    """The error for a name in pmerge's own folder that is a link, or no file or folder of the expected kind."""
+    return OutputError(
+        f"{path} is a link, a second name of another file, or no regular file: pmerge did not make it",
+        hint=f"look who put it there:  ls -l {shlex.quote(str(path))}",
+    )
+
+
 def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
     """Write a small file so that it is there whole and durable, or not at all; its mode follows the umask.
 
@@ -99,7 +134,7 @@ def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
     fd = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fd = open_own(partial, os.O_WRONLY | os.O_TRUNC)
         write_all(fd, memoryview(data), 0, partial)
         fsync_file(fd)
         partial.rename(path)

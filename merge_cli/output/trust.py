@@ -1,0 +1,75 @@
+"""The staging folder must be pmerge's own: on shared scratch a stranger may have made it, or put links into it.
+
+Looked at when a run begins, before anything in it is opened or removed. Files are then opened without following
+links (`system/durable.py`). Not guaranteed: that nobody exchanges a folder for a link afterwards; who may do that
+owns the folder above, or the folder is open to all.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from merge_cli.errors import OutputError
+from merge_cli.system.durable import foreign
+
+_REPLACED = "replaced"  # the old result of a user: links in it are the user's own, and are never followed
+
+
+def check_made_by_us(staging: Path, *, thoroughly: bool) -> None:
+    """Raise OutputError unless the staging folder and its parts are real folders and files of this user.
+
+    Its parts are looked at, and `thoroughly` all that is in them. A folder that is missing is fine. Raises OSError.
+    """
+    try:
+        owner = os.lstat(staging)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(owner.st_mode):
+        raise foreign(staging)
+    users = {os.geteuid()}
+    if owner.st_uid not in users:
+        users.add(_uid_of_a_new_file(staging))  # root squash and FUSE give files to another user
+    _check_owner(staging, owner, users)
+    for path in _names_in(staging, thoroughly):
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue  # another rank is at work
+        is_file = stat.S_ISREG(status.st_mode)
+        if not (stat.S_ISDIR(status.st_mode) or is_file) or (is_file and status.st_nlink > 1):
+            raise foreign(path)
+        _check_owner(path, status, users)
+
+
+def _names_in(staging: Path, thoroughly: bool) -> Iterator[Path]:
+    for folder, folders, files in os.walk(staging):
+        yield from (Path(folder, name) for name in (*folders, *files))
+        if not thoroughly:
+            return
+        if folder == str(staging) and _REPLACED in folders:
+            folders.remove(_REPLACED)
+
+
+def _check_owner(path: Path, status: os.stat_result, users: set[int]) -> None:
+    if status.st_uid not in users:
+        raise OutputError(
+            f"{path} belongs to another user (uid {status.st_uid}), who could change it at any moment",
+            details=[f"expected  uid {', '.join(map(str, sorted(users)))}"],
+            hint="write to a folder of your own:  -o PATH",
+        )
+
+
+def _uid_of_a_new_file(folder: Path) -> int:
+    """The user that a file made here belongs to."""
+    probe = folder / f".probe-{os.getpid()}"
+    fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        return os.fstat(fd).st_uid
+    finally:
+        os.close(fd)
+        with suppress(OSError):
+            probe.unlink()

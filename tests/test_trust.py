@@ -1,0 +1,80 @@
+"""Strangers on shared scratch: links and files that they put where pmerge works are refused, and nothing behind them changes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from builders import training_run, write_run
+
+from merge_cli import average
+from merge_cli.errors import OutputError
+
+NAMES = (
+    "",
+    "lock",
+    "checkpoint",
+    "done",
+    "claims",
+    "state.json",
+    "state.json.partial",
+    "publish.json",
+    "checkpoint/model.safetensors.partial",
+    "checkpoint/config.json",
+    "done/model.safetensors.json",
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[Path]:
+    return write_run(tmp_path / "run", training_run({"w": torch.ones(8)}, 2))
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A folder of the user, with a file."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "file").write_text("precious")
+    return folder
+
+
+def plant(tmp_path: Path, name: str, victim: Path, kind: str) -> None:
+    staging = tmp_path / "out.pmerge-partial"
+    path = staging / name if name else staging
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "link":
+        path.symlink_to(victim if name in ("", "checkpoint", "done", "claims") else victim / "file")
+    elif kind == "second name":
+        path.hardlink_to(victim / "file")
+    else:
+        os.mkfifo(path)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
+@pytest.mark.parametrize("name", NAMES)
+def test_planted_names_are_refused_and_nothing_behind_them_changes(
+    name: str, kind: str, restart: bool, run: list[Path], victim: Path, tmp_path: Path
+) -> None:
+    plant(tmp_path, name, victim, kind)
+    with pytest.raises(OutputError):
+        average(run, tmp_path / "out", restart=restart)
+    assert {path.name: path.read_text() for path in victim.iterdir()} == {"file": "precious"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to another user")
+@pytest.mark.parametrize("name", ["", "checkpoint", "done"])
+def test_a_staging_folder_of_another_user_is_refused(name: str, run: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "out.pmerge-partial" / name
+    path.mkdir(parents=True)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(OutputError, match="belongs to another user"):
+        average(run, tmp_path / "out")
+
+
+def test_a_link_above_the_destination_is_followed(run: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "scratch").symlink_to(tmp_path / "disk")
+    assert (average(run, tmp_path / "scratch" / "out").output / "pmerge.json").is_file()
