@@ -12,17 +12,21 @@ from types import FrameType
 
 from merge_cli.errors import Interrupted, PmergeError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, and must come as far as the message
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 GRACE_S = 1.5
 
 
 def main() -> None:
     """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 129, 130 or 143 interrupted."""
-    gc.set_threshold(1_000_000)  # a plan is millions of small tuples without cycles: walking them all takes as long as making them
     from merge_cli.cli.console import report_error
 
     try:
         try:
+            _require_linux()
+            gc.set_threshold(
+                1_000_000
+            )  # a plan is millions of small tuples without cycles: walking them costs as much as making them
             _handle_signals()
             from merge_cli.cli.app import run
 
@@ -43,6 +47,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads stdout: no traceback at exit
         sys.exit(1)
+
+
+def _require_linux() -> None:
+    if sys.platform != "linux":
+        hint = "on Windows, run it in WSL; on macOS, in a Linux container"
+        raise PmergeError(f"pmerge needs Linux, and this is {sys.platform}", hint=hint)
 
 
 def _handle_signals() -> None:
