@@ -34,7 +34,8 @@ from reference import exact_mean, exact_sum, load, round_quotient
 from torch import Tensor
 
 from merge_cli import average
-from merge_cli.engine import stream as engine_stream
+from merge_cli.engine.nonfinite import describe_nonfinite
+from merge_cli.engine.reducers import cpu, native
 from merge_cli.errors import MismatchError, NonFiniteError
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -365,13 +366,13 @@ def test_of_several_nans_the_first_in_the_plan_is_named(tmp_path: Path, monkeypa
         average(write_run(tmp_path / "near", run), tmp_path / "out")
     assert "--allow-nonfinite" in refused.value.hint
     run = [{name: torch.full((1 << 21,), torch.nan) for name in ("a", "b")}] * 2
-    describe = engine_stream.describe_nonfinite
 
-    def slow_at_first(lane: Any, run: Any, start: int, count: int, operations: Any) -> Any:
-        time.sleep(1.0 if run.key_at(start) == "a" else 0.0)
-        return describe(lane, run, start, min(count, 1), operations)
+    def slow_at_first(inputs: Any, outputs: Any, extent: Any, start: int, end: int, *more: Any) -> Any:
+        time.sleep(1.0 if extent.key_at(start) == "a" else 0.0)
+        return describe_nonfinite(inputs, outputs, extent, start, start + 1, *more)
 
-    monkeypatch.setattr(engine_stream, "describe_nonfinite", slow_at_first)
+    for reducer in (cpu, native):
+        monkeypatch.setattr(reducer, "describe_nonfinite", slow_at_first)
     with pytest.raises(NonFiniteError, match="`a`"):
         average(write_run(tmp_path / "apart", run), tmp_path / "out", threads=4)
 
@@ -406,7 +407,7 @@ def test_nan_counts_where_its_weight_is_zero(tmp_path: Path) -> None:
 def test_overflow_is_refused_by_name(dtype: str, largest: float, beyond: float, tmp_path: Path) -> None:
     fits = {"small": torch.ones(9), "large": torch.tensor([1.0, largest, -largest])}
     out = average(write_run(tmp_path / "fits", [fits]), tmp_path / "out", dtype=dtype).output
-    kept = torch.finfo(DTYPES[dtype]).max
+    kept = torch.finfo({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]).max
     assert load(out)["large"].tolist() == [1.0, kept, -kept]
     for sign in (1.0, -1.0):
         run = [fits | {"large": torch.tensor([1.0, 1.0, sign * beyond])}]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,9 +23,11 @@ from checkpoints import __main__ as make_checkpoints
 from checkpoints.shapes import SHAPES, split_into_shards
 from units import format_size, parse_size
 
+Make = Callable[..., list[Path]]
+
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Make small checkpoints with scripts/make_checkpoints, from a small random block; returns their folders."""
     monkeypatch.setattr(make_checkpoints, "BLOCK_ELEMENTS", 10_007)
 
@@ -48,16 +51,16 @@ def load(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("text, size", [("1.7GB", 1_700_000_000), ("256MiB", 2**28), ("12", 12), ("3 kB", 3000)])
-def test_sizes(text, size):
+def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-def test_size_that_is_none():
+def test_size_that_is_none() -> None:
     with pytest.raises(ValueError, match="not a size"):
         parse_size("much")
 
 
-def test_format_size():
+def test_format_size() -> None:
     assert [format_size(n) for n in (0, 999, 1_700_000_000, 688_574_839_360)] == [
         "0 B",
         "999 B",
@@ -67,7 +70,7 @@ def test_format_size():
 
 
 @pytest.mark.parametrize("shape", ["dense", "moe", "fp8"])
-def test_checkpoints_are_what_the_index_and_the_config_say(make, shape):
+def test_checkpoints_are_what_the_index_and_the_config_say(make: Make, shape: str) -> None:
     first, second = make("--shape", shape, "--size=2MB", "--tensors=100", "--shards=3")
     index = json.loads((first / "model.safetensors.index.json").read_text())
     config = json.loads((first / "config.json").read_text())
@@ -89,25 +92,25 @@ def test_checkpoints_are_what_the_index_and_the_config_say(make, shape):
 
 
 @pytest.mark.parametrize("shape, size", [("dense", 1.7e9), ("moe", 1.7e9), ("fp8", 1.7e9), ("dense", 2e7)])
-def test_sizes_are_close_to_those_asked_for(shape, size):
+def test_sizes_are_close_to_those_asked_for(shape: str, size: int) -> None:
     made = sum(tensor.nbytes for tensor in SHAPES[shape](int(size), 0, 0).tensors)
     assert made == pytest.approx(size, rel=0.03)
 
 
-def test_largest_tensor():
+def test_largest_tensor() -> None:
     sizes = [tensor.nbytes for tensor in SHAPES["dense"](1_300_000_000, 0, 1_000_000_000).tensors]
     assert max(sizes) == pytest.approx(1e9, rel=1e-3)
     assert sum(sizes) == pytest.approx(1.3e9, rel=1e-2)
 
 
-def test_deepseek_v3_has_the_published_size():
+def test_deepseek_v3_has_the_published_size() -> None:
     tensors = SHAPES["deepseek-v3"](0, 0, 0).tensors
     assert len(tensors) == len({tensor.name for tensor in tensors}) == 91_991
     assert sum(math.prod(tensor.shape) for tensor in tensors) == 684_531_386_000  # as the Hub counts it
     assert len(split_into_shards(tensors, 163)) == 163
 
 
-def test_sparse_takes_no_room(make):
+def test_sparse_takes_no_room(make: Make) -> None:
     [checkpoint] = make("--shape=1t", "--sparse", count=1)
     shards = list(checkpoint.glob("*.safetensors"))
     assert len(shards) == 61
@@ -115,14 +118,14 @@ def test_sparse_takes_no_room(make):
     assert sum(shard.stat().st_blocks * 512 for shard in shards) < 1e8
 
 
-def test_existing_checkpoints_stay(make, tmp_path):
+def test_existing_checkpoints_stay(make: Make, tmp_path: Path) -> None:
     make("--size=1MB")
     with pytest.raises(SystemExit, match="exists already"):
         make("--size=1MB")
 
 
 @pytest.mark.parametrize("average", [peers.naive, peers.shard_by_shard])
-def test_loops_average(make, tmp_path, average):
+def test_loops_average(make: Make, tmp_path: Path, average: Callable[[Path, list[Path]], object]) -> None:
     checkpoints = make("--size=1MB", count=3)
     average(tmp_path / "out", checkpoints)
     found = peers.check(tmp_path / "out", checkpoints)
@@ -133,7 +136,7 @@ def test_loops_average(make, tmp_path, average):
     assert one.equal(mean.to(one.dtype))
 
 
-def test_check_sees_what_is_wrong(make, tmp_path):
+def test_check_sees_what_is_wrong(make: Make, tmp_path: Path) -> None:
     checkpoints = make("--size=1MB")
     shutil.copytree(checkpoints[0], tmp_path / "out")
     assert peers.check(tmp_path / "out", checkpoints)["correctly_rounded"] < 0.9
@@ -141,7 +144,7 @@ def test_check_sees_what_is_wrong(make, tmp_path):
     assert peers.check(tmp_path / "out", checkpoints)["num_missing"] > 10
 
 
-def test_measure():
+def test_measure() -> None:
     code = "import time; x = bytearray(200_000_000); time.sleep(0.4); print('done')"
     measured = measure.measure([sys.executable, "-c", code], watch=True)
     assert measured.stdout == "done\n"
@@ -150,7 +153,7 @@ def test_measure():
         assert size > 200_000_000
 
 
-def test_measure_adds_up_processes():
+def test_measure_adds_up_processes() -> None:
     # From a small process: the peak of the parent, which has loaded torch, would count as the child's.
     code = """
 import sys
@@ -167,13 +170,13 @@ print(measured.largest_process_bytes, measured.together_bytes, measured.private_
     assert 200_000_000 < private < together < 300_000_000
 
 
-def test_measure_reports_failure():
+def test_measure_reports_failure() -> None:
     with pytest.raises(measure.CommandFailed, match=r"(?s)exit status 3.*no room"):
         measure.measure(["sh", "-c", "echo no room >&2; exit 3"])
 
 
-def test_interrupted_measure_ends_the_command_and_its_children(tmp_path):
-    def interrupt(*_):
+def test_interrupted_measure_ends_the_command_and_its_children(tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -190,7 +193,7 @@ def test_interrupted_measure_ends_the_command_and_its_children(tmp_path):
         time.sleep(0.05)
 
 
-def test_terminated_bench_leaves_nothing(tmp_path):
+def test_terminated_bench_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "--size=1MB", "--peers=none", f"--folder={tmp_path}"]
     with subprocess.Popen(command, cwd=LIB, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
         while bench.poll() is None and not list(tmp_path.iterdir()):
@@ -202,7 +205,9 @@ def test_terminated_bench_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, capsys):
+def test_contest_runs_in_turn_and_drops_who_fails(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(rounds, "check", lambda *_: {"num_missing": 0, "correctly_rounded": 1.0})
     log = tmp_path / "log"
     other = Contestant("other", "", lambda _, out: ["sh", "-c", f"mkdir {out}; echo other >> {log}"])
@@ -224,25 +229,25 @@ def test_contest_runs_in_turn_and_drops_who_fails(make, tmp_path, monkeypatch, c
     assert "failed" in lines[3]
 
 
-def test_fit_line():
+def test_fit_line() -> None:
     fixed, slope, rest = plot.fit_line([(1, 3.0), (10, 21.0), (100, 201.0)])
-    assert (fixed, slope) == (pytest.approx(1), pytest.approx(2))
+    assert [fixed, slope] == pytest.approx([1, 2])
     assert rest == pytest.approx([0, 0, 0], abs=1e-9)
 
 
 @pytest.mark.parametrize("least, step", [(0.3, 0.5), (1, 1), (3, 5), (112.64, 200), (60, 100)])
-def test_nice_step(least, step):
+def test_nice_step(least: float, step: float) -> None:
     assert plot.nice_step(least) == pytest.approx(step)
 
 
-def test_plot_is_well_formed():
+def test_plot_is_well_formed() -> None:
     drawing = ElementTree.fromstring(plot.bars("a < b", "MB", "n", [("2", 250.0), ("32", 260.0)], limit=512))
-    heights = [float(bar.get("height")) for bar in drawing.iter("{http://www.w3.org/2000/svg}rect") if bar.get("x")]
+    heights = [float(bar.attrib["height"]) for bar in drawing.iter("{http://www.w3.org/2000/svg}rect") if bar.get("x")]
     assert heights[1] / heights[0] == pytest.approx(260 / 250, rel=1e-2)
 
 
 @pytest.mark.slow(reason="ten merges in processes; test_fit_line and test_plot_is_well_formed")
-def test_bench_of_a_series(tmp_path):
+def test_bench_of_a_series(tmp_path: Path) -> None:
     options = ["--grow=size", "--values=1MB,2MB,3MB", "--rounds=1", f"--folder={tmp_path}", f"--plot={tmp_path}/m.svg"]
     done = bench(*options)
     assert "loop: " in done.stdout and "3MB " in done.stdout.split("off that line:")[1]
@@ -250,7 +255,7 @@ def test_bench_of_a_series(tmp_path):
 
 
 @pytest.mark.slow(reason="ten merges in processes; test_contest_runs_in_turn_and_drops_who_fails")
-def test_bench_from_the_command_line(tmp_path):
+def test_bench_from_the_command_line(tmp_path: Path) -> None:
     options = ["--size=1MB", "--rounds=1", "--peers=safe_open", f"--folder={tmp_path}", "--json"]
     done = bench(*options)
     results = {result["name"]: result for result in json.loads(done.stdout)["results"]}
@@ -260,7 +265,7 @@ def test_bench_from_the_command_line(tmp_path):
 
 
 @pytest.mark.slow(reason="ten merges in processes; test_contest_runs_in_turn_and_drops_who_fails")
-def test_bench_of_a_sweep(tmp_path):
+def test_bench_of_a_sweep(tmp_path: Path) -> None:
     options = ["--sweep", "--size=1MB", "--count=3", "--rounds=1", f"--folder={tmp_path}", "--json"]
     done = bench(*options)
     floor, pmerge = json.loads(done.stdout)["results"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_what_cuda_reports_is_an_error_with_a_hint(stub: list[Stream]) -> None:
     assert "--device cpu" in broken.value.hint
     for error in (torch.OutOfMemoryError("tried to allocate"), RuntimeError("CUDA error: out of memory\n")):
         with pytest.raises(torch.OutOfMemoryError):
-            queues.submit("compute", lambda error=error: fail(error))
+            queues.submit("compute", partial(fail, error))
     stub.clear()
 
 

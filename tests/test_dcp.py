@@ -45,7 +45,7 @@ def every_kind() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-CUTS = {
+CUTS: dict[str, Any] = {
     "fp32": grid((37, 19), (4, 1)),
     "wide": grid((5, 23), (1, 3)),
     "cube": grid((7, 9, 4), (2, 3, 1)),
@@ -95,7 +95,7 @@ def test_random_ranges_of_the_bytes_are_those_of_torch(plain: Path) -> None:
             payload = payloads[chunk.item]
             stored = torch.empty_strided(chunk.sizes, payload.strides, dtype=loaded[name].dtype)
             stored.copy_(chunk_of(loaded[name], chunk.offsets, chunk.sizes))
-            expected = bytes(stored.untyped_storage())  # type: ignore[call-overload]
+            expected = bytes(stored.untyped_storage())
             assert len(expected) == payload.num_bytes
             for _ in range(3):
                 begin = rng.randint(0, payload.num_bytes)
@@ -173,7 +173,7 @@ def test_torch_loads_a_clone(tmp_path: Path, training_state: str) -> None:
         changed = name in model or (name in moments and training_state == "average")
         expected = negated(name, tensor_bytes(before[name])) if changed else tensor_bytes(before[name])
         assert tensor_bytes(tensor) == expected, name
-    blobs = {"model.w._extra_state": b""}
+    blobs: dict[str, Any] = {"model.w._extra_state": b""}
     if training_state != "drop":
         blobs |= {"train_state.ntokens": 0, "optimizer.param_groups.0.lr": 0.0, "lr_scheduler.last_epoch": 0}
     loaded = load_state(tmp_path / "merged", blobs)

@@ -107,7 +107,7 @@ def test_threads_chunks_and_ranks_make_the_same_bytes(run: Path, tmp_path: Path,
 
 
 def test_a_sweep_writes_each_as_if_alone(run: Path, tmp_path: Path) -> None:
-    sweep(run, tmp_path / "sweep", methods=["sma", "ema:alpha=0.5"], last=[2, 3])
+    sweep([run], tmp_path / "sweep", methods=["sma", "ema:alpha=0.5"], last=[2, 3])
     found = sorted(path.parent for path in (tmp_path / "sweep").rglob("pmerge.json"))
     assert len(found) == 4
     for path in found:
@@ -195,7 +195,7 @@ def test_options_that_the_layout_does_not_allow(run: Path, tmp_path: Path, optio
 
 
 def test_moments_are_not_averaged_with_negative_coefficients(run: Path, tmp_path: Path) -> None:
-    negative = {"method": "weights", "weights": [-0.5, 0.5, 1.0]}
+    negative: dict[str, Any] = {"method": "weights", "weights": [-0.5, 0.5, 1.0]}
     with pytest.raises(UsageError, match="second moments must not become negative"):
         plan_average(run, tmp_path / "out", training_state="average", **negative)
     plan_average(run, tmp_path / "out", training_state="base", **negative)

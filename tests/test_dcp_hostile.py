@@ -168,7 +168,7 @@ def cut_along_seven(metadata: Metadata) -> None:
 
 S = torch.Size
 CHANGES: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "a call": (lambda m: m.state_dict_metadata.update(x=Evil()), "asks for posix.system"),
+    "a call": (lambda m: vars(m)["state_dict_metadata"].update(x=Evil()), "asks for posix.system"),
     "a path up": (stored("b", relative_path="../x"), "'../x', which is not the name of a file"),
     "an absolute path": (stored("b", relative_path="/etc/passwd"), "not the name of a file"),
     "an empty path": (stored("b", relative_path=""), "not the name of a file"),
@@ -206,8 +206,8 @@ CHANGES: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "no properties": (set_to("b", properties=None), "has no properties"),
     "chunks that are no list": (set_to("b", chunks={}), "no list of chunks"),
     "a chunk that is none": (set_to("b", chunks=[7]), "is not a ChunkStorageMetadata"),
-    "a tensor that is none": (lambda m: m.state_dict_metadata.update(b=7), "`b` is not a TensorStorageMetadata"),
-    "a name that is none": (lambda m: m.state_dict_metadata.update({7: None}), "not a string"),
+    "a tensor that is none": (lambda m: vars(m)["state_dict_metadata"].update(b=7), "`b` is not a TensorStorageMetadata"),
+    "a name that is none": (lambda m: vars(m)["state_dict_metadata"].update({7: None}), "not a string"),
     "a tensor under another name": (renamed, "`x`, the chunk at"),
     "no entries": (lambda m: setattr(m, "state_dict_metadata", None), "state_dict_metadata is not a dict"),
     "no tensors": (lambda m: setattr(m, "state_dict_metadata", {}), "names no tensors"),

@@ -30,4 +30,5 @@ def test_a_gpu_takes_the_sums_and_adds_its_link(tmp_path: Path) -> None:
     gpu = estimate(merge, 1e15, cores=1, device=Device("cuda:0"), pcie_bandwidth=1e6)
     assert cpu.seconds == pytest.approx(read * READ_S_PER_BYTE["F32"] + written * WRITE_S_PER_BYTE)
     assert gpu.parts["computing"] == pytest.approx(read * READ_S_PER_BYTE["copy"] + written * WRITE_S_PER_BYTE)
-    assert (cpu.bottleneck, gpu.bottleneck, gpu.seconds) == ("computing", "PCIe", pytest.approx(read / 1e6))
+    assert (cpu.bottleneck, gpu.bottleneck) == ("computing", "PCIe")
+    assert gpu.seconds == pytest.approx(read / 1e6)

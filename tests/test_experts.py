@@ -37,7 +37,8 @@ def both_dialects(folder: Path, family: str) -> tuple[list[Path], list[Path]]:
     """The same four checkpoints with single experts and with fused ones."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **MOE[family])).to(torch.bfloat16)
-    single, fused = [], []
+    single: list[Path] = []
+    fused: list[Path] = []
     for step in (100, 200, 300, 400):
         model.load_state_dict(perturbed(model.state_dict(), step))
         for paths, name, original in ((single, "single", True), (fused, "fused", False)):

@@ -78,7 +78,7 @@ def test_groups_are_sums_of_tensors(tmp_path: Path) -> None:
     plan, tensors = run_of(tmp_path / "run", torch.bfloat16, integers=True)
     sink = GramTotals(group=lambda key: "all")
     stream(plan, [WorkItem.whole(file, (), GRAM) for file in plan.files], sink, fit_memory(plan, 1 << 28, CPU, reducer=GRAM))
-    expected = sum(products(tensors, key) for key in ("a", "b", "c"))
+    expected = torch.stack([products(tensors, key) for key in ("a", "b", "c")]).sum(0)
     total = sink.totals()["all"]
     assert torch.equal(torch.tensor(total.products, dtype=torch.float64), expected)
     newest = torch.cat([tensors[-1][key].double().flatten() for key in ("a", "b", "c")])

@@ -178,8 +178,8 @@ def with_map(folder: Path, **entries: Any) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def put(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / INDEX).write_text(text) and None
+def put(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / INDEX).write_text(text)
 
 
 def claim(file: Any) -> Callable[[Path], None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[tuple[Codec | str, Shape]], int, int, in
         ]
     )
     shape = (rows, cols)
-    inputs = [(codec, shape) for codec in draw(st.lists(codecs, min_size=1, max_size=6))]
+    inputs: list[tuple[Any, Shape]] = [(codec, shape) for codec in draw(st.lists(codecs, min_size=1, max_size=6))]
     steps = [codec.row_step(shape) for codec, _ in inputs if not isinstance(codec, str)]
     r0 = draw(st.integers(0, (rows - 1) // max([*steps, 1]))) * max([*steps, 1])
     return inputs, r0, rows, draw(st.integers(0, 99))
@@ -182,16 +183,22 @@ def jobs(draw: st.DrawFn) -> tuple[list[tuple[Codec | str, Shape]], int, int, in
 def test_sums_of_any_inputs(job: tuple[list[tuple[Codec | str, Shape]], int, int, int]) -> None:
     """Values decoded beside plain ones, for one output and for several."""
     inputs, r0, r1, seed = job
-    values, dtypes, places, kept = [], [], [], []
+    values, kept = [], []
+    dtypes: list[Any] = []
+    places: list[Any] = []
     for i, (codec, shape) in enumerate(inputs):
         if isinstance(codec, str):
             kind = torch.bfloat16 if codec == "BF16" else torch.float32
             plain = torch.randn((r1 - r0) * shape[1], generator=torch.Generator().manual_seed(seed + i)).to(kind)
-            values.append(plain), dtypes.append(codec), places.append(plain.data_ptr())
+            values.append(plain)
+            dtypes.append(codec)
+            places.append(plain.data_ptr())
             continue
         parts = cut(codec, shape, random_parts(codec, shape, seed + i), r0, r1)
         values.append(codec.decode(parts, shape, r0, r1).reshape(-1))
-        dtypes.append(layout_of(codec, shape)), places.append(addresses(parts, r0)), kept.append(parts)
+        dtypes.append(layout_of(codec, shape))
+        places.append(addresses(parts, r0))
+        kept.append(parts)
     every = tuple(range(len(inputs)))
     factors = tuple(0.3 + i for i in every)
     sums = [

@@ -40,7 +40,7 @@ def imports_of(path: Path) -> frozenset[str]:
     """The modules that a file imports at run time, also inside functions; `merge_cli` ones as paths of files."""
     tree = ast.parse((PACKAGE / path).read_text())
     for_types = {id(node) for each in ast.walk(tree) if is_for_types(each) for node in ast.walk(each)}
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(tree):
         if id(node) in for_types:
             continue

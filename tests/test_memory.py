@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from paths import LIB
 
-PMERGE = Path(sys.executable).with_name("pmerge")
+PMERGE = str(Path(sys.executable).with_name("pmerge"))
 MEMORY = 32 << 20
 OTHER = 24 << 20  # interpreter and allocator: plans, thread stacks, arenas
 
@@ -22,9 +22,9 @@ print(measure(sys.argv[1:]).largest_process_bytes)
 
 def peak(folder: Path, *shape: str) -> int:
     """The peak resident bytes of an average of checkpoints of zeros (holes take no room)."""
-    make = [sys.executable, "-m", "checkpoints", *shape, "--sparse", "--out", folder / "run"]
+    make = [sys.executable, "-m", "checkpoints", *shape, "--sparse", "--out", str(folder / "run")]
     subprocess.run(make, cwd=LIB, check=True, capture_output=True)
-    average = [PMERGE, "average", folder / "run", "-o", folder / "out", "--memory", str(MEMORY), "--quiet", "--json"]
+    average = [PMERGE, "average", str(folder / "run"), "-o", str(folder / "out"), "--memory", str(MEMORY), "--quiet", "--json"]
     command = [sys.executable, "-c", CODE, *average]
     done = subprocess.run(command, cwd=LIB, capture_output=True, text=True, check=True)
     assert json.loads((folder / "out" / "pmerge.json").read_bytes())["files"]
@@ -54,10 +54,10 @@ def test_peak_memory_of_many_sums_is_bounded(tmp_path: Path) -> None:
     peaks = []
     for size in ("1MB", "60MB"):
         run, out = tmp_path / f"run-{size}", tmp_path / f"out-{size}"
-        make = [sys.executable, "-m", "checkpoints", f"--size={size}", "--count=8", "--out", run]
+        make = [sys.executable, "-m", "checkpoints", f"--size={size}", "--count=8", "--out", str(run)]
         subprocess.run(make, cwd=LIB, check=True, capture_output=True)
         methods = "ema:0.1,ema:0.15,ema:0.2,decay:1-sqrt,decay:cosine,power:0.2"
-        sweep = [PMERGE, "sweep", run, "-o", out, "--method", methods, "--memory", str(2 * MEMORY), "--quiet"]
+        sweep = [PMERGE, "sweep", str(run), "-o", str(out), "--method", methods, "--memory", str(2 * MEMORY), "--quiet"]
         done = subprocess.run([sys.executable, "-c", CODE, *sweep], cwd=LIB, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] - peaks[0] < 2 * MEMORY + OTHER

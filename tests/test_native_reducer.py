@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     "options", [{"method": "sma"}, {"method": "ema"}, {"method": "wma", "dtype": "fp16", "allow_nonfinite": True}]
 )
 def test_every_kernel_writes_the_bytes_of_torch(
-    options: dict[str, object], run: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    options: dict[str, Any], run: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found = []
     for name in EVERY:

@@ -87,7 +87,7 @@ def test_same_bytes_in_whatever_order_the_device_runs(
 
 
 def test_integers_and_excluded_tensors_go_around_the_device(run: list[Path], on: On, tmp_path: Path) -> None:
-    options = {"exclude": ["a", "y", "*norm*"], "threads": 1}
+    options: dict[str, Any] = {"exclude": ["a", "y", "*norm*"], "threads": 1}
     cpu = average(run, tmp_path / "cpu", device="cpu", **options)
     assert digests(on(World(3), run, tmp_path / "out", **options).output) == digests(cpu.output)
 

@@ -263,7 +263,7 @@ def test_compressed_tensors_decode_alike(preset: str) -> None:
     found = pair(tensors, config)["a.weight"]
     assert found.shape == (160, 256)
     assert {name for _, name in found.parts} == set(tensors)
-    local = {name.removeprefix("a."): tensor for name, tensor in tensors.items()}
+    local: dict[str, Tensor | None] = {name.removeprefix("a."): tensor for name, tensor in tensors.items()}
     local["weight_zero_point"] = local.get("weight_zero_point")
     expected = BaseCompressor.get_value_from_registry(PRESETS[preset][0]).decompress(local, scheme)["weight"]
     mine = read(found, tensors)

@@ -68,7 +68,7 @@ def test_requantized_average_of_every_scheme(case: str, tmp_path: Path) -> None:
     quantized = find_quantized(stored, config).tensors[name]
     raw = {role: merged[part].reshape(-1).view(torch.uint8) for role, part in quantized.parts}
     after = decoded(codec, raw, shape).view(shape)
-    mean = (sum(v.double() for v in values) / 3).float()
+    mean = torch.stack(values).double().mean(0).float()
     largest, average_error = result.statistics.requantization_error or (1.0, 1.0)
     assert 0 < average_error < 0.3 and largest <= 0.5
     assert float((after - mean).abs().max() / mean.abs().max()) == pytest.approx(largest, rel=1e-3)

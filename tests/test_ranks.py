@@ -110,7 +110,7 @@ def test_ranks_at_the_same_time(tmp_path: Path) -> None:
     expected = average(paths, tmp_path / "one").output
     results: list[AverageResult] = []
     threads = [
-        threading.Thread(target=lambda rank=rank: results.append(share(paths, tmp_path / "out", rank, 4, threads=1)))  # type: ignore[misc]
+        threading.Thread(target=lambda rank=rank: results.append(share(paths, tmp_path / "out", rank, 4, threads=1)))
         for rank in range(4)
     ]
     for thread in threads:

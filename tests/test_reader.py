@@ -122,7 +122,8 @@ def test_storage_without_direct_reads_is_read_through_the_cache(
 
 def without_direct(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Let O_DIRECT fail as on filesystems that do not have it: at the opening, or at the first read."""
-    real_open, real_preadv, direct = os.open, os.preadv, set()
+    real_open, real_preadv = os.open, os.preadv
+    direct: set[int] = set()
 
     def fake_open(path: Any, flags: int, *more: Any) -> int:
         if flags & os.O_DIRECT and where == "open":
@@ -216,7 +217,8 @@ def test_quantized_tensors_go_past_the_page_cache_too(requantize: bool, tmp_path
 def test_direct_does_not_change_the_bytes_of_quantized_checkpoints(after: str, memory: int | None, tmp_path: Path) -> None:
     """Wherever in their blocks the codes begin."""
     run = quantized_run(tmp_path / "run", 301, multiple=1, after=after)
-    for number, options in enumerate([{}, {"requantize": True}, {"exclude": ["a.*"]}]):
+    every: list[dict[str, Any]] = [{}, {"requantize": True}, {"exclude": ["a.*"]}]
+    for number, options in enumerate(every):
         made = [
             average([run], tmp_path / f"{mode}{number}", direct=mode, memory=memory, **options).output for mode in ("on", "off")
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_written_checkpoints_are_read_by_safetensors(tmp_path: Path, layout: str
 
 def test_headers_may_be_odd(tmp_path: Path) -> None:
     tensors = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.int64), "c": torch.tensor(1.5).bfloat16()}
-    options = {"before": " \n", "multiple": 1, "metadata": None, "header_order": ["c", "a", "b"]}
+    options: dict[str, Any] = {"before": " \n", "multiple": 1, "metadata": None, "header_order": ["c", "a", "b"]}
     write_safetensors(tmp_path / "odd.safetensors", tensors, **options)
     found = load_file(tmp_path / "odd.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

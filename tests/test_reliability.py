@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ def test_promise_1_inputs_are_opened_read_only_and_never_mapped(ground: Ground) 
     ground.reset()
     code = """if True:
         import os, sys
-        from pathlib import Path
+        from functools import partial
+from pathlib import Path
         def hook(event, arguments):
             if event == "open" and "/in/" in str(arguments[0]):
                 assert arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) == 0, arguments
@@ -84,11 +86,9 @@ def test_promise_2_and_3_killed_anywhere_it_is_absent_or_complete_and_goes_on(gr
 def test_promise_2_overwrite_loses_neither_the_old_nor_the_new(ground: Ground, filesystem: str) -> None:
     survives(lambda: sweeps.sweep(ground, "any:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True, every=23, first=9))
     for call in ("renamedir", "unlink"):
-        survives(
-            lambda call=call: sweeps.sweep(
-                ground, f"{call}:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True, every=1 if call == "renamedir" else 7
-            )
-        )
+        every = 1 if call == "renamedir" else 7
+        fault = f"{call}:kill:0"
+        survives(partial(sweeps.sweep, ground, fault, filesystem=filesystem, codes=(-9,), overwrite=True, every=every))
 
 
 def test_promise_2_a_folder_that_pmerge_did_not_make_is_left_alone(ground: Ground) -> None:
@@ -261,7 +261,8 @@ def test_promise_11_a_lock_on_a_folder_that_was_removed_is_not_held(tmp_path: Pa
     path = tmp_path / "out.pmerge-partial" / "lock"
     first, second = Lock(path, tmp_path / "out"), Lock(path, tmp_path / "out")
     first.acquire()
-    flock, calls = second._flock, []
+    flock = second._flock
+    calls: list[int] = []
 
     def late(fd: int) -> bool:
         if not calls:

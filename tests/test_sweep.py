@@ -83,7 +83,7 @@ def test_each_output_is_that_of_average(layout: str, options: dict[str, Any], tm
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_each_output_of_any_grid_is_that_of_average(data: st.DataObject) -> None:
     axis = st.lists(st.sampled_from([1, 2, 3, 4]), max_size=2, unique=True)
-    asked = {
+    asked: dict[str, Any] = {
         "methods": data.draw(st.lists(st.sampled_from(METHODS), min_size=1, max_size=3, unique=True)),
         "last": data.draw(axis),
         "every": data.draw(st.sampled_from([[], [100], [100, 200]])),
@@ -164,7 +164,7 @@ def test_inputs_are_read_once_and_only_where_they_are_used(tmp_path: Path, monke
 def test_weights_belong_to_the_checkpoints_as_they_were_typed(tmp_path: Path) -> None:
     paths = nasty_run(tmp_path / "run", 3, layout="single")
     typed = [paths[2], paths[0], paths[1]]
-    lists = [{"weights": [0.7, 0.1, 0.2], "name": "typed"}, {"method": "wma", "name": "by-step"}]
+    lists: list[dict[str, Any]] = [{"weights": [0.7, 0.1, 0.2], "name": "typed"}, {"method": "wma", "name": "by-step"}]
     assert assert_each_is_that_of_average(typed, tmp_path, tmp_path / "out", {"combinations": lists}) == 2
     assert len(plan_sweep(typed, tmp_path / "new", combinations=lists).groups) == 2
 

@@ -105,7 +105,7 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     parts = split(tensors, shards) if isinstance(shards, int) else [list(part) for part in shards]
     assert sorted(name for part in parts for name in part) == sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file = shard_name(number, len(parts)) if index else "model.safetensors"
         weight_map |= dict.fromkeys(part, file)

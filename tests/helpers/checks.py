@@ -65,7 +65,7 @@ def interval(
     weights = coefficients(method, steps, **options) if count > 1 else [1.0]
     summed_in = accumulator(integers is not None, tensors, dtype, accumulate)
     total = sum((w * t.double() for w, t in zip(weights[1:], tensors[1:], strict=True)), weights[0] * tensors[0].double())
-    magnitude = sum(abs(w) * t.double().abs() for w, t in zip(weights, tensors, strict=True))
+    magnitude = sum((abs(w) * t.double().abs() for w, t in zip(weights, tensors, strict=True)), torch.zeros_like(total))
     relative, absolute = (2.0**-24, 2.0**-149) if summed_in == torch.float32 else (2.0**-53, 2.0**-1074)
     error = torch.where(magnitude > 0, (4 * count + 4) * relative * magnitude + 2 * count * absolute, 0.0)
     low = round_quotient(torch.where(error > 0, total - error, total), 1, dtype)

@@ -30,7 +30,8 @@ def stop_server() -> None:
 
 def start(*arguments: object, cwd: Path, **setting: Unpack[Setting]) -> Run:
     """Start `pmerge arguments` in `cwd`, with the variables of this process unless `setting` has others."""
-    return server().start(arguments, cwd, timeout_s=120, **{"environment": dict(os.environ), **setting})
+    setting.setdefault("environment", dict(os.environ))
+    return server().start(arguments, cwd, timeout_s=120, **setting)
 
 
 def pmerge(*arguments: object, cwd: Path, expect: int = 0, **setting: Unpack[Setting]) -> Ended:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from merge_cli.formats.dcp.clone import Clone, Values, lay_out, write_metadata
 from merge_cli.formats.dcp.entries import treat
@@ -80,7 +82,7 @@ def save_dcp(folder: Path, state: Mapping[str, Any], cuts: Mapping[str, Sequence
     """Save `state` as torch does, spread over `files` files; keys of `cuts` are flattened names."""
     writer = FileSystemWriter(folder, thread_count=files)
     with _alone():
-        dcp.save(dict(state), storage_writer=writer, planner=CutPlanner(cuts or {}), no_dist=True)
+        dcp_save(dict(state), storage_writer=writer, planner=CutPlanner(cuts or {}), no_dist=True)
     return folder
 
 
@@ -97,7 +99,7 @@ def load_state(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `like` (values of the right kind), by torch's own loader."""
     state = dict(like)
     with _alone():
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        dcp_load(state, checkpoint_id=folder, no_dist=True)
     return state
 
 

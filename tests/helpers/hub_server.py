@@ -191,7 +191,8 @@ class HubServer:
     def _fault(self, h: BaseHTTPRequestHandler, fault: str) -> None:
         if fault == "drop":
             h.close_connection = True
-            return h.connection.close()
+            h.connection.close()
+            return
         self._reply(h, int(fault), b"busy", {"Retry-After": self.retry_after} if fault == "429" else {})
 
     def _missing(self, h: BaseHTTPRequestHandler, code: str) -> None:

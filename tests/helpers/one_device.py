@@ -23,6 +23,6 @@ class OneDevice(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         seen = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         devices = {tensor.device.type for tensor in seen if tensor.dim()}
-        uploads = operation is torch.ops.aten._to_copy.default  # type: ignore[comparison-overlap]
+        uploads = operation is torch.ops.aten._to_copy.default
         assert uploads or len(devices) < 2, f"{operation} mixes devices"
         return result

@@ -75,7 +75,7 @@ def test_a_value_that_cannot_be_names_the_flag(spec: type[Options], options: dic
 )
 def test_a_choice_that_is_nearly_right_gets_the_right_one(field: str, typed: str, meant: str) -> None:
     with pytest.raises(UsageError) as error:
-        MergeSpec(**{field: typed})
+        MergeSpec(**{field: typed})  # type: ignore[arg-type]
     assert error.value.hint == f"did you mean  {meant}"
 
 

@@ -38,7 +38,8 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             where = Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else os.path.realpath(path)
             if not str(where).startswith(below):
                 return status
-            values, names = status.__reduce__()[1]  # type: ignore[misc]
+            reduced: Any = status.__reduce__()
+            values, names = reduced[1]
             return os.stat_result((values[0], values[1] + offset(), *values[2:]), names)
 
         return stat

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_warnings_of_commands() -> None:
     assert check_command("lm_eval --model_args pretrained={path} --cache_requests true") == []
 
 
-def result(tmp_path: Path, stdout: str = "", file: object = None):
+def result(tmp_path: Path, stdout: str = "", file: object = None) -> Any:
     path = tmp_path / "result.json"
     if file is not None:
         path.write_text(file if isinstance(file, str) else json.dumps(file))

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from paths import TESTS
 
 from merge_cli.errors import UsageError
 from merge_cli.request.methods import coefficients
-from merge_cli.trajectory.analysis import analyze_grams
+from merge_cli.trajectory.analysis import Analysis, analyze_grams
 from merge_cli.trajectory.findings import Finding
 from merge_cli.trajectory.forecast import CONDITIONS, Forecast, forecast_rows
 from merge_cli.trajectory.gram import Gram
@@ -32,7 +33,9 @@ def row(steps: Sequence[int | None], values: Sequence[float], loss: float, metri
     return Row(key, name, parts, "keep", "evaluate", {metric: loss}, time=float(next(CLOCK)), **more)  # type: ignore[arg-type]
 
 
-def rows_of(loss: Loss, newest: int, spacing: int, *, singles: Sequence[int], merges: Sequence[tuple[int, int]] = ((8, 1), (8, 2))):
+def rows_of(
+    loss: Loss, newest: int, spacing: int, *, singles: Sequence[int], merges: Sequence[tuple[int, int]] = ((8, 1), (8, 2))
+) -> list[Row]:
     """The rows of a plan like `auto`: singles at these distances from the newest, merges (N, multiple of the spacing)."""
     rows = [row([newest - d], [1.0], loss([newest - d], [1.0])) for d in singles]
     for n, multiple in merges:
@@ -62,14 +65,18 @@ def test_white_noise_and_drift_are_recovered_exactly() -> None:
     assert found.now.low == pytest.approx(2.0 - 0.15 * a) and found.now.high == pytest.approx(2.0 + 0.15 * a)
     assert found.best_sma == pytest.approx(math.sqrt(a / (s * spacing / 2)))
     for choice in found.choices:
-        places = [10_000 - i * choice.spacing for i in reversed(range(choice.n))]
+        places = [10_000 - round(i * choice.spacing) for i in reversed(range(choice.n))]
         values = coefficients(choice.method, places).values
         assert choice.gain == pytest.approx(white(a, s)([10_000], [1.0]) - white(a, s)(places, values))
     assert found.choice.method == "wma" and found.helps
     n_best = max((c for c in found.choices if c.method == "sma" and c.spacing == spacing), key=lambda c: c.gain).n
-    assert abs(n_best - found.best_sma) <= 1
+    assert found.best_sma is not None and abs(n_best - found.best_sma) <= 1
     wma = max((c for c in found.choices if c.method == "wma" and c.spacing == spacing), key=lambda c: c.gain)
-    assert abs(wma.n - found.best_wma) <= 1 and wma.gain > (math.sqrt(a) - math.sqrt(s * spacing / 2)) ** 2
+    assert (
+        found.best_wma is not None
+        and abs(wma.n - found.best_wma) <= 1
+        and wma.gain > (math.sqrt(a) - math.sqrt(s * spacing / 2)) ** 2
+    )
     assert found.flat[0] < found.choice.n < found.flat[1]
 
 
@@ -134,7 +141,15 @@ def test_every_number_is_a_weighted_sum_of_rows() -> None:
     rows = rows_of(white(0.13, 4e-5), 10_000, 50, singles=SINGLES)
     found = forecast_rows(rows, anneal=500)
     losses = {each.key: each.metrics["loss"] for each in rows}
-    for quantity in (found.level, found.slope, found.noises[0].a, found.noises[1].a, found.now.quantity, found.ahead.quantity):
+    quantities: list[Any] = [
+        found.level,
+        found.slope,
+        found.noises[0].a,
+        found.noises[1].a,
+        found.now.quantity,
+        found.ahead.quantity,
+    ]
+    for quantity in quantities:
         assert quantity.value == pytest.approx(sum(weight * losses[key] for key, weight in quantity.rows.items()))
 
 
@@ -192,7 +207,7 @@ def names(found: Forecast) -> tuple[list[str], list[str]]:
 GOOD = white(0.13, 4e-5)
 
 
-def analysis(*findings: Finding, log: Sequence[LogRow] = ()) -> object:
+def analysis(*findings: Finding, log: Sequence[LogRow] = ()) -> Analysis:
     from dataclasses import replace
 
     steps = list(range(9000, 10_001, 100))
@@ -233,7 +248,7 @@ def test_other_refusals_and_warnings_by_name() -> None:
 def test_steps_count_from_where_the_learning_rate_became_constant() -> None:
     rows = rows_of(GOOD, 10_000, 50, singles=SINGLES)
     log = [LogRow(step, 1e-3 if step < 9200 else 3e-4, None) for step in range(0, 10_001, 50)]
-    found = forecast_rows(rows, analysis=analysis(log=log))  # type: ignore[arg-type]
+    found = forecast_rows(rows, analysis=analysis(log=log))
     assert "age" in names(found)[1] and len(found.noises) == 1  # the merge at 2V lags 350 of 800 steps
 
 
@@ -301,7 +316,8 @@ def test_sampling_of_the_text_enters_the_band_paired() -> None:
         loss = math.fsum(x.nats for x in documents) / 500
         rows.append(Row(**{**each.__dict__, "metrics": {"loss": loss}, "documents": documents}))
     found = forecast_rows(rows)
-    assert found.noises[0].a.sampling < 0.01 < found.level.sampling  # hard documents cancel in a difference
+    difference, level = found.noises[0].a.sampling, found.level.sampling
+    assert difference is not None and level is not None and difference < 0.01 < level  # hard documents cancel in a difference
     assert found.now.quantity.sampling_source == "paired by document"
 
 

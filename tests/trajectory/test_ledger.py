@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,9 @@ from merge_cli.trajectory.compare import PAIRED, UPPER_BOUND, difference, sampli
 from merge_cli.trajectory.ledger import Document, Ledger, Part, Row, key_of
 
 
-def row(name: str = "step-100", loss: float = 1.5, *, parts: tuple[Part, ...] = (Part("ckpt_100", 100, "v", 1.0),), **more) -> Row:
+def row(
+    name: str = "step-100", loss: float = 1.5, *, parts: tuple[Part, ...] = (Part("ckpt_100", 100, "v", 1.0),), **more: Any
+) -> Row:
     return Row(key_of(parts, "keep", f"cmd {name}"), name, parts, "keep", "cmd", {"loss": loss}, **more)
 
 
@@ -122,4 +125,4 @@ def test_reported_errors_are_an_upper_bound_and_none_is_none() -> None:
     assert found.source == UPPER_BOUND and found.error == pytest.approx(0.05)
     plain = difference(with_documents("c", []), other, "loss")
     assert plain.error is None and not plain.is_tie
-    assert sampling_error([one, other], {one.key: 2.0}, "loss") == (pytest.approx(0.06), UPPER_BOUND)
+    assert sampling_error([one, other], {one.key: 2.0}, "loss") == pytest.approx((0.06, UPPER_BOUND))

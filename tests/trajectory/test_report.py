@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,9 +92,10 @@ def check(text: str) -> Tags:
     return tags
 
 
-def data_of(text: str) -> dict:
+def data_of(text: str) -> dict[str, Any]:
     (embedded,) = re.findall(r'<script type="application/json" id="pmerge-data">(.*?)</script>', text, re.S)
-    return json.loads(embedded)
+    data: dict[str, Any] = json.loads(embedded)
+    return data
 
 
 def test_the_report_is_one_file_without_network_and_has_all_panels(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -70,7 +71,7 @@ def shard_by_shard(out: Path, checkpoints: list[Path]) -> None:
     copy_side_files(checkpoints[0], out)
 
 
-def check(out: Path, checkpoints: list[Path]) -> dict[str, object]:
+def check(out: Path, checkpoints: list[Path]) -> dict[str, Any]:
     """All names; for some tensors shape, dtype and the first million values against the mean in float64."""
 
     def places(folder: Path) -> dict[str, Path]:
