@@ -27,6 +27,7 @@ from faults import ranks
 from faults.ground import Ground
 from faults.runs import Ended, FaultRuns
 from merge_cli import Rank, average, finalize, plan_average, run_average
+from merge_cli.engine import writer
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
 from merge_cli.features.average import AverageResult
 from merge_cli.output import joint
@@ -211,7 +212,7 @@ def test_two_threads_never_complete_one_file(tmp_path: Path, monkeypatch: pytest
         patch.setattr(JointDestination, "_assemble", lambda self, file: None)
         assert share(paths, tmp_path / "out", 0, 4).missing == 1
     completed: list[str] = []
-    assemble = joint.assemble
+    assemble = writer.assemble
 
     def slowly(file: OutputFile, folder: Path) -> str:
         completed.append(file.name)

@@ -83,7 +83,7 @@ def test_ranks_at_the_same_time(tmp_path: Path) -> None:
     sweep([tmp_path / "run"], tmp_path / "one", **GRID)
     results: list[SweepResult] = []
     threads = [
-        threading.Thread(target=lambda rank=rank: results.append(share(tmp_path / "run", tmp_path / "out", rank, 3, threads=1)))  # type: ignore[misc]
+        threading.Thread(target=lambda rank=rank: results.append(share(tmp_path / "run", tmp_path / "out", rank, 3, threads=1)))
         for rank in range(3)
     ]
     for thread in threads:
@@ -124,7 +124,8 @@ def test_a_piece_that_is_recorded_in_the_moment_before_its_claim_is_not_recorded
 ) -> None:
     nasty_run(tmp_path / "run", 3, layout="single")
     sweep([tmp_path / "run"], tmp_path / "one", **GRID)
-    claim, done, seen = JointDestination.claim, JointDestination.done, []
+    claim, done = JointDestination.claim, JointDestination.done
+    seen: list[Any] = []
 
     def claim_after_another(self: JointDestination, item: WorkItem) -> Any:
         if not seen and self.folder.destination.name == "wma-last2":  # another rank was quicker, for this output alone
@@ -184,7 +185,7 @@ def ground() -> Iterator[tuple[Path, FaultRuns]]:
     with tempfile.TemporaryDirectory(prefix="pmerge-test-") as folder, FaultRuns() as runs:
         tensors = {f"layers.{i}": torch.randn(3000).bfloat16() for i in range(6)}
         write_run(Path(folder) / "run", training_run(tensors, 3), shards=2)
-        assert not runs.run(("sweep", "run", "-o", "one", *ASKED), folder).code
+        assert not runs.run(("sweep", "run", "-o", "one", *ASKED), Path(folder)).code
         yield Path(folder), runs
 
 

@@ -292,7 +292,7 @@ def test_each_spacing_is_judged_by_its_own_noise() -> None:
 
     found = forecast_rows(rows_of(loss, 10_000, 50, singles=SINGLES), steps=range(0, 10_001, 50))
     assert found.choice.spacing >= 100
-    places = [10_000 - found.choice.spacing * i for i in reversed(range(found.choice.n))]
+    places = [10_000 - round(found.choice.spacing * i) for i in reversed(range(found.choice.n))]
     gained = loss([10_000], [1.0]) - loss(places, coefficients(found.choice.method, places).values)
     fine = [10_000 - 50 * i for i in reversed(range(found.choice.n))]
     assert gained > loss([10_000], [1.0]) - loss(fine, coefficients(found.choice.method, fine).values)
