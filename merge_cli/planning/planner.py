@@ -81,7 +81,7 @@ def build_plan(
         check_side_files(inputs[used].path, inputs[used].side_files.kept)
     check_same_ranks(inputs, base)
     averaged = _glob_filter(spec, tensors, str if inputs[base].dcp is None else tensor_name)
-    check_same_tensors(inputs, [_compared(spec, each, averaged) for each in tensors], steps, base)
+    check_same_tensors(inputs, _compared(spec, tensors, base, averaged), steps, base)
     if spec.requantize and not views[base].owner:
         raise UsageError(
             f"--requantize writes the weights as the base has them, and {inputs[base].path} is not quantized",
@@ -123,12 +123,21 @@ def _check_something_is_averaged(spec: MergeSpec, entries: Sequence[Entry], num_
     raise UsageError("nothing would be averaged: the checkpoints hold no tensor of floats")
 
 
-def _compared(spec: MergeSpec, tensors: Mapping[str, Logical], averaged: Callable[[str], bool]) -> Mapping[str, Logical]:
-    """The tensors that all checkpoints must agree on: those of which more than the base's, or the newest's, is used."""
+def _compared(
+    spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]], base: int, averaged: Callable[[str], bool]
+) -> list[Mapping[str, Logical]]:
+    """The tensors that checkpoints must agree on: not those that are copied from the base.
+
+    Integers that are taken from the newest must agree between it and the base; the others need not have them.
+    """
     if not (spec.include or spec.exclude or spec.int_policy == "newest"):
-        return tensors
-    newest = spec.int_policy == "newest"
-    return {key: each for key, each in tensors.items() if averaged(key) and not (newest and kind_of(each) == "integer")}
+        return list(tensors)
+    found: list[Mapping[str, Logical]] = [{key: each for key, each in here.items() if averaged(key)} for here in tensors]
+    if spec.int_policy == "newest":
+        integers = {key: each for key, each in found[base].items() if kind_of(each) == "integer"}
+        for i in set(range(len(found) - 1)) - {base}:
+            found[i] = {**{key: each for key, each in found[i].items() if kind_of(each) != "integer"}, **integers}
+    return found
 
 
 def _with_cache_scales(base: View, other: View, tensors: Mapping[str, Logical]) -> Mapping[str, Logical]:

@@ -43,12 +43,19 @@ def find_dcp(path: StrPath) -> DcpPlace | None:
     """The distributed checkpoint at the folder `path`, None if it is none."""
     path = as_path(path)
     inside = _folders(path)
-    if any(entry == Entry(METADATA_FILE, "file") for entry in inside.get("", ())):
+    if _is_described(inside.get("", ())):
         return DcpPlace(path, "", "megatron" if _is_megatron(path) else "torch")
     for name, trainer in _INSIDE.items():
-        if any(entry == Entry(METADATA_FILE, "file") for entry in inside.get(name, ())):
+        if _is_described(inside.get(name, ())):
             return DcpPlace(path, name, trainer)
     return None
+
+
+def _is_described(entries: Sequence[Entry]) -> bool:
+    """Whether there is a `.metadata`, and it is not the training state beside weights in safetensors."""
+    names = [entry.name for entry in entries]
+    beside_weights = any(name.endswith(".safetensors") for name in names) and not any(name.endswith(".distcp") for name in names)
+    return Entry(METADATA_FILE, "file") in entries and not beside_weights
 
 
 def is_dcp(path: StrPath) -> bool:

@@ -133,9 +133,8 @@ def slow_storage(ground: Ground) -> Row:
                 row.wrong.append(f"{fault % k}: exit {ended.code} after {ended.seconds:.1f} s: {ended.stderr}")
             wrong = ground.invariant() or ground.continued({})
             row.wrong += [wrong] if wrong else []
-    ended = ground.runs.run(
-        (*COMMAND, "--overwrite"), ground.folder, fault="fsync:5:delay:10000:/out", signals=[(1.0, 15), (1.3, 15)]
-    )
+    ground.reset()
+    ended = ground.runs.run(COMMAND, ground.folder, fault="fsync:5:delay:10000:/out", signals=[(1.0, 15), (1.3, 15)])
     row.points += 1
     if ended.seconds > 1.8 or ended.code not in (143, -15):
         row.wrong.append(f"the second signal: exit {ended.code} after {ended.seconds:.1f} s")
