@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from types import FrameType
 
 from merge_cli.errors import Interrupted, PmergeError
@@ -28,6 +29,7 @@ def main() -> None:
                 1_000_000
             )  # a plan is millions of small tuples without cycles: walking them costs as much as making them
             _handle_signals()
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without, and pmerge uses none
             from merge_cli.cli.app import run
 
             sys.exit(run())
