@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from faults.attacks import links, removed, shared, strangers
+from faults.attacks import links, removed, resealed, shared, strangers
 from faults.attacks.world import Attack, World
 from faults.ground import CannotTry
 from faults.runs import FaultRuns
 
-ATTACKS: tuple[Attack, ...] = (links.ATTACK, removed.ATTACK, *strangers.ATTACKS, shared.ATTACK)
+ATTACKS: tuple[Attack, ...] = (links.ATTACK, removed.ATTACK, *strangers.ATTACKS, shared.ATTACK, resealed.ATTACK)
 SHOWN = 6
 
 
