@@ -5,6 +5,7 @@
     scripts/faults --only kill   the faults whose name contains "kill"
     scripts/faults --soak 100    besides, a hundred rounds of kill -9 at random moments
     scripts/faults --attack all  the attacks of a hostile neighbor or file; --list has their names
+    scripts/faults --fuzz 60     every parser, with changed bytes
 
 The invariant after every fault: the destination is absent or complete (with --overwrite: the old or
 the new result), nothing of the inputs has changed, and the same command ends with the bytes of a
@@ -26,6 +27,7 @@ import torch
 
 from faults import circumstances, ranks, storage, sweeps
 from faults.attacks import carry_out as attacks
+from faults.fuzz import carry_out as fuzz
 from faults.ground import CannotTry, Ground, Row, table
 from faults.runs import FaultRuns
 
@@ -76,6 +78,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="rounds of random kills")
     parser.add_argument("--attack", nargs="+", default=[], metavar="NAME", help="carry out attacks, or all, instead of faults")
+    parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="feed changed bytes to every parser for so long, instead")
+    parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="of the first case of --fuzz")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the bytes there that broke a promise (--fuzz)")
     parser.add_argument("--list", action="store_true", help="list the attacks")
     parser.add_argument("--verbose", action="store_true", help="show every try of an attack")
     options = parser.parse_args()
@@ -84,9 +89,11 @@ def main() -> int:
         print(attacks.catalogue())
         return 0
     if options.attack:
-        if unknown := set(options.attack) - attacks.names() - {"all"}:
+        if unknown := set(options.attack) - attacks.known() - {"all"}:
             parser.error(f"no attack is called {', '.join(sorted(unknown))}; there are:\n{attacks.catalogue()}")
         return 0 if attacks.carry_out(options.attack, thorough=not options.quick, show_all=options.verbose) else 1
+    if options.fuzz is not None:
+        return 0 if fuzz.carry_out(options.fuzz, options.first, options.keep) else 1
     with tempfile.TemporaryDirectory(prefix="pmerge-faults-") as folder, FaultRuns() as runs:
         Path(folder).chmod(0o755)
         ground = Ground(Path(folder) / "ground", runs)

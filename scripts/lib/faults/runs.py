@@ -32,6 +32,7 @@ class Setting(TypedDict, total=False):
     room: int  # bytes of address space beyond those in use at the start
     user: int | None  # run as the user with this id
     umask: int
+    without_proc: bool
     clock_s: int  # the clock is wrong by so many seconds
     streams: Mapping[str, str]  # {"stdout": "full"}: also "stderr", "closed", and "broken", a pipe that nobody reads
     record: tuple[str, str]  # a file for the record of all changes below a folder

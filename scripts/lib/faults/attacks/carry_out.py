@@ -9,12 +9,38 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from faults.attacks import links, removed, resealed, shared, strangers
+from faults.attacks import (
+    environment,
+    headers,
+    inputs,
+    limits,
+    links,
+    names,
+    odd_files,
+    power,
+    removed,
+    resealed,
+    shared,
+    strangers,
+)
 from faults.attacks.world import Attack, World
 from faults.ground import CannotTry
 from faults.runs import FaultRuns
 
-ATTACKS: tuple[Attack, ...] = (links.ATTACK, removed.ATTACK, *strangers.ATTACKS, shared.ATTACK, resealed.ATTACK)
+ATTACKS: tuple[Attack, ...] = (
+    links.ATTACK,
+    removed.ATTACK,
+    *strangers.ATTACKS,
+    shared.ATTACK,
+    resealed.ATTACK,
+    *odd_files.ATTACKS,
+    limits.ATTACK,
+    headers.ATTACK,
+    inputs.ATTACK,
+    environment.ATTACK,
+    names.ATTACK,
+    power.ATTACK,
+)
 SHOWN = 6
 
 
@@ -23,14 +49,13 @@ def catalogue() -> str:
     return "\n".join(f"{attack.name:12} {attack.finding:8} {attack.promise}" for attack in ATTACKS)
 
 
-def names() -> set[str]:
+def known() -> set[str]:
     return {attack.name for attack in ATTACKS}
 
 
 def carry_out(wanted: Sequence[str], *, thorough: bool, show_all: bool = False) -> bool:
-    """Carry out these attacks, or with "all" every one; whether all promises held. Raises KeyError for an unknown name."""
-    known = {attack.name: attack for attack in ATTACKS}
-    chosen = list(ATTACKS) if "all" in wanted else [known[name] for name in wanted]
+    """Carry out these attacks, or with "all" every one; whether all promises held."""
+    chosen = [attack for attack in ATTACKS if attack.name in wanted or "all" in wanted]
     results = [attempt(attack, thorough, show_all) for attack in chosen]
     return all(results)
 

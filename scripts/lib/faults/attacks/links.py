@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from faults.attacks.world import Attack, Try, World, rank
+from faults.attacks.world import Attack, Try, World, rank, remove
 from faults.ground import COMMAND
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -154,13 +153,6 @@ def plant(world: World, name: str) -> None:
 def exchanged(world: World) -> None:
     remove(world.merged)
     world.merged.symlink_to(world.victim)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
 
 
 def tries(world: World) -> Iterator[Try]:

@@ -120,6 +120,8 @@ def misbehavior(ended: Ended) -> str:
         return f"traceback: {ended.stderr.strip().splitlines()[-1][:160]}"
     if ended.code not in (0, 1, 2):
         return f"exit {ended.code}: {first_line(ended)}"
+    if any(line.endswith(": None") for line in ended.stderr.splitlines()):
+        return f"an error without a reason: {first_line(ended)}"
     if any(ord(character) < 32 and character not in "\n\t" for character in ended.stderr + ended.stdout):
         return "a control character reached the terminal"
     return ""
@@ -136,6 +138,18 @@ def links_in(folder: Path) -> list[str]:
     found = [folder, *folder.rglob("*")] if folder.is_dir() and not folder.is_symlink() else [folder]
     modes = [(path, path.lstat().st_mode) for path in found]
     return [path.name for path, mode in modes if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))]
+
+
+def remove(path: Path) -> None:
+    """Remove whatever has this name, without following a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+def is_root() -> bool:
+    return os.geteuid() == 0
 
 
 def rank(number: int, *more: str, size: int = 2) -> tuple[str, ...]:
