@@ -142,7 +142,7 @@ def test_unfinished_work_of_another_request_beside_the_result_is_kept(make: Call
     assert records and {path: path.read_bytes() for path in (staging / "done").iterdir()} == records
     with pytest.raises(OutputError, match="another request") as refused:
         make(paths, tmp_path / "out", method="ema", overwrite=True)
-    assert any(line.startswith("begun by  pmerge ") for line in refused.value.details)
+    assert any(line.startswith("begun by  pmerge") for line in refused.value.details)
     assert make(paths, tmp_path / "out", method="wma", overwrite=True).has_published
 
 

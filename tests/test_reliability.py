@@ -56,8 +56,7 @@ def test_promise_1_inputs_are_opened_read_only_and_never_mapped(ground: Ground) 
     ground.reset()
     code = """if True:
         import os, sys
-        from functools import partial
-from pathlib import Path
+        from pathlib import Path
         def hook(event, arguments):
             if event == "open" and "/in/" in str(arguments[0]):
                 assert arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) == 0, arguments

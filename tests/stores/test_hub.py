@@ -343,10 +343,13 @@ def put_in_cache(cache: Path, repo: str, ref: str, commit: str, files: dict[str,
         path.symlink_to(root / "blobs" / blob)
 
 
-def test_huggingface_hub_takes_the_server_for_a_hub(published: HubServer, local: list[Path]) -> None:
+def test_huggingface_hub_takes_the_server_for_a_hub(
+    published: HubServer, local: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that what pmerge asks is what the Hub answers: the same routes, fields and headers as its own client uses."""
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the tests are offline, but for this server
     api = HfApi(endpoint=published.url)
     refs = {ref.name: ref.target_commit for ref in api.list_repo_refs(REPO).branches}
     assert refs == published.refs[REPO]
