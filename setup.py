@@ -1,7 +1,7 @@
 """Build the native kernel with the package. The rest is in pyproject.toml.
 
-Without a C compiler the package is built all the same, and torch does the sums. The library has no Python API, so one wheel serves
-every version of Python on a platform.
+Without a C compiler the package is built all the same, and torch does the sums. The library has no
+Python API, so one wheel serves every version of Python on a platform.
 """
 
 import importlib.util

@@ -4,7 +4,8 @@
 
     result = average(["run/ckpt_1000", "run/ckpt_2000"], "merged", method="ema", alpha=0.2)
 
-The library does everything that the command does and prints nothing. Importing it is cheap: torch is imported when it is needed.
+The library does everything that the command does and prints nothing. Importing it is cheap: torch
+is imported when it is needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The command `pmerge`, also `python -m merge_cli`: the one place that turns exceptions into messages and exit codes."""
+"""The command `pmerge`, also `python -m merge_cli`: the one place that turns exceptions into
+messages and exit codes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ GRACE_S = 1.5
 
 
 def main() -> None:
-    """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 129, 130 or 143 interrupted."""
+    """Run the command line and exit with 0 done, 1 failed, 2 wrong usage or input, 129, 130 or 143
+    interrupted.
+    """
     from merge_cli.cli.console import report_error
 
     try:
@@ -58,11 +62,13 @@ def _require_linux() -> None:
 
 
 def _handle_signals() -> None:
-    """The first signal stops at the next safe point; the second, or the end of `GRACE_S`, ends the process at once.
+    """The first signal stops at the next safe point; the second, or the end of `GRACE_S`, ends the
+    process at once.
 
-    A signal that the process was started to ignore (nohup) stays ignored. The handler runs when the main thread is back from the
-    system call it is in, which a slow disk can hold for long. So a second thread hears of the signal too, and does not wait for
-    that: any moment is a safe point, since a killed run can be continued.
+    A signal that the process was started to ignore (nohup) stays ignored. The handler runs when the
+    main thread is back from the system call it is in, which a slow disk can hold for long. So a
+    second thread hears of the signal too, and does not wait for that: any moment is a safe point,
+    since a killed run can be continued.
     """
     heard, wakeup = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(wakeup, False)

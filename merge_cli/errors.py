@@ -11,9 +11,10 @@
     |-- OutputError                exit 1   the destination cannot be written (space, permission, lock)
     `-- Interrupted                exit 130, 143 or 129   SIGINT, SIGTERM or SIGHUP
 
-An error is written for the person at the keyboard: `message` is one line saying what is wrong and where, `details` are the
-lines below it (found, expected), `hint` is what to do, with a command that can be run where there is one. Only the command
-line turns an error into text and an exit code; the library raises.
+An error is written for the person at the keyboard: `message` is one line saying what is wrong and
+where, `details` are the lines below it (found, expected), `hint` is what to do, with a command that
+can be run where there is one. Only the command line turns an error into text and an exit code; the
+library raises.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from collections.abc import Sequence
 
 
 class PmergeError(Exception):
-    """Base of all errors raised on purpose: one line `message`, optional `details` lines and a `hint`."""
+    """Base of all errors raised on purpose: one line `message`, optional `details` lines and a
+    `hint`.
+    """
 
     exit_code = 1
 

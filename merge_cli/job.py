@@ -1,11 +1,12 @@
-"""Carry out a plan: one runner for an average, a sweep, one of several ranks, and `pmerge finalize`.
+"""Carry out a plan: one runner for an average, a sweep, one of several ranks, and `pmerge
+finalize`.
 
     enter   every destination is locked; the publishing of a dead run is finished or undone, finished files are kept
     stream  the files, or this rank's pieces of them, that no record says are finished
     publish every output all of whose files are finished, by the one sequence of `output/publish.py`
 
-There is no rendezvous of ranks: they may start late, die, and be started again, and running the same command again does
-only the missing work. `output/joint.py` keeps them out of each other's way.
+There is no rendezvous of ranks: they may start late, die, and be started again, and running the
+same command again does only the missing work. `output/joint.py` keeps them out of each other's way.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A plan to be carried out by this process, alone or as one of several ranks; `rank` None only publishes.
+    """A plan to be carried out by this process, alone or as one of several ranks; `rank` None only
+    publishes.
 
-    `destinations` has for each output of `merge` its folder, and the plan of this output by itself. Without a budget nothing
-    is computed.
+    `destinations` has for each output of `merge` its folder, and the plan of this output by itself.
+    Without a budget nothing is computed.
     """
 
     merge: MergePlan
@@ -54,10 +56,11 @@ class Job:
 
 @dataclass(frozen=True)
 class OutputResult:
-    """The outcome for one output. `reused` counts files that were finished before, `nonfinite` elements by tensor.
+    """The outcome for one output. `reused` counts files that were finished before, `nonfinite`
+    elements by tensor.
 
-    `has_published`: by this process; `already_published`: before it came, or by another rank; `missing` are the files
-    that other ranks still have to finish, one of which then publishes.
+    `has_published`: by this process; `already_published`: before it came, or by another rank;
+    `missing` are the files that other ranks still have to finish, one of which then publishes.
     """
 
     path: Path
@@ -79,8 +82,10 @@ class JobResult:
 
 
 def carry_out(job: Job, on_progress: Callable[[Progress], None] | None = None) -> JobResult:
-    """Make the outputs of a job. Raises OutputError, ChangedError, NonFiniteError or InputError; each destination is
-    then absent or complete, and the same request continues. A result with `missing` files is no failure."""
+    """Make the outputs of a job. Raises OutputError, ChangedError, NonFiniteError or InputError;
+    each destination is then absent or complete, and the same request continues. A result with
+    `missing` files is no failure.
+    """
     from merge_cli.engine.chunk import Statistics
     from merge_cli.engine.stream import stream
 
@@ -112,7 +117,9 @@ def _destination(job: Job, path: Path, merge: MergePlan) -> Destination:
 
 
 def _items(job: Job, destinations: Sequence[Destination]) -> list[WorkItem]:
-    """The files, or pieces of files, in the order in which this process tries them, for all outputs."""
+    """The files, or pieces of files, in the order in which this process tries them, for all
+    outputs.
+    """
     files, rank = job.merge.files, job.rank
     if rank is None:
         return []
@@ -127,7 +134,9 @@ def _items(job: Job, destinations: Sequence[Destination]) -> list[WorkItem]:
 
 
 def _missing(items: Sequence[WorkItem], destinations: Sequence[Destination]) -> list[WorkItem]:
-    """The items of files that are not finished in every destination, each for the outputs that lack the file."""
+    """The items of files that are not finished in every destination, each for the outputs that lack
+    the file.
+    """
     missing = [set(each.missing()) for each in destinations]
     found = []
     for item in items:
@@ -144,7 +153,9 @@ def _assemble_files(destinations: Sequence[Destination]) -> None:
 
 
 def _publish(job: Job, finished: Sequence[Destination]) -> dict[Path, Mapping[str, FileRecord]]:
-    """Publish the finished destinations that no other rank has published; the records of their files."""
+    """Publish the finished destinations that no other rank has published; the records of their
+    files.
+    """
     waiting = [each for each in finished if not each.is_published]
     waiting.sort(key=lambda each: each.folder.path)  # the same order in all ranks, which wait for each other
     ready = [(each, records) for each in waiting if (records := each.begin_to_publish())]

@@ -1,4 +1,6 @@
-"""The tiers of the tests: `slow` ones run with `--all`, or when a file or test is named on the command line."""
+"""The tiers of the tests: `slow` ones run with `--all`, or when a file or test is named on the
+command line.
+"""
 
 from __future__ import annotations
 

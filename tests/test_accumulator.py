@@ -1,4 +1,6 @@
-"""The arithmetic of an accelerator against that of the CPU, and that it neither waits for the device nor leaves it."""
+"""The arithmetic of an accelerator against that of the CPU, and that it neither waits for the
+device nor leaves it.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_same_bits_as_on_the_cpu_wherever_finite(dtype: torch.dtype, out: torch.
 
 
 def test_float64_is_rounded_once_to_sixteen_bits() -> None:
-    """Values beside ties of either type, subnormals, the ends of the range, and zeros of both signs."""
+    """Values beside ties of either type, subnormals, the ends of the range, and zeros of both
+    signs.
+    """
     ties = [
         1 + 2.0**-8,
         1 + 2.0**-11,

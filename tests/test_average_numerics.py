@@ -103,7 +103,8 @@ def test_the_intervals_of_the_oracle_are_single_values(nasty_inputs: list[dict[s
         ranges = [allowed for allowed in expected.values() if not isinstance(allowed, Tensor)]
         narrow = [allowed for allowed in ranges if allowed[0].dtype != torch.float64]
         open_ = sum(int((low != high).sum()) for low, high in narrow)
-        # ties: .1 and .3 in ema and weights; cosine's weights are symmetrical, with pairs that sum to 1/2
+        # ties: .1 and .3 in ema and weights; cosine's weights are symmetrical, with pairs that sum
+        # to 1/2
         assert open_ <= 0.15 * sum(low.numel() for low, _ in narrow), method
     tensors = [checkpoint["model.embed_tokens.weight"] for checkpoint in nasty_inputs]
     assert sum_is_exact(tensors, [1, 2, 3, 4], torch.float32).double().mean() > 0.9999
@@ -120,7 +121,9 @@ def test_accumulators(
 
 
 def wide_run(count: int = 5) -> list[dict[str, Tensor]]:
-    """Values of all exponents, far apart between the checkpoints, so that sums are not exact in float32."""
+    """Values of all exponents, far apart between the checkpoints, so that sums are not exact in
+    float32.
+    """
     small = {torch.bfloat16: 2.0**120, torch.float32: 2.0**120, torch.float16: torch.inf}
     run = []
     for seed in range(count):
@@ -167,7 +170,9 @@ def test_float64_is_rounded_once_to_sixteen_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", [label for label in METHODS if label != "weights"])
 def test_one_checkpoint_is_its_own_average_and_so_are_copies(label: str, tmp_path: Path) -> None:
-    """Bit for bit, whatever the bits are. Sums of three float64 have no wider type to be rounded from: last bits may differ."""
+    """Bit for bit, whatever the bits are. Sums of three float64 have no wider type to be rounded
+    from: last bits may differ.
+    """
     tensors = nasty_tensors() | {str(dtype): random_bits(dtype, 3001, 5) for dtype in (torch.float16, torch.float64)}
     for dtype in (torch.bfloat16, torch.float32):
         values = random_bits(dtype, 3001, 6)
@@ -309,7 +314,9 @@ def test_sma_of_smas_is_the_sma_of_all(tmp_path: Path) -> None:
 
 
 def test_dtypes_may_differ_between_checkpoints(tmp_path: Path) -> None:
-    """All of every input counts (no rounding of fp32 to bf16 before the sum); the output has the base's dtype."""
+    """All of every input counts (no rounding of fp32 to bf16 before the sum); the output has the
+    base's dtype.
+    """
     start = training_run({"w": torch.randn(301), "v": torch.randn(7, 5)}, 3)
     kinds = [torch.float32, torch.float16, torch.bfloat16]
     run = [{name: t.to(kind) for name, t in tensors.items()} for tensors, kind in zip(start, kinds, strict=True)]
@@ -486,7 +493,9 @@ def test_a_large_tensor_in_pieces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["sma", "wma"])
 def test_a_sum_too_large_for_float32_is_no_average_too_large_for_bfloat16(method: str, tmp_path: Path) -> None:
-    """Causal masks are full of the smallest bfloat16; only such elements may be summed in another way than the rest."""
+    """Causal masks are full of the smallest bfloat16; only such elements may be summed in another
+    way than the rest.
+    """
     lowest = torch.finfo(torch.bfloat16).min
     run = training_run({"w": torch.randn(300_001).bfloat16()}, 3)
     for tensors in run:

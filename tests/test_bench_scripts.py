@@ -1,4 +1,6 @@
-"""scripts/make_checkpoints and scripts/bench: real checkpoints, and measurements that mean what they say."""
+"""scripts/make_checkpoints and scripts/bench: real checkpoints, and measurements that mean what
+they say.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ Make = Callable[..., list[Path]]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Make small checkpoints with scripts/make_checkpoints, from a small random block; returns their folders."""
+    """Make small checkpoints with scripts/make_checkpoints, from a small random block; returns
+    their folders.
+    """
     monkeypatch.setattr(make_checkpoints, "BLOCK_ELEMENTS", 10_007)
 
     def run(*options: str, count: int = 2) -> list[Path]:
@@ -39,7 +43,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    """A process: the benchmark measures the largest of its children, which begin as large as their parent."""
+    """A process: the benchmark measures the largest of its children, which begin as large as their
+    parent.
+    """
     return subprocess.run([sys.executable, "-m", "bench", *options], cwd=LIB, capture_output=True, text=True, check=True)
 
 
@@ -154,7 +160,8 @@ def test_measure() -> None:
 
 
 def test_measure_adds_up_processes() -> None:
-    # From a small process: the peak of the parent, which has loaded torch, would count as the child's.
+    # From a small process: the peak of the parent, which has loaded torch, would count as the
+    # child's.
     code = """
 import sys
 from bench.measure import measure

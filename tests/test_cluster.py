@@ -181,7 +181,9 @@ def chunks(todo: WorkItem, values: int) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("case", ["nasty", *READ])
 def test_what_begins_in_the_pieces_is_the_whole_file(case: str, tmp_path: Path) -> None:
-    """For any cut, whatever the memory of each rank: every element and row once, every byte of the data once."""
+    """For any cut, whatever the memory of each rank: every element and row once, every byte of the
+    data once.
+    """
     for requantize in (False, True) if case != "nasty" else (False,):
         paths = nasty_run(tmp_path / "run") if case == "nasty" else quantized_run(tmp_path / f"run{requantize}", case)[0]
         for file in plan_average(paths, tmp_path / "out", requantize=requantize).merge.files:

@@ -1,4 +1,6 @@
-"""The recipes for clusters say what pmerge understands, and torchrun makes the same bytes. The rest by `scripts/clusters`."""
+"""The recipes for clusters say what pmerge understands, and torchrun makes the same bytes. The rest
+by `scripts/clusters`.
+"""
 
 import os
 import re

@@ -1,4 +1,6 @@
-"""The CUDA path on a GPU, against the bytes of the CPU; without one, the lines of cuda.py against a stub of torch.cuda."""
+"""The CUDA path on a GPU, against the bytes of the CPU; without one, the lines of cuda.py against a
+stub of torch.cuda.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,8 @@ def test_auto_measures_and_says_why(run: list[Path], tmp_path: Path, monkeypatch
     assert digests(average(run, tmp_path / "auto").output) == expected
 
 
-# -- without a GPU ----------------------------------------------------------------------------------------------------------------
+# -- without a GPU
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class Stream:

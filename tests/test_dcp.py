@@ -1,4 +1,6 @@
-"""Torch distributed checkpoints: values are found where torch wrote them, and torch loads a clone of the files around others."""
+"""Torch distributed checkpoints: values are found where torch wrote them, and torch loads a clone
+of the files around others.
+"""
 
 import random
 import zipfile
@@ -23,7 +25,9 @@ from merge_cli.formats.safetensors import DTYPES
 
 
 def every_kind() -> dict[str, Tensor]:
-    """Every dtype, scalars, empty tensors, and tensors whose memory is not in the order of their elements."""
+    """Every dtype, scalars, empty tensors, and tensors whose memory is not in the order of their
+    elements.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -57,7 +61,9 @@ CUTS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tensors of every kind in three files, some in several chunks, with entries that are no tensors."""
+    """Tensors of every kind in three files, some in several chunks, with entries that are no
+    tensors.
+    """
     state = {
         **every_kind(),
         "optimizer": {"state": {"fp32": {"exp_avg": torch.ones(37, 19)}}, "lr": 1e-3},
@@ -141,7 +147,8 @@ def test_tensors_larger_than_32_bits_are_found(tmp_path: Path) -> None:
         assert archive.getinfo("large/data/0").file_size == size
 
 
-# ----------------------------------------------------------------------------------------------- a clone
+# ----------------------------------------------------------------------------------------------- a
+# clone
 
 
 def negated(name: str, values: bytes) -> bytes:
@@ -179,7 +186,8 @@ def test_torch_loads_a_clone(tmp_path: Path, training_state: str) -> None:
     loaded = load_state(tmp_path / "merged", blobs)
     assert loaded["model.w._extra_state"] == b"fp8 scales"
     assert training_state == "drop" or (loaded["train_state.ntokens"], loaded["optimizer.param_groups.0.lr"]) == (123, 1e-3)
-    # names go into the trainer's nested state as before, and no path of the trainer is in the result
+    # names go into the trainer's nested state as before, and no path of the trainer is in the
+    # result
     nested = {"model": {"w": torch.zeros(8, 4), "norm": torch.zeros(4)}}
     assert tensor_bytes(load_state(tmp_path / "merged", nested)["model"]["w"]) == tensor_bytes(after["model.w"])
     assert b"step-30" in (base / ".metadata").read_bytes()

@@ -1,4 +1,6 @@
-"""Distributed checkpoints through the whole of pmerge: the mean of each tensor, in folders that torch's own loader reads."""
+"""Distributed checkpoints through the whole of pmerge: the mean of each tensor, in folders that
+torch's own loader reads.
+"""
 
 import json
 import os

@@ -1,6 +1,8 @@
-"""Torch distributed checkpoints that are broken or meant to do harm: one clear error that names the file, at bounded cost.
+"""Torch distributed checkpoints that are broken or meant to do harm: one clear error that names the
+file, at bounded cost.
 
-The metadata is made with torch's own classes and pickled, so that each case is one change of a checkpoint that loads.
+The metadata is made with torch's own classes and pickled, so that each case is one change of a
+checkpoint that loads.
 """
 
 import io
@@ -60,7 +62,8 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------------------------
+# folders
 
 
 def test_incomplete_folders_are_refused(plain: Path, tmp_path: Path) -> None:
@@ -95,7 +98,8 @@ def test_metadata_that_is_too_large_or_no_file_is_refused(tmp_path: Path) -> Non
     assert "not a regular file" in refusal(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------- metadata
+# -----------------------------------------------------------------------------------------------
+# metadata
 
 
 class Evil:
@@ -313,7 +317,8 @@ def test_mutated_metadata_is_refused_or_consistent(
         assert cells is None or bool((cells == 1).all())
 
 
-# -------------------------------------------------------------------------------------------------- items
+# --------------------------------------------------------------------------------------------------
+# items
 
 
 def archive(value: Any) -> bytes:

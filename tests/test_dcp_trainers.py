@@ -1,4 +1,6 @@
-"""Folders of trainers: each is recognized by its own files, its step is read, and the files that its loader needs are named."""
+"""Folders of trainers: each is recognized by its own files, its step is read, and the files that
+its loader needs are named.
+"""
 
 import json
 from pathlib import Path

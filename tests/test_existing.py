@@ -1,4 +1,6 @@
-"""A destination that exists: the result of the same request is taken as it is, an empty folder is filled, the rest is refused."""
+"""A destination that exists: the result of the same request is taken as it is, an empty folder is
+filled, the rest is refused.
+"""
 
 from __future__ import annotations
 

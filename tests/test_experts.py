@@ -1,4 +1,6 @@
-"""Checkpoints that hold the same experts in different dialects, as transformers writes them, and what is refused."""
+"""Checkpoints that hold the same experts in different dialects, as transformers writes them, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ def test_single_quantized_experts_go_into_a_fused_base(tmp_path: Path) -> None:
 
 
 def test_layers_for_multi_token_prediction_and_shared_experts_are_averaged_like_any_other(tmp_path: Path) -> None:
-    """DeepSeek-V3 keeps its MTP layer under the number `num_hidden_layers`, with copies of embedding and head."""
+    """DeepSeek-V3 keeps its MTP layer under the number `num_hidden_layers`, with copies of
+    embedding and head.
+    """
     names = [
         "model.embed_tokens.weight",
         "model.layers.1.mlp.shared_experts.gate_proj.weight",

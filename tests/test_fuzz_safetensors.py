@@ -1,11 +1,14 @@
-"""Fuzzing the header parser, with the safetensors library as the oracle: what it refuses, pmerge refuses.
+"""Fuzzing the header parser, with the safetensors library as the oracle: what it refuses, pmerge
+refuses.
 
-Where both accept a file they must see the same tensors. pmerge is stricter on purpose in these points, and in no other
-(`STRICTER`; a refusal of what the library accepts that is none of them fails the test):
+Where both accept a file they must see the same tensors. pmerge is stricter on purpose in these
+points, and in no other (`STRICTER`; a refusal of what the library accepts that is none of them
+fails the test):
 
 - a name, or a key of `__metadata__`, that occurs twice: the library silently takes the last one;
-- a tensor's entry that is not an object with exactly dtype, shape and data_offsets, or longer than 4096 characters: the library
-  ignores fields that it does not know, and also takes a list in place of the object;
+- a tensor's entry that is not an object with exactly dtype, shape and data_offsets, or longer than
+  4096 characters: the library ignores fields that it does not know, and also takes a list in place
+  of the object;
 - `"__metadata__": null`;
 - a shape whose product, multiplied from the left, passes 2^64 bits before a zero makes it empty.
 
@@ -80,7 +83,9 @@ def compare(path: Path, data: bytes, tally: Counter[str]) -> None:
 
 
 def has_a_name_twice(data: bytes) -> bool:
-    """Whether the header has one: an earlier entry may then be broken, which the library never sees."""
+    """Whether the header has one: an earlier entry may then be broken, which the library never
+    sees.
+    """
     twice = []
 
     def look(pairs: list[tuple[str, Any]]) -> None:
@@ -92,7 +97,9 @@ def has_a_name_twice(data: bytes) -> bool:
 
 @pytest.fixture
 def tally() -> Any:
-    """How the cases went; both outcomes must be frequent, or the fuzzing does not reach what it is for."""
+    """How the cases went; both outcomes must be frequent, or the fuzzing does not reach what it is
+    for.
+    """
     counts: Counter[str] = Counter()
     yield counts
     print(f"{counts.total()} cases: {dict(counts)}")  # pytest -s shows it
@@ -105,7 +112,9 @@ class Literal(str):
 
 
 def dump(value: Any) -> str:
-    """JSON of `value`, where dicts are lists of pairs (keys may repeat) and a `Literal` stands for itself."""
+    """JSON of `value`, where dicts are lists of pairs (keys may repeat) and a `Literal` stands for
+    itself.
+    """
     if isinstance(value, Literal):
         return str(value)
     if isinstance(value, tuple):
@@ -260,7 +269,9 @@ MUTATIONS: list[Mutation] = [flip, cut, delete, insert, repeat, swap, swap, renu
 
 
 def mutate(data: bytes, seed: int) -> bytes:
-    """A real file with one to three changes; usually to the header alone, with its length mended, so that they get parsed."""
+    """A real file with one to three changes; usually to the header alone, with its length mended,
+    so that they get parsed.
+    """
     rng = random.Random(seed)
     length = int.from_bytes(data[:8], "little")
     prefix, header, body = data[:8], bytearray(data[8 : 8 + length]), bytearray(data[8 + length :])

@@ -1,6 +1,8 @@
-"""The bytes of every output are those of golden.json, and the flags of every command those of flags.json.
+"""The bytes of every output are those of golden.json, and the flags of every command those of
+flags.json.
 
-Whoever changes one on purpose runs `scripts/golden` and says in the commit which rows change, and why.
+Whoever changes one on purpose runs `scripts/golden` and says in the commit which rows change, and
+why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Inner products of checkpoints: a reducer of the one loop that writes nothing and gives values to the sink."""
+"""Inner products of checkpoints: a reducer of the one loop that writes nothing and gives values to
+the sink.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""Checkpoints that are broken or meant to do harm: one clear error that names the file and the field, exit code 2, nothing written.
+"""Checkpoints that are broken or meant to do harm: one clear error that names the file and the
+field, exit code 2, nothing written.
 
-The rows "corrupted shard", "index attacks" and "semantic" of a fault list, in order. What could take much memory or never end runs
-in a process of its own, whose peak memory is measured.
+The rows "corrupted shard", "index attacks" and "semantic" of a fault list, in order. What could
+take much memory or never end runs in a process of its own, whose peak memory is measured.
 """
 
 import ast
@@ -59,7 +60,9 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def measured(*arguments: object, cwd: Path) -> tuple[int, str, int]:
-    """Run pmerge: its exit code, its stderr and its peak memory in KiB. It is stopped at 4 GiB of address space or 60 s of CPU."""
+    """Run pmerge: its exit code, its stderr and its peak memory in KiB. It is stopped at 4 GiB of
+    address space or 60 s of CPU.
+    """
     command = [sys.executable, "-c", MEASURE, PMERGE, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr
@@ -67,7 +70,9 @@ def measured(*arguments: object, cwd: Path) -> tuple[int, str, int]:
 
 
 def shard(header: bytes | str | dict[str, Any], data: int = 8, length: int | None = None) -> bytes:
-    """The bytes of a file with this header, `data` bytes of data, and a prefix that claims `length` bytes of header."""
+    """The bytes of a file with this header, `data` bytes of data, and a prefix that claims `length`
+    bytes of header.
+    """
     raw = json.dumps(header).encode() if isinstance(header, dict) else header.encode() if isinstance(header, str) else header
     return struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(data)
 

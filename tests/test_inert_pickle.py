@@ -1,4 +1,6 @@
-"""Pickles as inert values: what checkpoints hold is read and written, everything else is refused by name, at bounded cost."""
+"""Pickles as inert values: what checkpoints hold is read and written, everything else is refused by
+name, at bounded cost.
+"""
 
 import pickle
 import pickletools

@@ -1,4 +1,5 @@
-"""The native kernels against the reference in torch (`engine/arithmetic.py`): the same bits, always.
+"""The native kernels against the reference in torch (`engine/arithmetic.py`): the same bits,
+always.
 
 Every check forces each kernel that this processor can run in turn.
 """
@@ -123,7 +124,9 @@ def check(sums: Sequence[Sum], sources: Sequence[Tensor]) -> None:
 
 
 def values(dtype: str, count: int, seed: int, special: bool = True) -> Tensor:
-    """All exponents, and values near 1 so that sums are not only of one term; some zeros, infinities and NaN."""
+    """All exponents, and values near 1 so that sums are not only of one term; some zeros,
+    infinities and NaN.
+    """
     drawn = random_bits(torch_dtype(dtype), count, seed)
     near = torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(drawn.dtype)
     mixed = torch.where(torch.arange(count) % 2 == 0, drawn, near)
@@ -198,7 +201,9 @@ def test_every_tail_at_every_alignment(dtype: str, output: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_byte_outside_is_touched(dtype: str) -> None:
-    """Memory ends at a page that may not be touched, or begins after one: a vector that reaches over kills the process."""
+    """Memory ends at a page that may not be touched, or begins after one: a vector that reaches
+    over kills the process.
+    """
     width, page = torch_dtype(dtype).itemsize, mmap.PAGESIZE
     libc = ctypes.CDLL(None)
     maps = [mmap.mmap(-1, 4 * page) for _ in range(6)]
@@ -227,7 +232,9 @@ doubles = st.floats(-1e300, 1e300)
 
 @st.composite
 def near_ties(draw: st.DrawFn) -> float:
-    """A float64 at, or a few of its last bits beside, the middle of two values of a 16-bit format or of float32."""
+    """A float64 at, or a few of its last bits beside, the middle of two values of a 16-bit format
+    or of float32.
+    """
     bits = draw(st.sampled_from([8, 11, 24]))
     exponent = draw(st.integers(-160, 130) | st.integers(-30, 17))
     middle = (2 * draw(st.integers(0, 1 << bits)) + 1) * 2.0**-bits * 2.0**exponent
@@ -410,7 +417,9 @@ def test_no_compiler_is_no_library(elsewhere: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow(reason="builds with sanitizers; the tests above compare the same kernels with torch")
 def test_sanitizers_find_nothing(elsewhere: Path) -> None:
-    """Random jobs in a C program with AddressSanitizer and UBSan, which also compares the kernels with each other."""
+    """Random jobs in a C program with AddressSanitizer and UBSan, which also compares the kernels
+    with each other.
+    """
     flags = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     build.build(elsewhere, flags)
     driver, include = TESTS / "data" / "kernel_driver.c", Path(native.__file__).parent

@@ -72,7 +72,9 @@ CASES: dict[str, tuple[Codec, Shape]] = {
 
 
 def random_parts(codec: Codec, shape: Shape, seed: int) -> dict[str, Tensor]:
-    """Any bytes: codes and scales that are NaN, infinite, zero, subnormal too. Every other seed has scales near 1."""
+    """Any bytes: codes and scales that are NaN, infinite, zero, subnormal too. Every other seed has
+    scales near 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     names = [
         "codes",

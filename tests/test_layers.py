@@ -1,4 +1,6 @@
-"""Imports point downwards only, file by file and without a circle; the pure modules touch no file, clock or screen."""
+"""Imports point downwards only, file by file and without a circle; the pure modules touch no file,
+clock or screen.
+"""
 
 import ast
 from functools import cache
@@ -37,7 +39,9 @@ def place(path: Path) -> str:
 
 @cache
 def imports_of(path: Path) -> frozenset[str]:
-    """The modules that a file imports at run time, also inside functions; `merge_cli` ones as paths of files."""
+    """The modules that a file imports at run time, also inside functions; `merge_cli` ones as paths
+    of files.
+    """
     tree = ast.parse((PACKAGE / path).read_text())
     for_types = {id(node) for each in ast.walk(tree) if is_for_types(each) for node in ast.walk(each)}
     found: set[str] = set()
@@ -56,7 +60,9 @@ def is_for_types(node: ast.AST) -> bool:
 
 
 def file_of(module: str) -> str:
-    """The file of a module of the package; other modules as they are; "" for a name that is no module of the package."""
+    """The file of a module of the package; other modules as they are; "" for a name that is no
+    module of the package.
+    """
     if module.split(".")[0] != "merge_cli":
         return module
     inside = Path(*module.split(".")[1:])

@@ -1,4 +1,6 @@
-"""`--memory` bounds what a run allocates beyond torch and Python, whatever the number and the size of checkpoints and tensors."""
+"""`--memory` bounds what a run allocates beyond torch and Python, whatever the number and the size
+of checkpoints and tensors.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""The arithmetic of every method: the published vectors, and the properties that hold for any input."""
+"""The arithmetic of every method: the published vectors, and the properties that hold for any
+input.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ from merge_cli.request.methods import DECAY_SHAPES, METHODS, coefficients, gamma
 
 EVEN = list(range(1000, 11000, 1000))
 
-# Vector at N=10, effective sample size and mean age, to the printed digits. By hand, the sixth weight
-# of 1-sqrt is sqrt(.6) - sqrt(.5) = .06749 and the middle of cosine is cos(.4 pi) / 2 = .15451.
+# Vector at N=10, effective sample size and mean age, to the printed digits. By hand, the sixth
+# weight of 1-sqrt is sqrt(.6) - sqrt(.5) = .06749 and the middle of cosine is cos(.4 pi) / 2 =
+# .15451.
 TABLE = [
     ("sma", {}, ".1 .1 .1 .1 .1 .1 .1 .1 .1 .1", "10.0", "4.50"),
     ("wma", {}, ".018 .036 .055 .073 .091 .109 .127 .145 .164 .182", "7.86", "3.00"),
@@ -333,7 +336,9 @@ def test_warnings() -> None:
 
 @pytest.mark.parametrize(("spacing", "share", "warned"), [(4, 0.088, 0), (8, 0.176, 0), (16, 0.353, 1), (32, 0.392, 1)])
 def test_the_age_warning_separates_the_ablation_of_pma_at_204_billion_tokens(spacing: int, share: float, warned: int) -> None:
-    """PMA, figure 5, N = 10 (6 at 32B): the spacings of 4B and 8B helped, those of 16B and 32B hurt."""
+    """PMA, figure 5, N = 10 (6 at 32B): the spacings of 4B and 8B helped, those of 16B and 32B
+    hurt.
+    """
     steps = [204 - spacing * i for i in reversed(range(6 if spacing == 32 else 10))]
     sma = coefficients("sma", steps)
     assert sma.age_share(steps) == pytest.approx(share, abs=1e-3)

@@ -1,4 +1,6 @@
-"""The native kernel in the loop: the same bytes with every kernel as with torch, and no torch where it is used."""
+"""The native kernel in the loop: the same bytes with every kernel as with torch, and no torch where
+it is used.
+"""
 
 import json
 import subprocess

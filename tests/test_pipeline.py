@@ -1,4 +1,5 @@
-"""The order of reading, uploading, computing, copying back and writing, on a device that runs everything late and out of order.
+"""The order of reading, uploading, computing, copying back and writing, on a device that runs
+everything late and out of order.
 
 Checked by mutation: with any one of these taken out of pipeline.py or stream.py, tests below fail.
 
@@ -215,7 +216,9 @@ def test_writing_fails_at_any_chunk(failing: int, run: list[Path], on: On, tmp_p
 
 
 def test_sums_that_overflow_and_nan_are_the_cpus(run: list[Path], on: On, tmp_path: Path) -> None:
-    """Results that are not finite are made again from the files: the same bytes, counts and errors as on the CPU."""
+    """Results that are not finite are made again from the files: the same bytes, counts and errors
+    as on the CPU.
+    """
     lowest = torch.finfo(torch.bfloat16).min
     tensors = training_run({"v": torch.randn(50_001).bfloat16(), "w": torch.randn(70_001).bfloat16()}, 3)
     for each in tensors:

@@ -83,7 +83,9 @@ def test_requantizing_twice_changes_nothing(case: Case) -> None:
 
 
 def test_requantizing_ordinary_values_stays_within_a_step(case: Case) -> None:
-    """Half a step of the coarsest code, relative to the block's largest value (all blocks share it here)."""
+    """Half a step of the coarsest code, relative to the block's largest value (all blocks share it
+    here).
+    """
     codec, shape = case
     values = torch.randn(num_rows(shape), shape[-1], generator=torch.Generator().manual_seed(3))
     values = values.clamp_(-2, 2)
@@ -147,7 +149,9 @@ def test_a_gpu_gives_the_same_bits(case: Case) -> None:
 
 
 def test_all_of_it_runs_where_the_bytes_are(case: Case) -> None:
-    """On a device without values: whatever mixed it with the CPU, or looked at a number (but the stored shape), would fail."""
+    """On a device without values: whatever mixed it with the CPU, or looked at a number (but the
+    stored shape), would fail.
+    """
     codec, shape = case
     rows = num_rows(shape)
     base = {role: data if role == "shape" else data.to("meta") for role, data in random_parts(codec, shape).items()}

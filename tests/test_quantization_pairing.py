@@ -1,4 +1,6 @@
-"""Headers and config.json to quantized tensors: what is paired, what is plain, what is refused and how."""
+"""Headers and config.json to quantized tensors: what is paired, what is plain, what is refused and
+how.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def find(tensors: Tensors, config: dict[str, Any] | None = None) -> Found:
 
 
 def only(tensors: Tensors, config: dict[str, Any] | None = None) -> tuple[str, tuple[int, ...], Codec]:
-    """The one quantized tensor of a checkpoint that also holds plain ones; every other stored tensor is its part."""
+    """The one quantized tensor of a checkpoint that also holds plain ones; every other stored
+    tensor is its part.
+    """
     found = find({**PLAIN, **tensors}, config)
     ((name, tensor),) = found.tensors.items()
     assert tensor.name == name

@@ -1,4 +1,6 @@
-"""The codecs against the libraries that wrote the formats: transformers and compressed-tensors, as installed."""
+"""The codecs against the libraries that wrote the formats: transformers and compressed-tensors, as
+installed.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_block_fp8_with_ragged_edges_decodes_as_compressed_tensors_does() -> Non
 
 
 def test_block_fp8_encodes_as_transformers_does_but_for_its_two_roundings() -> None:
-    """transformers rounds twice (448 / amax, then its reciprocal), which may move a scale by an ulp and a tie."""
+    """transformers rounds twice (448 / amax, then its reciprocal), which may move a scale by an ulp
+    and a tie.
+    """
     values = nasty_values((256, 384))
     expected = quantized_by_transformers(values)
     found = pair(expected, fp8_config())["a.weight"]
@@ -161,7 +165,9 @@ def test_gpt_oss_decodes_as_transformers_does() -> None:
 
 
 def test_a_dequantized_gpt_oss_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
-    """A tiny real model: quantized by our codec, read by transformers; dequantized by our codec, read likewise."""
+    """A tiny real model: quantized by our codec, read by transformers; dequantized by our codec,
+    read likewise.
+    """
     from safetensors.torch import load_file, save_file
     from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -222,7 +228,9 @@ PRESETS = {
 
 
 def compressed(preset: str, values: Tensor) -> tuple[dict[str, Tensor], dict[str, object], object]:
-    """What compressed-tensors stores for `values` [M, K], the config that goes with it, and the scheme."""
+    """What compressed-tensors stores for `values` [M, K], the config that goes with it, and the
+    scheme.
+    """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam

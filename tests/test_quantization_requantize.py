@@ -1,4 +1,6 @@
-"""What requantizing keeps without a base, where it cannot, what it reports, and what memory it takes."""
+"""What requantizing keeps without a base, where it cannot, what it reports, and what memory it
+takes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Quantized checkpoints through the whole tool: every scheme, dequantized or quantized again, mixed, sharded, streamed."""
+"""Quantized checkpoints through the whole tool: every scheme, dequantized or quantized again,
+mixed, sharded, streamed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_dequantized_average_of_every_scheme(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", READ)
 def test_requantized_copies_come_back_bit_for_bit(case: str, tmp_path: Path) -> None:
-    """Merging a checkpoint with itself gives every byte of every weight file back, whatever the rule that made its scales."""
+    """Merging a checkpoint with itself gives every byte of every weight file back, whatever the
+    rule that made its scales.
+    """
     parts = {**PLAIN, **stored_parts(case, 5)}
     names = list(parts)
     paths = [write_quantized(tmp_path / f"step_{n}", parts, READ[case][1], [names[:3], names[3:]]) for n in (1, 2)]

@@ -1,4 +1,6 @@
-"""One average by several ranks: the bytes of a single run, whatever their number, order, launcher and fate."""
+"""One average by several ranks: the bytes of a single run, whatever their number, order, launcher
+and fate.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +183,9 @@ def test_what_is_done_is_kept_by_ranks_of_another_world_size(tmp_path: Path) -> 
 
 
 def test_only_a_rank_that_is_alone_looks_into_the_records(tmp_path: Path) -> None:
-    """Hundreds of ranks join one after the other: that must not take longer the more files are finished."""
+    """Hundreds of ranks join one after the other: that must not take longer the more files are
+    finished.
+    """
     paths = nasty_run(tmp_path / "run", layout="sharded")
     out = tmp_path / "out"
     stop_at_publishing(paths, out, 0, 3)

@@ -1,4 +1,6 @@
-"""Reading the inputs: what stays in the page cache, what goes past it, and how much is read at once."""
+"""Reading the inputs: what stays in the page cache, what goes past it, and how much is read at
+once.
+"""
 
 import errno
 import mmap
@@ -56,7 +58,8 @@ def test_what_was_read_stays_cached_unless_told_otherwise(keep: bool, tmp_path: 
     assert cached(Path(file.path), 8 << 20) == keep
 
 
-# -- O_DIRECT -----------------------------------------------------------------------------------------------------------------
+# -- O_DIRECT
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def has_direct(path: Path) -> bool:
@@ -121,7 +124,9 @@ def test_storage_without_direct_reads_is_read_through_the_cache(
 
 
 def without_direct(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Let O_DIRECT fail as on filesystems that do not have it: at the opening, or at the first read."""
+    """Let O_DIRECT fail as on filesystems that do not have it: at the opening, or at the first
+    read.
+    """
     real_open, real_preadv = os.open, os.preadv
     direct: set[int] = set()
 
@@ -164,7 +169,9 @@ def test_direct_does_not_change_the_bytes(chunk_size: int | None, run: Path, tmp
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_direct_reads_at_equal_and_at_different_places_of_their_blocks(alike: bool, tmp_path: Path) -> None:
-    """Inputs whose data begins at the same place of a block are one tensor to the engine, others are not."""
+    """Inputs whose data begins at the same place of a block are one tensor to the engine, others
+    are not.
+    """
     paths = []
     for step in (1, 2, 3):
         torch.manual_seed(step)
@@ -180,7 +187,9 @@ FP8_SCALE = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "
 
 
 def quantized_run(folder: Path, rows: int, **file_options: Any) -> Path:
-    """Two checkpoints with an FP8 tensor of `rows` KiB, its scale, and a bf16 tensor of the same bytes; one with bf16 alone."""
+    """Two checkpoints with an FP8 tensor of `rows` KiB, its scale, and a bf16 tensor of the same
+    bytes; one with bf16 alone.
+    """
     for step in (1, 2):
         codes = torch.arange(rows << 10).mul(2654435761 * step).bitwise_and(0x7F).clamp(max=0x7E).to(torch.uint8)
         tensors = {
@@ -261,7 +270,8 @@ def test_direct_is_auto_on_or_off(run: Path, tmp_path: Path) -> None:
         plan_average([run], tmp_path / "out", direct="yes")
 
 
-# -- the size of a chunk ------------------------------------------------------------------------------------------------------
+# -- the size of a chunk
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_chunks_are_small_where_data_is_local_and_large_where_it_may_not_be(

@@ -1,4 +1,6 @@
-"""The oracle against something simpler still: `fractions`, torch's own casts, and the writer against safetensors."""
+"""The oracle against something simpler still: `fractions`, torch's own casts, and the writer
+against safetensors.
+"""
 
 from __future__ import annotations
 

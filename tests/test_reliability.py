@@ -1,6 +1,7 @@
 """The promises of docs/reliability.md, one by one: real processes, real files, one fault at a time.
 
-The faults come from scripts/lib/faults, which tries every point; here each sweep takes some of them.
+The faults come from scripts/lib/faults, which tries every point; here each sweep takes some of
+them.
 """
 
 from __future__ import annotations
@@ -256,7 +257,9 @@ def test_promise_11_two_runs_never_share_a_destination(ground: Ground) -> None:
 
 
 def test_promise_11_a_lock_on_a_folder_that_was_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first run removes its folder between the second's opening of the lock file and its locking."""
+    """The first run removes its folder between the second's opening of the lock file and its
+    locking.
+    """
     path = tmp_path / "out.pmerge-partial" / "lock"
     first, second = Lock(path, tmp_path / "out"), Lock(path, tmp_path / "out")
     first.acquire()

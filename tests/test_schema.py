@@ -1,7 +1,9 @@
-"""Records of other versions: results and unfinished work of 0.1.0 are taken over, those of a newer version are refused by name.
+"""Records of other versions: results and unfinished work of 0.1.0 are taken over, those of a newer
+version are refused by name.
 
-tests/data/0.1.0 was written by 0.1.0 (its last commit without numbers) from the run "experts-mixed" of golden_inputs.py, in the
-folder /data/average: a result, and the records of a run that was stopped after its first file.
+tests/data/0.1.0 was written by 0.1.0 (its last commit without numbers) from the run "experts-mixed"
+of golden_inputs.py, in the folder /data/average: a result, and the records of a run that was
+stopped after its first file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A sweep: every output is what `average` makes, inputs are read once, and each output is absent or complete."""
+"""A sweep: every output is what `average` makes, inputs are read once, and each output is absent or
+complete.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_quantized_runs_are_dequantized_as_by_average(case: str, tmp_path: Path)
 
 
 def test_sums_too_large_for_float32_are_redone_beside_a_quantized_checkpoint(tmp_path: Path) -> None:
-    """The tensor is quantized in one checkpoint, which not every output uses; masks hold numbers near the smallest bfloat16."""
+    """The tensor is quantized in one checkpoint, which not every output uses; masks hold numbers
+    near the smallest bfloat16.
+    """
     paths, (first,), name, _ = quantized_run(tmp_path / "run", "DeepSeek-V3", 1)
     for step in (2, 3, 4):
         values = random_bits(torch.bfloat16, first.numel(), step).view(first.shape)
@@ -237,7 +241,8 @@ def test_a_staging_folder_that_another_run_holds_stops_the_sweep(tmp_path: Path)
     sweep([tmp_path / "run"], tmp_path / "out", methods=["sma", "wma"], last=[2])
 
 
-# -- the memory, the disk ---------------------------------------------------------------------------------------------------------
+# -- the memory, the disk
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_memory_is_bounded_and_disk_is_looked_at_for_all_outputs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +263,8 @@ def test_memory_is_bounded_and_disk_is_looked_at_for_all_outputs_together(tmp_pa
     assert not plan_sweep([tmp_path / "run"], tmp_path / "out", methods=methods[:2]).findings
 
 
-# -- killed, full, interrupted: processes ------------------------------------------------------------------------------------
+# -- killed, full, interrupted: processes
+# ------------------------------------------------------------------------------------
 
 GRID = ["--method", "sma,wma,ema:0.1", "--last", "2,3", "--threads", "1", "--memory", "16MiB"]
 
@@ -368,7 +374,8 @@ def test_no_room_for_a_file(big: Path, tmp_path: Path) -> None:
     assert_finishes(big, tmp_path / "out")
 
 
-# -- what is asked for ------------------------------------------------------------------------------------------------------------
+# -- what is asked for
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_names_speak_and_leave_out_what_was_not_given() -> None:

@@ -1,4 +1,6 @@
-"""A sweep by several ranks: every output has the bytes of a sweep by one, whatever their number, order and fate."""
+"""A sweep by several ranks: every output has the bytes of a sweep by one, whatever their number,
+order and fate.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`torch.save` files: every tensor is found where it lies, and what is not plain is refused by name."""
+"""`torch.save` files: every tensor is found where it lies, and what is not plain is refused by
+name.
+"""
 
 import io
 import zipfile

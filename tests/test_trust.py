@@ -1,4 +1,6 @@
-"""Strangers on shared scratch: links and files that they put where pmerge works are refused, and nothing behind them changes."""
+"""Strangers on shared scratch: links and files that they put where pmerge works are refused, and
+nothing behind them changes.
+"""
 
 import os
 from pathlib import Path

@@ -37,7 +37,8 @@ def analyze_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Judge by weights and steps alone whether merging helps: distances, spread by layer, warnings. One read of all checkpoints.
+    """Judge by weights and steps alone whether merging helps: distances, spread by layer, warnings.
+    One read of all checkpoints.
 
     Example:  pmerge analyze run/ --last 16
     """

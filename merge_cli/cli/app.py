@@ -41,7 +41,9 @@ app.command("verify")(verify_command)
 
 
 def run() -> int:
-    """Run the command line and return its exit status. Raises PmergeError, also for flags that do not exist."""
+    """Run the command line and return its exit status. Raises PmergeError, also for flags that do
+    not exist.
+    """
     try:
         status = app(standalone_mode=False)
     except Exception as error:  # typer's own error, whose module differs between versions of typer

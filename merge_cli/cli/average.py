@@ -84,7 +84,9 @@ def average_command(
 
 
 def _run(plan: AveragePlan, quiet: bool, others: Workers) -> AverageResult:
-    """Do the work: alone, or as one rank of several; the first of several workers waits for the others."""
+    """Do the work: alone, or as one rank of several; the first of several workers waits for the
+    others.
+    """
     from merge_cli.cli.workers import run_with
     from merge_cli.features.average import run_average
 

@@ -1,4 +1,6 @@
-"""The only code that prints. stdout carries results; plans, progress, warnings and errors go to stderr."""
+"""The only code that prints. stdout carries results; plans, progress, warnings and errors go to
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,24 @@ _speaker = ""
 
 
 def speak_as(name: str) -> None:
-    """Begin every line on stderr with `name`, for one of several processes that write to one terminal."""
+    """Begin every line on stderr with `name`, for one of several processes that write to one
+    terminal.
+    """
     global _speaker
     _speaker = name
 
 
 def printable(text: object) -> str:
-    """`text` with control characters escaped: tensor and file names come from others and may hold any."""
+    """`text` with control characters escaped: tensor and file names come from others and may hold
+    any.
+    """
     return str(text).translate(_CONTROL).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def out(line: object) -> None:
-    """One line of result on stdout. Raises OutputError if it cannot be written; a reader that went away is no error."""
+    """One line of result on stdout. Raises OutputError if it cannot be written; a reader that went
+    away is no error.
+    """
     _print(printable(line))
 
 
@@ -71,7 +79,9 @@ def print_error(error: PmergeError, label: str = "error") -> None:
 
 
 def report_error(error: PmergeError) -> None:
-    """An error that ends the command: on stderr, and with `--json` on stdout too, in place of the result."""
+    """An error that ends the command: on stderr, and with `--json` on stdout too, in place of the
+    result.
+    """
     print_error(error)
     if "--json" in sys.argv[1:] and not _speaker:  # of several ranks, those with a prefix leave stdout to another one
         with suppress(PmergeError):

@@ -14,7 +14,8 @@ def finalize_command(
     output: Annotated[Path, typer.Argument(help="The destination that was given to pmerge average.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
 ) -> None:
-    """Publish an average whose files are all finished, or list the missing ones; only needed if no rank was left to do it.
+    """Publish an average whose files are all finished, or list the missing ones; only needed if no
+    rank was left to do it.
 
     Example:  pmerge finalize merged-ema-1000-10000
     """

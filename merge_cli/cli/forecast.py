@@ -28,7 +28,8 @@ def forecast_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Forecast the annealed loss and the best merge from measured losses. Reads the ledger only; exit code 1 for no forecast.
+    """Forecast the annealed loss and the best merge from measured losses. Reads the ledger only;
+    exit code 1 for no forecast.
 
     Example:  pmerge forecast run/ --anneal 2000
     """

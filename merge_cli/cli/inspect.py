@@ -17,7 +17,8 @@ def inspect_command(
     checkpoints: Checkpoints,
     as_json: Json = False,
 ) -> None:
-    """Show the content of checkpoints and the differences between them. Reads headers only. Exit code 2 if one is broken.
+    """Show the content of checkpoints and the differences between them. Reads headers only. Exit
+    code 2 if one is broken.
 
     Example:  pmerge inspect ckpt_1000 ckpt_2000
     """

@@ -20,7 +20,9 @@ def split_list(flag: str, text: str | None, expected: str = "values with commas 
 
 
 def read_list(path: str) -> list[Any]:
-    """The entries of a JSON array in a file, with the options of an average each. Raises InputError or UsageError."""
+    """The entries of a JSON array in a file, with the options of an average each. Raises InputError
+    or UsageError.
+    """
     try:
         entries = json.loads(Path(as_path(path)).read_bytes())
     except OSError as error:

@@ -1,9 +1,11 @@
-"""The flags of the commands, made from the specs of the request, and those that several commands share.
+"""The flags of the commands, made from the specs of the request, and those that several commands
+share.
 
     @takes(*flags(Selection), *flags(RunConfig))
     def command(checkpoints: Checkpoints, *, given: Given, quiet: Quiet = False) -> None: ...
 
-has a flag for every option of the two specs; `given` maps the options that were typed to their text.
+has a flag for every option of the two specs; `given` maps the options that were typed to their
+text.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stder
 
 
 def flags(spec: type[Options], *, only: Collection[str] | None = None, skip: Collection[str] = ()) -> list[Option]:
-    """The options of a spec, by name: only some, or all but some. Those of the methods follow `method`."""
+    """The options of a spec, by name: only some, or all but some. Those of the methods follow
+    `method`.
+    """
     found: list[Option] = []
     for each in options_of(spec):
         if each.name not in skip and (only is None or each.name in only):
@@ -66,7 +70,9 @@ def takes(*options: Option) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 def _parameter(each: Option) -> inspect.Parameter:
-    """The parameter of a function from which typer makes the flag: a switch, a list, or text that the spec reads."""
+    """The parameter of a function from which typer makes the flag: a switch, a list, or text that
+    the spec reads.
+    """
     default: bool | None = False if each.is_switch else None
     kind: Any = bool if each.is_switch else list[str] | None if each.is_list else str | None
     described = typer.Option(

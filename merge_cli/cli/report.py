@@ -22,7 +22,8 @@ def report_command(
         int | None, typer.Option(metavar="STEPS", help="Also the loss after a decay over so many steps from now.")
     ] = None,
 ) -> None:
-    """Write a report about a run as one HTML file, whose path is printed. Reads the ledger and the analysis only.
+    """Write a report about a run as one HTML file, whose path is printed. Reads the ledger and the
+    analysis only.
 
     Example:  pmerge report run/ -o report.html
     """

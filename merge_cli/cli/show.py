@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: AveragePlan) -> None:
-    """The checkpoints with their coefficients, the amount of work, and the notes and warnings of the plan."""
+    """The checkpoints with their coefficients, the amount of work, and the notes and warnings of
+    the plan.
+    """
     merge = plan.merge
     chosen = merge.outputs[0].coefficients
     rows = [

@@ -42,7 +42,8 @@ def sweep_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make many averages of one run from one read of it; their paths are printed, and listed in sweep.json.
+    """Make many averages of one run from one read of it; their paths are printed, and listed in
+    sweep.json.
 
     Example:  pmerge sweep run/ -o sweep --method sma,ema:0.1,ema:0.2 --last 3,6,10
     """
@@ -95,7 +96,9 @@ def sweep_command(
 
 
 def _run(plan: SweepPlan, quiet: bool, others: Workers) -> tuple[SweepResult, bool]:
-    """Do the work: alone, or as one rank of several; the first of several workers waits for the others."""
+    """Do the work: alone, or as one rank of several; the first of several workers waits for the
+    others.
+    """
     from merge_cli.cli.workers import run_with
     from merge_cli.features.sweep import run_sweep
 

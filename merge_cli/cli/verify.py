@@ -23,7 +23,8 @@ def verify_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check headers, sizes, sha256, index and side files of a result; exit code 0 only if all are right.
+    """Check headers, sizes, sha256, index and side files of a result; exit code 0 only if all are
+    right.
 
     Example:  pmerge verify merged-ema-1000-10000 --against-inputs
     """

@@ -7,7 +7,9 @@ from merge_cli.stores.store import as_path, open_store
 
 
 def split_weights(arguments: list[str]) -> tuple[list[str], list[float] | None]:
-    """The paths and weights of PATH:WEIGHT arguments; no weights (None) if no argument has one. Raises UsageError."""
+    """The paths and weights of PATH:WEIGHT arguments; no weights (None) if no argument has one.
+    Raises UsageError.
+    """
     pairs = [argument.rpartition(":") for argument in arguments]
     weighted = [
         bool(path) and _is_float(weight) and not _exists(argument)

@@ -1,6 +1,8 @@
-"""Several processes that make one result: started here by `--workers`, or by a launcher. Which of them prints, and which runs what.
+"""Several processes that make one result: started here by `--workers`, or by a launcher. Which of
+them prints, and which runs what.
 
-With `--workers` this process is rank 0, starts the others with the same command, and shows the progress of all.
+With `--workers` this process is rank 0, starts the others with the same command, and shows the
+progress of all.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def this_process(processes: Processes) -> Rank:
 
 
 def speak_for(me: Rank, quiet: bool) -> bool:
-    """Name this process in its lines; whether it is to be quiet: one rank talks for all, each task of an array has its own log."""
+    """Name this process in its lines; whether it is to be quiet: one rank talks for all, each task
+    of an array has its own log.
+    """
     if not me.rank or me.source == ARRAY:
         return quiet
     console.speak_as(f"worker {me.rank}: " if me.source == WORKER else f"{me}: ")
@@ -56,7 +60,9 @@ def errors_said_once(me: Rank) -> Iterator[None]:
 
 
 def run_with(others: Workers, run: Callable[[bool], T]) -> tuple[T, bool]:
-    """The outcome of `run(False)`; of `run(True)`, which does the work of workers that died, if there are any, and True."""
+    """The outcome of `run(False)`; of `run(True)`, which does the work of workers that died, if
+    there are any, and True.
+    """
     result = run(False)
     failed = others.wait()  # their claims are free again
     if not failed:
@@ -68,9 +74,11 @@ def run_with(others: Workers, run: Callable[[bool], T]) -> tuple[T, bool]:
 
 
 def is_to_print(me: Rank, path: Path, has_published: bool, already_published: bool) -> bool:
-    """Whether the path of an output belongs on this process's stdout: on that of one rank, so that a script reads one line.
+    """Whether the path of an output belongs on this process's stdout: on that of one rank, so that
+    a script reads one line.
 
-    It is the rank that published; for a result from before this launch it is rank 0, or each task of an array.
+    It is the rank that published; for a result from before this launch it is rank 0, or each task
+    of an array.
     """
     from merge_cli.output.existing import is_published_since_start
 
@@ -82,8 +90,8 @@ def is_to_print(me: Rank, path: Path, has_published: bool, already_published: bo
 def count_workers(workers: int | str, rank: Rank) -> int:
     """The number of processes that `--workers` asks for. Raises UsageError.
 
-    "auto" is one for every eight cores: up to there the threads of one process keep the cores as busy as processes
-    do (see docs/benchmarks.md), and need no time to start.
+    "auto" is one for every eight cores: up to there the threads of one process keep the cores as
+    busy as processes do (see docs/benchmarks.md), and need no time to start.
     """
     if workers == "auto":
         return max(1, len(os.sched_getaffinity(0)) // THREADS_OF_ONE) if rank.is_alone else 1
@@ -97,7 +105,9 @@ def count_workers(workers: int | str, rank: Rank) -> int:
 
 
 class Workers:
-    """The other processes, ranks 1 to `count` - 1. They print their own errors. None outlives the context."""
+    """The other processes, ranks 1 to `count` - 1. They print their own errors. None outlives the
+    context.
+    """
 
     def __init__(self, count: int) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []

@@ -1,10 +1,12 @@
 """The arithmetic: weighted sums of blocks of elements, and one rounding at the end.
 
-Every element has the bits that these IEEE 754 operations in this order give, whatever the block size, thread or device: widen,
-multiply, add (never a fused multiply-add, which rounds differently in a vector's body and in its tail), inputs from oldest to
-newest. Rational methods sum integer multiples and divide once by a tensor (CUDA turns a division by a Python number into a
-multiplication by its reciprocal), so a bf16 mean is the exact mean rounded once as long as the integer sum fits the 24 bits of a
-float32. The first term is copied, not added to zero, which keeps negative zeros.
+Every element has the bits that these IEEE 754 operations in this order give, whatever the block
+size, thread or device: widen, multiply, add (never a fused multiply-add, which rounds differently
+in a vector's body and in its tail), inputs from oldest to newest. Rational methods sum integer
+multiples and divide once by a tensor (CUDA turns a division by a Python number into a
+multiplication by its reciprocal), so a bf16 mean is the exact mean rounded once as long as the
+integer sum fits the 24 bits of a float32. The first term is copied, not added to zero, which keeps
+negative zeros.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def terms_by_input(operations: Mapping[int, WeightedSum]) -> dict[int, list[Term
 
 
 class Views:
-    """Parts of a buffer (uint8) as tensors of a dtype. The last few are kept: making one takes as long as a small sum."""
+    """Parts of a buffer (uint8) as tensors of a dtype. The last few are kept: making one takes as
+    long as a small sum.
+    """
 
     _MOST = 64
 
@@ -80,16 +84,20 @@ class Scratch:
         return self._accumulators[k].of(dtype, 0, elements)
 
     def wide(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Room for an input as a tensor [elements] of `dtype`, float32 or float64; the two do not overlap."""
+        """Room for an input as a tensor [elements] of `dtype`, float32 or float64; the two do not
+        overlap.
+        """
         return self._wide.of(dtype, 0 if dtype == torch.float64 else self._elements * 8, elements)
 
 
 def add_term(
     operation: WeightedSum, position: int, source: torch.Tensor, accumulator: torch.Tensor, product: torch.Tensor | None = None
 ) -> None:
-    """Add the term at `position` of the sum: `source`, in the accumulator's dtype, times its factor.
+    """Add the term at `position` of the sum: `source`, in the accumulator's dtype, times its
+    factor.
 
-    Terms must come in order, from position 0. `product` is room for one, where memory is to be made in advance.
+    Terms must come in order, from position 0. `product` is room for one, where memory is to be made
+    in advance.
     """
     factor = operation.factors[position]
     if position == 0:
@@ -104,10 +112,12 @@ def add_term(
 
 @functools.cache
 def multiplies_then_adds() -> bool:
-    """Whether `a.addcmul_(x, 1, value=f)` rounds `f * x` before it adds, on this CPU with this torch.
+    """Whether `a.addcmul_(x, 1, value=f)` rounds `f * x` before it adds, on this CPU with this
+    torch.
 
-    It computes `a + f * x * 1` from left to right: should the second product be fused with the sum, it is exact anyway. That takes
-    one pass over the memory, separate operations take two. It is looked at here rather than relied upon.
+    It computes `a + f * x * 1` from left to right: should the second product be fused with the sum,
+    it is exact anyway. That takes one pass over the memory, separate operations take two. It is
+    looked at here rather than relied upon.
     """
     for dtype in (torch.float32, torch.float64):
         x = torch.linspace(1, 2, 1003, dtype=dtype)
@@ -134,8 +144,9 @@ def _cpu_scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
 def store(accumulator: torch.Tensor, output: torch.Tensor) -> None:
     """Round `accumulator` once, to nearest even, into `output`; both [elements].
 
-    torch goes from float64 to 16 bits by way of float32 and so rounds twice. The second rounding goes wrong only where the first
-    landed on a tie, so those few elements (for float16, whose subnormals move the tie, all) are first rounded to odd.
+    torch goes from float64 to 16 bits by way of float32 and so rounds twice. The second rounding
+    goes wrong only where the first landed on a tie, so those few elements (for float16, whose
+    subnormals move the tie, all) are first rounded to odd.
     """
     if accumulator.dtype != torch.float64 or output.dtype not in (torch.bfloat16, torch.float16):
         output.copy_(accumulator)
@@ -150,10 +161,11 @@ def store(accumulator: torch.Tensor, output: torch.Tensor) -> None:
 
 
 def _ties(values: torch.Tensor) -> torch.Tensor:
-    """The positions of float32 values halfway between two bfloat16 ones: the lower half of their bits is 0x8000.
+    """The positions of float32 values halfway between two bfloat16 ones: the lower half of their
+    bits is 0x8000.
 
-    Shifted up, that is the smallest integer there is, so rows with a tie are found by their minimum, which is four times as fast as
-    comparing every element.
+    Shifted up, that is the smallest integer there is, so rows with a tie are found by their
+    minimum, which is four times as fast as comparing every element.
     """
     lower = torch.bitwise_left_shift(values.view(torch.int32), 16)
     whole = lower.numel() // _ROW * _ROW
@@ -166,7 +178,8 @@ def _ties(values: torch.Tensor) -> torch.Tensor:
 def round_to_odd(values: torch.Tensor) -> torch.Tensor:
     """float64 to float32, inexact results rounded to the neighbor with an odd last bit.
 
-    Rounding that to 16 bits gives what rounding the float64 directly would: torch itself goes by way of float32 and rounds twice.
+    Rounding that to 16 bits gives what rounding the float64 directly would: torch itself goes by
+    way of float32 and rounds twice.
     """
     nearest = values.to(torch.float32)
     bits = nearest.view(torch.int32)
@@ -183,6 +196,8 @@ def is_clean(output: torch.Tensor) -> torch.Tensor:
 
 
 def is_finite(output: torch.Tensor) -> bool:
-    """The same for results on the CPU, where asking two numbers is cheaper than five operations on tensors of one."""
+    """The same for results on the CPU, where asking two numbers is cheaper than five operations on
+    tensors of one.
+    """
     low, high = torch.aminmax(output)
     return math.isfinite(low.item()) and math.isfinite(high.item())

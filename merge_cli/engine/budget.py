@@ -1,4 +1,6 @@
-"""How a plan fits into memory: how many threads, and chunks of what size. Reducers state their memory; this adds it up."""
+"""How a plan fits into memory: how many threads, and chunks of what size. Reducers state their
+memory; this adds it up.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ _FREE_SHARE = 0.75  # of an accelerator's free memory, at most, unless a limit i
 
 @dataclass(frozen=True)
 class Budget:
-    """The device, and how memory is used there: `bytes` of the host in all, by `workers` threads with chunks of `size`.
+    """The device, and how memory is used there: `bytes` of the host in all, by `workers` threads
+    with chunks of `size`.
 
     `device_bytes` is the memory of an accelerator.
     """
@@ -52,11 +55,12 @@ def fit_memory(
     processes: int = 1,
     reducer: str = AVERAGE,
 ) -> Budget:
-    """The largest chunk (up to `chunk_bytes`, or a good size for reading) with which the plan keeps to `memory_bytes`.
+    """The largest chunk (up to `chunk_bytes`, or a good size for reading) with which the plan keeps
+    to `memory_bytes`.
 
-    So many `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes (default: 2 GiB,
-    and at most three quarters of its free memory). Raises UsageError, with need and have, when not even a
-    small chunk fits.
+    So many `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes
+    (default: 2 GiB, and at most three quarters of its free memory). Raises UsageError, with need
+    and have, when not even a small chunk fits.
     """
     work = [WorkItem.whole(file, reducer=reducer) for file in plan.files]
     found_kinds = kinds.kinds_in(plan, work) or [kinds.SUMS]
@@ -109,9 +113,11 @@ def fit_memory(
 
 
 def _good_chunk_bytes(plan: MergePlan, device: Device, item_bytes: int, direct: bool) -> int:
-    """A block of the sums where the data is local, so that it is still in the cache when it is added up; else a large request.
+    """A block of the sums where the data is local, so that it is still in the cache when it is
+    added up; else a large request.
 
-    From memory, 4 x 1.7 GB in bf16, that takes a tenth less CPU time than large chunks (docs/benchmarks.md).
+    From memory, 4 x 1.7 GB in bf16, that takes a tenth less CPU time than large chunks
+    (docs/benchmarks.md).
     """
     if direct or device.is_accelerator or not are_local(plan):
         return LARGE_REQUEST_BYTES

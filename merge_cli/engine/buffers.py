@@ -1,4 +1,6 @@
-"""Host memory that files are read into and written from; tensors of it are made only when asked for."""
+"""Host memory that files are read into and written from; tensors of it are made only when asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def elements(buffer: HostBuffer, dtype: torch.dtype, start: int, length: int) ->
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory for the next chunk: giving it back and faulting it in costs as much as the arithmetic."""
+    """Ask glibc to keep freed memory for the next chunk: giving it back and faulting it in costs as
+    much as the arithmetic.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # musl and macOS have none
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

@@ -2,8 +2,9 @@
 
     plan -> chunks -> Reducer -> Sink
 
-A chunk is part of one extent, small enough for memory. A reducer reads its bytes from every input and
-gives the bytes of every output, or values for the sink. One reducer belongs to one worker thread.
+A chunk is part of one extent, small enough for memory. A reducer reads its bytes from every input
+and gives the bytes of every output, or values for the sink. One reducer belongs to one worker
+thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from merge_cli.engine.reads import Reads
 
 GRAM_BLOCK_ELEMENTS = 1 << 14
-"""Inner products are summed over blocks of so many elements, counted from the beginning of an extent."""
+"""Inner products are summed over blocks of so many elements, counted from the beginning of an
+extent.
+"""
 
 
 class Chunk(NamedTuple):
@@ -41,9 +44,9 @@ class Chunk(NamedTuple):
 class Reduced:
     """The outcome of a chunk, or of a part of one.
 
-    `writes`: output -> (offset in its file, bytes) pairs; the bytes are valid until the next outcome is
-    asked for. `nonfinite` counts elements that are NaN or Inf by tensor. `values` are for the sink.
-    `errors`: see `formats/quantization/error.py`.
+    `writes`: output -> (offset in its file, bytes) pairs; the bytes are valid until the next
+    outcome is asked for. `nonfinite` counts elements that are NaN or Inf by tensor. `values` are
+    for the sink. `errors`: see `formats/quantization/error.py`.
     """
 
     chunk: Chunk
@@ -64,7 +67,8 @@ class Memory(NamedTuple):
 
 
 class ChunkSize(NamedTuple):
-    """The size of chunks: `elements` of plain tensors, `num_bytes` of them at most, `values` of quantized ones.
+    """The size of chunks: `elements` of plain tensors, `num_bytes` of them at most, `values` of
+    quantized ones.
 
     Buffers of inputs have `slack_bytes` more, for reading whole blocks of the storage.
     """
@@ -81,10 +85,11 @@ class ChunkSize(NamedTuple):
 
 
 class Reducer(Protocol):
-    """Turns chunks into outcomes. The worker calls `start`, and `finish` while more than `depth` chunks are started.
+    """Turns chunks into outcomes. The worker calls `start`, and `finish` while more than `depth`
+    chunks are started.
 
-    `finish` gives the outcomes of the oldest started chunk, in one part or several. `close` comes after
-    the last one, also after a failure. Errors: NonFiniteError, ChangedError, PmergeError.
+    `finish` gives the outcomes of the oldest started chunk, in one part or several. `close` comes
+    after the last one, also after a failure. Errors: NonFiniteError, ChangedError, PmergeError.
     """
 
     depth: int
@@ -103,10 +108,12 @@ class Reducer(Protocol):
 
 @dataclass
 class Statistics:
-    """Byte and time counters of a run. Times are summed over worker threads; waiting for a chunk does not count.
+    """Byte and time counters of a run. Times are summed over worker threads; waiting for a chunk
+    does not count.
 
-    `requantization_error`: the largest and the mean error that quantizing the averages again has added,
-    relative to the largest and the mean magnitude. `notes`: deviations from the plan, for people.
+    `requantization_error`: the largest and the mean error that quantizing the averages again has
+    added, relative to the largest and the mean magnitude. `notes`: deviations from the plan, for
+    people.
     """
 
     seconds_reading: float = 0.0

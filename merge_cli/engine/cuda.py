@@ -1,8 +1,9 @@
 """CUDA under the reducers: streams, events, pinned buffers.
 
-Memory is made once and kept until the device is idle (`Ring.close`), so tensors that several streams use need no `record_stream`.
-The few numbers that an operation allocates in passing belong to its own stream. Events block rather than spin: the cores are needed
-for reading and hashing. The ordering is tested against a fake device; all tests of version 0.1.0 passed on an H100.
+Memory is made once and kept until the device is idle (`Ring.close`), so tensors that several
+streams use need no `record_stream`. The few numbers that an operation allocates in passing belong
+to its own stream. Events block rather than spin: the cores are needed for reading and hashing. The
+ordering is tested against a fake device; all tests of version 0.1.0 passed on an H100.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from merge_cli.errors import PmergeError
 
 @contextmanager
 def failures_of(device: torch.device) -> Iterator[None]:
-    """Turn what CUDA reports into torch.OutOfMemoryError (pinned memory too), or into a PmergeError that says what to do."""
+    """Turn what CUDA reports into torch.OutOfMemoryError (pinned memory too), or into a PmergeError
+    that says what to do.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -73,7 +76,8 @@ class CudaQueues:
 
 
 class CudaStream:
-    """One stream for a worker's quantized tensors, which are decoded and encoded on it, and two pinned buffers to read into.
+    """One stream for a worker's quantized tensors, which are decoded and encoded on it, and two
+    pinned buffers to read into.
 
     While the device decodes one part the next is read; the other workers have streams of their own.
     """
@@ -93,7 +97,8 @@ class CudaStream:
             yield
 
     def upload(self, num_bytes: int, slack_bytes: int, fill: Callable[[HostBuffer], None]) -> Tensor:
-        """The bytes that `fill` reads into a buffer, on the device as uint8 [num_bytes]. Inside `active`.
+        """The bytes that `fill` reads into a buffer, on the device as uint8 [num_bytes]. Inside
+        `active`.
 
         The buffer has room for `slack_bytes` more, which may be before and behind them.
         """

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """A device by name. What the reducers need of an accelerator is made here, so that tests can make another."""
+    """A device by name. What the reducers need of an accelerator is made here, so that tests can
+    make another.
+    """
 
     name: str
 
@@ -63,10 +65,12 @@ CPU = Device("cpu")
 
 
 def choose_device(name: str, local_rank: int = 0) -> Device:
-    """The device called "auto", "cpu", "cuda" or "cuda:K". Raises UsageError for one that is not there.
+    """The device called "auto", "cpu", "cuda" or "cuda:K". Raises UsageError for one that is not
+    there.
 
-    "auto" and "cuda" are the CUDA device of this process's `local_rank` among those of its machine; "auto"
-    may be the CPU. torch is asked (which takes seconds) only on a machine with a device file of a GPU.
+    "auto" and "cuda" are the CUDA device of this process's `local_rank` among those of its machine;
+    "auto" may be the CPU. torch is asked (which takes seconds) only on a machine with a device file
+    of a GPU.
     """
     if name == "cpu":
         return CPU

@@ -1,4 +1,6 @@
-"""Checks of the inputs that need more than headers: integers that must be equal, files that must not have changed."""
+"""Checks of the inputs that need more than headers: integers that must be equal, files that must
+not have changed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from merge_cli.planning.plan import Extent, MergePlan, WorkItem
 
 
 def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
-    """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all inputs of each output."""
+    """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all
+    inputs of each output.
+    """
     block = memoryview(bytearray(block_bytes))
     different: dict[str, set[str]] = {}
     equal = [

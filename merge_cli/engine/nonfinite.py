@@ -1,4 +1,6 @@
-"""Find out which tensor of which checkpoint made a result NaN or infinite. Runs only after something did."""
+"""Find out which tensor of which checkpoint made a result NaN or infinite. Runs only after
+something did.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Find = Callable[[HostBuffer, str, int, int], list[int]]
 
 @dataclass(frozen=True)
 class Nonfinite:
-    """The first tensor concerned, a line saying what happened to it, and the number of elements by tensor."""
+    """The first tensor concerned, a line saying what happened to it, and the number of elements by
+    tensor.
+    """
 
     key: str
     what: str
@@ -35,7 +39,9 @@ def describe_nonfinite(
     operations: Mapping[int, WeightedSum],
     find: Find,
 ) -> Nonfinite:
-    """Look through elements `start` to `end` of `extent` in the buffers that `operations` read and write."""
+    """Look through elements `start` to `end` of `extent` in the buffers that `operations` read and
+    write.
+    """
     count = end - start
     counts: Counter[str] = Counter()
     by_file: dict[str, Counter[str]] = {}

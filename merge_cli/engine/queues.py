@@ -15,16 +15,21 @@ Event = Any
 
 
 class Queues(Protocol):
-    """The queues of a device. Operations of one queue run in order; between queues and against the host only events order them."""
+    """The queues of a device. Operations of one queue run in order; between queues and against the
+    host only events order them.
+    """
 
     def host_buffer(self, num_bytes: int) -> HostBuffer:
-        """Memory of the host that the device can copy from and to while the host goes on. May raise torch.OutOfMemoryError."""
+        """Memory of the host that the device can copy from and to while the host goes on. May raise
+        torch.OutOfMemoryError.
+        """
 
     def memory(self, num_bytes: int) -> Tensor:
         """Memory of the device, uint8 [num_bytes]. May raise torch.OutOfMemoryError."""
 
     def submit(self, queue: str, operation: Callable[[], object], after: Sequence[Event] = ()) -> Event:
-        """Have `operation` run on `queue` when all before it there, and `after`, is done; does not wait for it.
+        """Have `operation` run on `queue` when all before it there, and `after`, is done; does not
+        wait for it.
 
         May raise torch.OutOfMemoryError, when a part of the operation may extent.
         """

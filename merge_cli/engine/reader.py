@@ -1,7 +1,8 @@
 """Positional reads from the inputs, with a bounded number of open files.
 
-A source of an input is the version that the plan was made from: when it is opened again and is another, it raises. At the end all
-are opened once more, and their headers hashed. See `stores/local.py` for the changes that are not noticed.
+A source of an input is the version that the plan was made from: when it is opened again and is
+another, it raises. At the end all are opened once more, and their headers hashed. See
+`stores/local.py` for the changes that are not noticed.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from merge_cli.stores.store import Source, read_bytes
 
 
 class InputFiles:
-    """A cache of open inputs, safe to use from several threads. At most `max_open` stay open while nobody reads from them.
+    """A cache of open inputs, safe to use from several threads. At most `max_open` stay open while
+    nobody reads from them.
 
-    Without `keep_cached` the page cache is told that what was read is not needed again, so that reading terabytes does not push out
-    what others on the machine have cached. With `direct`, `read_block` reads past it (O_DIRECT) what is aligned for that. Both are
-    for files of this machine.
+    Without `keep_cached` the page cache is told that what was read is not needed again, so that
+    reading terabytes does not push out what others on the machine have cached. With `direct`,
+    `read_block` reads past it (O_DIRECT) what is aligned for that. Both are for files of this
+    machine.
     """
 
     def __init__(self, max_open: int | None = None, keep_cached: bool = True, direct: bool = False) -> None:
@@ -45,18 +48,21 @@ class InputFiles:
             self._open.clear()
 
     def read_into(self, file: WeightFile, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset` of `file`. Raises ChangedError where it is another now, StoreError on I/O errors."""
+        """Fill `buffer` from byte `offset` of `file`. Raises ChangedError where it is another now,
+        StoreError on I/O errors.
+        """
         with self._in_use(file) as source:
             source.read_into(offset, buffer)
             if not self._keep_cached and isinstance(source, LocalSource):
                 source.drop_cached(offset, len(buffer))
 
     def read_block(self, file: WeightFile, offset: int, size: int, item_bytes: int, block: memoryview) -> int:
-        """Read `size` bytes from byte `offset` of `file` into `block`; where in it they begin, a multiple of `item_bytes`.
+        """Read `size` bytes from byte `offset` of `file` into `block`; where in it they begin, a
+        multiple of `item_bytes`.
 
-        `block` is aligned to DIRECT_BLOCK_BYTES and has room for `size` bytes and, for O_DIRECT, two such blocks more: those that
-        enclose the data are read. What is smaller than a block, or what O_DIRECT cannot read, comes through the page cache.
-        Raises what `read_into` raises.
+        `block` is aligned to DIRECT_BLOCK_BYTES and has room for `size` bytes and, for O_DIRECT,
+        two such blocks more: those that enclose the data are read. What is smaller than a block, or
+        what O_DIRECT cannot read, comes through the page cache. Raises what `read_into` raises.
         """
         begin = offset % DIRECT_BLOCK_BYTES
         if self._direct and size >= DIRECT_BLOCK_BYTES and begin % item_bytes == 0:
@@ -105,7 +111,9 @@ def tensor_at(file: WeightFile, offset: int) -> str:
 
 
 def check_unchanged(file: WeightFile) -> None:
-    """Open `file` again. Raises ChangedError unless it is the version, with the header, that the plan was made from."""
+    """Open `file` again. Raises ChangedError unless it is the version, with the header, that the
+    plan was made from.
+    """
     file.source.close()
     with closing(file.source) as source:
         header = read_bytes(source, 0, file.header.data_start)

@@ -1,4 +1,6 @@
-"""The reads of one worker thread: counted in one place, and ended between two of them when the run is to stop."""
+"""The reads of one worker thread: counted in one place, and ended between two of them when the run
+is to stop.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Reads:
         self._stopped = stopped or threading.Event()
 
     def despite_stop(self) -> Reads:
-        """The same reads for a chunk that is in flight: it is finished, and may report an error that comes before others."""
+        """The same reads for a chunk that is in flight: it is finished, and may report an error
+        that comes before others.
+        """
         return Reads(self._inputs, None, self.counts)
 
     def elements(self, source: Location, first: int, end: int, buffer: HostBuffer) -> int:
@@ -44,9 +48,11 @@ class Reads:
         return size
 
     def part(self, place: Location | PartLocation, begin: int, end: int, buffer: HostBuffer, item_bytes: int = 1) -> None:
-        """Read bytes `begin` to `end` from `place`; they begin at a multiple of `item_bytes` in memory.
+        """Read bytes `begin` to `end` from `place`; they begin at a multiple of `item_bytes` in
+        memory.
 
-        Raises StoppedError when the run is to end, ChangedError or PmergeError as the input files do.
+        Raises StoppedError when the run is to end, ChangedError or PmergeError as the input files
+        do.
         """
         if self._stopped.is_set():
             raise StoppedError

@@ -1,7 +1,8 @@
-"""The chunks of a run, handed out to several threads in file order, so that every file is read sequentially.
+"""The chunks of a run, handed out to several threads in file order, so that every file is read
+sequentially.
 
-Items are claimed and opened by the thread that needs the next chunk, one at a time and outside the lock:
-others go on with the chunks that are there, and report their results meanwhile.
+Items are claimed and opened by the thread that needs the next chunk, one at a time and outside the
+lock: others go on with the chunks that are there, and report their results meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class OpenItem:
 
 
 class ScheduleError(Exception):
-    """Claiming or opening an item failed, or completing an empty one; the cause is attached. `number`: as of its first chunk."""
+    """Claiming or opening an item failed, or completing an empty one; the cause is attached.
+    `number`: as of its first chunk.
+    """
 
     def __init__(self, number: tuple[int, int]) -> None:
         self.number = number
@@ -73,7 +76,9 @@ class Schedule:
                     self._condition.notify_all()
 
     def write(self, reduced: Reduced) -> int:
-        """Write an outcome to all its outputs, and complete those that it was the last one for; the bytes written."""
+        """Write an outcome to all its outputs, and complete those that it was the last one for; the
+        bytes written.
+        """
         with self._condition:
             open_item = self._open[reduced.chunk.number[0]]
             open_item.nonfinite.update(reduced.nonfinite)
@@ -133,7 +138,9 @@ class Schedule:
 
 
 def chunk_step(extent: Extent | QuantizedExtent, size: ChunkSize, reducer: str) -> int:
-    """The elements (rows of a quantized tensor) of a chunk of `extent`; all of them where they are gone through twice."""
+    """The elements (rows of a quantized tensor) of a chunk of `extent`; all of them where they are
+    gone through twice.
+    """
     if isinstance(extent, QuantizedExtent):
         if reducer == GRAM:
             return extent.rows_at_once(GRAM_BLOCK_ELEMENTS)

@@ -17,23 +17,29 @@ class Writer(Protocol):
         """Whether the file is closed: complete, or failed in the attempt."""
 
     def write(self, offset: int, data: memoryview) -> bool:
-        """Write `data` at byte `offset` of the file; True for the one call after which all bytes are there."""
+        """Write `data` at byte `offset` of the file; True for the one call after which all bytes
+        are there.
+        """
 
     def finish(self) -> str:
-        """Make the bytes durable under their name; the sha256 of a whole file, "" for a piece of one."""
+        """Make the bytes durable under their name; the sha256 of a whole file, "" for a piece of
+        one.
+        """
 
     def abandon(self) -> None:
         """Close the file and leave it as it is, after an error."""
 
 
 class Sink(Protocol):
-    """The calls that `stream` makes for each work item, outside its locks and from any of its threads:
+    """The calls that `stream` makes for each work item, outside its locks and from any of its
+    threads:
 
     1. `claim(item)`                        whether to make it now; False leaves it to others
     2. `open(item, k)`                      once for each output k, before any of its bytes
     3. `take(chunk, values)`                for reducers that give values; in no fixed order
     4. `done(item, k, sha256, nonfinite)`   after output k of the item was finished
-    `progress(statistics)` comes again and again, from one thread at a time; False ends the run early.
+    `progress(statistics)` comes again and again, from one thread at a time; False ends the run
+    early.
     """
 
     def claim(self, item: WorkItem) -> bool: ...
@@ -48,7 +54,9 @@ class Sink(Protocol):
 
 
 class NoSink:
-    """A sink for items without outputs: claims everything, keeps nothing. A base for sinks that want only some of the calls."""
+    """A sink for items without outputs: claims everything, keeps nothing. A base for sinks that
+    want only some of the calls.
+    """
 
     def claim(self, item: WorkItem) -> bool:
         return True

@@ -1,7 +1,7 @@
 """Facts about the storage that inputs lie on: local or not, larger than the page cache or not.
 
-Network filesystems want few large requests; data that is local, or in the page cache, is best taken in pieces that are still in the
-processor's cache when they are added up.
+Network filesystems want few large requests; data that is local, or in the page cache, is best taken
+in pieces that are still in the processor's cache when they are added up.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def requests_at_once(plan: MergePlan) -> int:
 
 
 def requests_for(plan: MergePlan, chunk_bytes: int) -> int:
-    """About how many requests reading the weights takes that are not on this machine: a link for each file, and ranges of it."""
+    """About how many requests reading the weights takes that are not on this machine: a link for
+    each file, and ranges of it.
+    """
     links = sum(len(checkpoint.files) for checkpoint in plan.inputs if not is_local(checkpoint.path))
     ranges = 0
     for extent in (extent for file in plan.files for extent in file.extents):

@@ -1,13 +1,13 @@
 """The loop: chunks of the plan are read, reduced and written, within a fixed memory budget.
 
-A few worker threads each take the next chunk, give it to a reducer and write the outcome at its planned
-offset. Chunks are taken in file order, so every file is read sequentially; while one worker waits for
-the disk another computes, which is all the overlap that is needed on the CPU. Kernels and system calls
-release the interpreter lock. With an accelerator a worker goes on to read the next chunk while the
-device is busy with the one before.
+A few worker threads each take the next chunk, give it to a reducer and write the outcome at its
+planned offset. Chunks are taken in file order, so every file is read sequentially; while one worker
+waits for the disk another computes, which is all the overlap that is needed on the CPU. Kernels and
+system calls release the interpreter lock. With an accelerator a worker goes on to read the next
+chunk while the device is busy with the one before.
 
-Memory: what the reducers of a worker state, times the workers, whatever the size of the model or of one
-tensor (see `budget.py`).
+Memory: what the reducers of a worker state, times the workers, whatever the size of the model or of
+one tensor (see `budget.py`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from merge_cli.planning.plan import MergePlan, WorkItem
 
 
 def stream(plan: MergePlan, work: Sequence[WorkItem], sink: Sink, budget: Budget) -> Statistics:
-    """Make the work items of `plan` and give the results to `sink`. Only inputs that their outputs use are read.
+    """Make the work items of `plan` and give the results to `sink`. Only inputs that their outputs
+    use are read.
 
-    An error stops all workers; of several, the one that comes first in the plan is raised. Files that are
-    not finished stay as they are. Raises NonFiniteError, MismatchError (integers that differ),
-    ChangedError, OutputError, PmergeError.
+    An error stops all workers; of several, the one that comes first in the plan is raised. Files
+    that are not finished stay as they are. Raises NonFiniteError, MismatchError (integers that
+    differ), ChangedError, OutputError, PmergeError.
     """
     with InputFiles(keep_cached=not is_larger_than_cache(plan), direct=budget.size.slack_bytes > 0) as inputs:
         check_equal_integers(plan, work, inputs)
@@ -83,7 +84,9 @@ class _Workers:
         return self._statistics
 
     def _work(self, reads: Reads, reducers: Reducers) -> None:
-        """One thread: chunks until there are none, then those that are still in flight, also after an error."""
+        """One thread: chunks until there are none, then those that are still in flight, also after
+        an error.
+        """
         try:
             self._guard(reducers, lambda: self._take_chunks(reads, reducers))
             self._guard(reducers, lambda: self._write_all(reads, reducers.drain()))
@@ -133,7 +136,9 @@ class _Workers:
             self._fail(reducers.at, error)
 
     def _fail(self, number: tuple[int, int], error: BaseException) -> None:
-        """Stop the workers because of chunk `number`. Earlier chunks are done or in flight, and report their own errors."""
+        """Stop the workers because of chunk `number`. Earlier chunks are done or in flight, and
+        report their own errors.
+        """
         with self._lock:
             if self._failed is None or number < self._failed[0]:
                 self._failed = (number, error)

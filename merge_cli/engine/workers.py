@@ -15,7 +15,9 @@ from merge_cli.planning.plan import AVERAGE, MergePlan, WorkItem
 
 
 class Reducers:
-    """One worker's reducers, by kind of work. `at` is the number of the chunk that is worked on, for errors."""
+    """One worker's reducers, by kind of work. `at` is the number of the chunk that is worked on,
+    for errors.
+    """
 
     def __init__(self, reducers: dict[str, Reducer]) -> None:
         self.at = (-1, -1)
@@ -58,8 +60,8 @@ def make_reducers(
 ) -> tuple[list[Reducers], Budget, list[str]]:
     """The reducers of each worker, the budget that they keep to, and notes.
 
-    Where the device has no memory for them, they are made again with less, down to the smallest chunk.
-    Raises PmergeError when not even that fits.
+    Where the device has no memory for them, they are made again with less, down to the smallest
+    chunk. Raises PmergeError when not even that fits.
     """
     planned, device = budget, budget.device
     if not device.is_accelerator:

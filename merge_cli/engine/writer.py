@@ -1,12 +1,13 @@
 """Write one output file at planned offsets, from several threads, and know its sha256 at the end.
 
-The file grows under a `.partial` name and its header is written last, so that a torn file can never be read as a checkpoint. The
-sha256 follows the contiguous front of what has been written: a chunk that extends the front is hashed from memory, chunks that
-came early are read back when the front reaches them. Bytes between values that depend on the CRC-32 of those before them (see
-`Gap`) are written as the front passes.
+The file grows under a `.partial` name and its header is written last, so that a torn file can never
+be read as a checkpoint. The sha256 follows the contiguous front of what has been written: a chunk
+that extends the front is hashed from memory, chunks that came early are read back when the front
+reaches them. Bytes between values that depend on the CRC-32 of those before them (see `Gap`) are
+written as the front passes.
 
-Several processes, also on several hosts, may write pieces of one file; whoever finds all of them durable reads the file once, for
-its sha256, and completes it.
+Several processes, also on several hosts, may write pieces of one file; whoever finds all of them
+durable reads the file once, for its sha256, and completes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from merge_cli.system.files import pieces_of
 
 
 class ShardWriter:
-    """One output file while it is being written. Threads call `write`; the call that completes the file returns True."""
+    """One output file while it is being written. Threads call `write`; the call that completes the
+    file returns True.
+    """
 
     def __init__(self, file: OutputFile, folder: Path) -> None:
         self.file = file
@@ -53,7 +56,9 @@ class ShardWriter:
         return self._fd < 0
 
     def write(self, offset: int, data: memoryview) -> bool:
-        """Write `data` at byte `offset`; True for the one call after which all data is written and hashed."""
+        """Write `data` at byte `offset`; True for the one call after which all data is written and
+        hashed.
+        """
         write_all(self._fd, data, offset, self.partial)
         with self._lock:
             self._remaining -= len(data)
@@ -65,7 +70,9 @@ class ShardWriter:
         return self._advance(offset)
 
     def _advance(self, start: int) -> bool:
-        """Move the front over the range at `start`, which is hashed, and over what was written behind it."""
+        """Move the front over the range at `start`, which is hashed, and over what was written
+        behind it.
+        """
         while True:
             with self._lock:
                 front = self._written.pop(start)
@@ -92,7 +99,9 @@ class ShardWriter:
 
 
 class PieceWriter:
-    """A piece of an output file that other processes write too: `num_bytes` of it, wherever the plan says."""
+    """A piece of an output file that other processes write too: `num_bytes` of it, wherever the
+    plan says.
+    """
 
     def __init__(self, file: OutputFile, folder: Path, num_bytes: int) -> None:
         self.partial = partial_path(folder / file.name)
@@ -115,7 +124,9 @@ class PieceWriter:
         return self._fd < 0
 
     def write(self, offset: int, data: memoryview) -> bool:
-        """Write `data` at byte `offset`; True for the one call after which all of the piece is written."""
+        """Write `data` at byte `offset`; True for the one call after which all of the piece is
+        written.
+        """
         write_all(self._fd, data, offset, self.partial)
         with self._lock:
             self._remaining -= len(data)
@@ -141,7 +152,9 @@ class PieceWriter:
 
 
 def assemble(file: OutputFile, folder: Path) -> str:
-    """Complete a file of which every piece is durable under its partial name; the file's sha256. Raises OutputError."""
+    """Complete a file of which every piece is durable under its partial name; the file's sha256.
+    Raises OutputError.
+    """
     path = folder / file.name
     found = _FrontHash(file)
     try:
@@ -163,7 +176,9 @@ def assemble(file: OutputFile, folder: Path) -> str:
 
 
 class _FrontHash:
-    """The sha256 of a file from its beginning on, and the gaps between its values, which are made as the front reaches them."""
+    """The sha256 of a file from its beginning on, and the gaps between its values, which are made
+    as the front reaches them.
+    """
 
     def __init__(self, file: OutputFile) -> None:
         self.sha256 = hashlib.sha256(file.header)

@@ -3,9 +3,10 @@
     plan_analysis   which checkpoints, merged with which coefficients: reads headers only, writes nothing
     analyze         the same, then one streamed read of all of them, in bounded memory
 
-Only inner products of deviations are kept, layer by layer and kind by kind; everything else is algebra on them
-(`merge_cli.trajectory`). The numbers are bit-equal for any chunk size, memory and number of threads. Tensors that are not averaged
-(integers, tensors copied from the base) are left out.
+Only inner products of deviations are kept, layer by layer and kind by kind; everything else is
+algebra on them (`merge_cli.trajectory`). The numbers are bit-equal for any chunk size, memory and
+number of threads. Tensors that are not averaged (integers, tensors copied from the base) are left
+out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnalysisPlan:
-    """A planned analysis: `merge` is the average that is judged, `work` the tensors that are read, `log` the training log."""
+    """A planned analysis: `merge` is the average that is judged, `work` the tensors that are read,
+    `log` the training log.
+    """
 
     merge: MergePlan
     work: tuple[WorkItem, ...]
@@ -66,10 +69,11 @@ def plan_analysis(
     run: RunConfig | None = None,
     **options: Any,
 ) -> AnalysisPlan:
-    """Plan the analysis of the checkpoints at `paths`; the options are those of `plan_average` that choose and weigh checkpoints.
+    """Plan the analysis of the checkpoints at `paths`; the options are those of `plan_average` that
+    choose and weigh checkpoints.
 
-    `log` is a CSV file or a trainer_state.json with the learning rates (default: the newest checkpoint's trainer_state.json).
-    `output` is the folder for analysis.json (`RUN.pmerge/`).
+    `log` is a CSV file or a trainer_state.json with the learning rates (default: the newest
+    checkpoint's trainer_state.json). `output` is the folder for analysis.json (`RUN.pmerge/`).
 
     Raises UsageError, InputError, MismatchError or UnsupportedError.
     """
@@ -110,7 +114,9 @@ def plan_analysis(
 def analyze(
     paths: StrPath | Sequence[StrPath], *, on_progress: Callable[[Progress], None] | None = None, **options: Any
 ) -> Analysis:
-    """Analyze the checkpoints at `paths`, and keep the analysis in `RUN.pmerge/`; the options are those of `plan_analysis`."""
+    """Analyze the checkpoints at `paths`, and keep the analysis in `RUN.pmerge/`; the options are
+    those of `plan_analysis`.
+    """
     return run_analysis(plan_analysis(paths, **options), on_progress=on_progress)
 
 
@@ -163,7 +169,9 @@ def _is_averaged(extent: Extent | QuantizedExtent) -> bool:
 
 
 def _read_log(log: StrPath | None, newest: Candidate) -> tuple[list[LogRow], list[str]]:
-    """The training log that was given, else that of the newest checkpoint, and a note on a log that is left out."""
+    """The training log that was given, else that of the newest checkpoint, and a note on a log that
+    is left out.
+    """
     if log is not None:
         return read_log(Path(log)), []
     path = Path(join(newest.path, "trainer_state.json"))

@@ -3,7 +3,8 @@
     plan_average   which checkpoints, which coefficients, which bytes: reads headers only, writes nothing
     average        the same, then reads, reduces, writes and publishes
 
-Nothing is printed: progress goes to a callback, warnings are in the plan, errors are the exceptions of `merge_cli.errors`.
+Nothing is printed: progress goes to a callback, warnings are in the plan, errors are the exceptions
+of `merge_cli.errors`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AveragePlan:
-    """A planned average: the merge, its destination, how it is carried out, and `findings` that would stop it.
+    """A planned average: the merge, its destination, how it is carried out, and `findings` that
+    would stop it.
 
-    `notes` inform (checkpoints left out), `warnings` name reasons why the result may not be the one meant. `is_done`: the
-    destination has the complete result of this very request already.
+    `notes` inform (checkpoints left out), `warnings` name reasons why the result may not be the one
+    meant. `is_done`: the destination has the complete result of this very request already.
     """
 
     merge: MergePlan
@@ -55,10 +57,12 @@ class AveragePlan:
 
 @dataclass(frozen=True)
 class AverageResult:
-    """A finished run. `reused` counts files that were finished before, `nonfinite` counts elements by tensor.
+    """A finished run. `reused` counts files that were finished before, `nonfinite` counts elements
+    by tensor.
 
-    `has_published`: by this process; `already_published`: the result existed when it came, or another rank published it;
-    `missing` counts files that are with other ranks, the last of which publishes.
+    `has_published`: by this process; `already_published`: the result existed when it came, or
+    another rank published it; `missing` counts files that are with other ranks, the last of which
+    publishes.
     """
 
     output: Path
@@ -81,14 +85,16 @@ def plan_average(
     rank: Rank | None = None,
     **options: Any,
 ) -> AveragePlan:
-    """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the folder `output`.
+    """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the
+    folder `output`.
 
-    `selection`, `spec` and `run` hold the options; a keyword of theirs (`last=6`, `method="ema"`, `alpha=0.1`,
-    `memory="4GiB"`) is laid over them. `rank` is this process if several make one average. Without `output` the result
-    goes to `./merged-<method>-<oldest step>-<newest step>`.
+    `selection`, `spec` and `run` hold the options; a keyword of theirs (`last=6`, `method="ema"`,
+    `alpha=0.1`, `memory="4GiB"`) is laid over them. `rank` is this process if several make one
+    average. Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
 
-    Raises UsageError, InputError, MismatchError or UnsupportedError. Problems that would only stop the writing (an
-    existing destination, too little space) are in `findings` instead, so that a plan can always be shown.
+    Raises UsageError, InputError, MismatchError or UnsupportedError. Problems that would only stop
+    the writing (an existing destination, too little space) are in `findings` instead, so that a
+    plan can always be shown.
     """
     selection, spec, run = read_options(options, selection, spec, run)
     destination = None if output is None else destination_of(output)
@@ -136,10 +142,11 @@ def average(
     command: Sequence[str] = (),
     **options: Any,
 ) -> AverageResult:
-    """Average the checkpoints at `paths` into the folder `output`; the options are those of `plan_average`.
+    """Average the checkpoints at `paths` into the folder `output`; the options are those of
+    `plan_average`.
 
-    The destination appears only when it is complete. Raises what `plan_average` raises, and NonFiniteError, ChangedError,
-    MismatchError (integers that differ) or OutputError while working.
+    The destination appears only when it is complete. Raises what `plan_average` raises, and
+    NonFiniteError, ChangedError, MismatchError (integers that differ) or OutputError while working.
     """
     return run_average(plan_average(paths, output, **options), on_progress=on_progress, command=command)
 
@@ -147,7 +154,8 @@ def average(
 def run_average(
     plan: AveragePlan, *, on_progress: Callable[[Progress], None] | None = None, command: Sequence[str] = ()
 ) -> AverageResult:
-    """Carry out a plan, or the part of it that `plan.rank` has. Rank 0 reports the progress of all ranks, others their own.
+    """Carry out a plan, or the part of it that `plan.rank` has. Rank 0 reports the progress of all
+    ranks, others their own.
 
     The first of the plan's findings, if any, is raised before anything is read or written.
     """

@@ -1,14 +1,16 @@
-"""Measure checkpoints and merges of a run, and keep the numbers: the feature behind `pmerge evaluate`, as a library.
+"""Measure checkpoints and merges of a run, and keep the numbers: the feature behind `pmerge
+evaluate`, as a library.
 
     plan_evaluation   which checkpoints and merges, and which of them the ledger knows already: reads headers, writes nothing
     evaluate          the same, then measures what is missing
 
-Checkpoints are measured where they lie. Merges are made as `sweep` makes them, a few at a time, and removed once measured, so the
-disk holds at most `batch` of them. A row is in the ledger as soon as its number is known, so a killed evaluation goes on where it
-was. Of several ranks each measures its share of the plan.
+Checkpoints are measured where they lie. Merges are made as `sweep` makes them, a few at a time, and
+removed once measured, so the disk holds at most `batch` of them. A row is in the ledger as soon as
+its number is known, so a killed evaluation goes on where it was. Of several ranks each measures its
+share of the plan.
 
-Not guaranteed: that the numbers are right. What can be seen is looked for: a cache that is keyed by names, the same numbers from
-different weights, weights that change while they are measured.
+Not guaranteed: that the numbers are right. What can be seen is looked for: a cache that is keyed by
+names, the same numbers from different weights, weights that change while they are measured.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Target:
-    """Something to measure: a `claim` without numbers yet; `path` of a checkpoint as it is, or the options that make a merge."""
+    """Something to measure: a `claim` without numbers yet; `path` of a checkpoint as it is, or the
+    options that make a merge.
+    """
 
     claim: Row
     path: Path | None
@@ -50,7 +54,9 @@ class Target:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """A planned evaluation: `targets` are this rank's, `known` the rows that the ledger has for some of them, by key."""
+    """A planned evaluation: `targets` are this rank's, `known` the rows that the ledger has for
+    some of them, by key.
+    """
 
     run: Run
     paths: tuple[str, ...]
@@ -80,7 +86,9 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The rows of all targets in the order of the plan, those measured now, and the errors of those that failed, by name."""
+    """The rows of all targets in the order of the plan, those measured now, and the errors of those
+    that failed, by name.
+    """
 
     folder: Path
     rows: tuple[Row, ...]
@@ -113,9 +121,10 @@ def plan_evaluation(
 ) -> EvaluationPlan:
     """Plan the evaluation of the run at `paths` (a run folder, or its checkpoints) by `evaluator`.
 
-    `plan` is a name of `merge_cli.trajectory.plans`, or a list of objects with the options of `average` (with `last` 1: a
-    checkpoint as it is). `annealed` are checkpoints of real annealing runs, with the step at which the decay began. `dtype` is
-    that of the merges, `batch` how many of them lie on the disk at once, `keep` leaves them there, `redo` measures what is known,
+    `plan` is a name of `merge_cli.trajectory.plans`, or a list of objects with the options of
+    `average` (with `last` 1: a checkpoint as it is). `annealed` are checkpoints of real annealing
+    runs, with the step at which the decay began. `dtype` is that of the merges, `batch` how many of
+    them lie on the disk at once, `keep` leaves them there, `redo` measures what is known,
     `allow_equal` believes equal numbers of different weights.
 
     Raises UsageError, InputError or MismatchError.
@@ -161,17 +170,21 @@ def evaluate(
     command: Sequence[str] = (),
     **options: Any,
 ) -> EvaluationResult:
-    """Measure checkpoints and merges of the run at `paths` by `evaluator`; the options are those of `plan_evaluation`."""
+    """Measure checkpoints and merges of the run at `paths` by `evaluator`; the options are those of
+    `plan_evaluation`.
+    """
     return run_evaluation(plan_evaluation(paths, evaluator, **options), on_row=on_row, command=command)
 
 
 def run_evaluation(
     plan: EvaluationPlan, *, on_row: Callable[[Row, int, int], None] | None = None, command: Sequence[str] = ()
 ) -> EvaluationResult:
-    """Measure what is missing; `on_row` gets each row as it is known, how many are done, and how many there are.
+    """Measure what is missing; `on_row` gets each row as it is known, how many are done, and how
+    many there are.
 
-    An evaluation that fails does not stop the others, unless it is the first one ever. Raises EvaluationError then, and where
-    different weights give the same numbers; OutputError, and what making the merges raises.
+    An evaluation that fails does not stop the others, unless it is the first one ever. Raises
+    EvaluationError then, and where different weights give the same numbers; OutputError, and what
+    making the merges raises.
     """
     missing = plan.missing
     ledger = Ledger(plan.folder, plan.rank.rank)
@@ -195,7 +208,9 @@ def run_evaluation(
 
 
 class _Planning:
-    """From entries of a plan to targets. `notes` name what cannot be made, `merge_bytes` is the size of a merge."""
+    """From entries of a plan to targets. `notes` name what cannot be made, `merge_bytes` is the
+    size of a merge.
+    """
 
     def __init__(self, candidates: Sequence[Candidate], folder: Path, dtype: str, evaluator: str) -> None:
         self._candidates = candidates

@@ -16,9 +16,11 @@ from merge_cli.stores.store import StrPath, as_path
 
 
 def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
-    """Publish the result whose ranks have finished all files without one of them publishing it; returns its path.
+    """Publish the result whose ranks have finished all files without one of them publishing it;
+    returns its path.
 
-    Raises OutputError, naming the files that are missing, if there are any; InputError if inputs have changed since.
+    Raises OutputError, naming the files that are missing, if there are any; InputError if inputs
+    have changed since.
     """
     from merge_cli.job import Job, carry_out
     from merge_cli.output.folder import differences, staging_path, with_fingerprints

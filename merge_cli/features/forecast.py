@@ -1,4 +1,6 @@
-"""What a run's ledger foretells: the feature behind `pmerge forecast`, as a library. Reads numbers only, and writes nothing."""
+"""What a run's ledger foretells: the feature behind `pmerge forecast`, as a library. Reads numbers
+only, and writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,15 @@ def forecast(
     assume_loss: bool = False,
     anneal: int | None = None,
 ) -> Forecast:
-    """The forecast for the run at `paths`, from the ledger that `evaluate` keeps in `RUN.pmerge/` (or in `output`).
+    """The forecast for the run at `paths`, from the ledger that `evaluate` keeps in `RUN.pmerge/`
+    (or in `output`).
 
-    `metric` is one of the ledger's (default: its first loss); `assume_loss` lets a metric with another name count as a loss.
-    `anneal` asks for the loss after a decay over so many steps from now. See `merge_cli.trajectory.forecast` for the formulas.
+    `metric` is one of the ledger's (default: its first loss); `assume_loss` lets a metric with
+    another name count as a loss. `anneal` asks for the loss after a decay over so many steps from
+    now. See `merge_cli.trajectory.forecast` for the formulas.
 
-    Raises UsageError where there is no ledger or no such metric, InputError for one that cannot be read.
+    Raises UsageError where there is no ledger or no such metric, InputError for one that cannot be
+    read.
     """
     given = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else list(paths)
     if anneal is not None and anneal < 1:

@@ -22,11 +22,12 @@ _FUSED = re.compile(r"^(?P<experts>.+\.experts)\.[^.]+$")
 
 @dataclass(frozen=True)
 class Inspection:
-    """One checkpoint. `num_tensors` and `dtypes` count stored tensors, `num_parameters` the values that they encode.
+    """One checkpoint. `num_tensors` and `dtypes` count stored tensors, `num_parameters` the values
+    that they encode.
 
-    `experts` maps a number of experts per layer to the number of layers that have it, `quantization` a scheme to its
-    number of tensors; `unreadable` is the reason why quantized tensors cannot be averaged ("" if they can, or if
-    there are none).
+    `experts` maps a number of experts per layer to the number of layers that have it,
+    `quantization` a scheme to its number of tensors; `unreadable` is the reason why quantized
+    tensors cannot be averaged ("" if they can, or if there are none).
     """
 
     path: str
@@ -50,7 +51,9 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Report:
-    """The checkpoints that could be read, their differences, the notes of discovery, and the errors of broken ones."""
+    """The checkpoints that could be read, their differences, the notes of discovery, and the errors
+    of broken ones.
+    """
 
     checkpoints: list[Inspection]
     differences: list[str]
@@ -59,10 +62,11 @@ class Report:
 
 
 def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
-    """Inspect the checkpoints at `paths` (or in a run folder), by step if all have one, and list their differences.
+    """Inspect the checkpoints at `paths` (or in a run folder), by step if all have one, and list
+    their differences.
 
-    A broken checkpoint does not hide the others: its error is in `broken`, by path. Raises InputError if no checkpoint
-    is found.
+    A broken checkpoint does not hide the others: its error is in `broken`, by path. Raises
+    InputError if no checkpoint is found.
     """
     notes: list[str] = []
     candidates = [read_candidate(path) for path in discover(paths, notes.append)]
@@ -111,7 +115,9 @@ def _inspect(seen: View, step: int | None, unreadable: str) -> Inspection:
 
 
 def experts_per_layer(seen: View) -> dict[int, int]:
-    """How many layers have how many routed experts, counted by names (`experts.7.`) or by the first dimension of fused ones."""
+    """How many layers have how many routed experts, counted by names (`experts.7.`) or by the first
+    dimension of fused ones.
+    """
     numbers: dict[str, set[int]] = {}
     fused: dict[str, int] = {}
     for key, tensor in seen.tensors.items():
@@ -127,7 +133,9 @@ def experts_per_layer(seen: View) -> dict[int, int]:
 
 
 def _differences(views: Sequence[View]) -> list[str]:
-    """What differs from the last checkpoint: tensors, shapes, dtypes, config; at most ten lines per checkpoint."""
+    """What differs from the last checkpoint: tensors, shapes, dtypes, config; at most ten lines per
+    checkpoint.
+    """
     if not views:
         return []
     *others, newest = views

@@ -1,4 +1,6 @@
-"""One HTML file about a run: the feature behind `pmerge report`, as a library. Reads the ledger and the analysis, nothing else."""
+"""One HTML file about a run: the feature behind `pmerge report`, as a library. Reads the ledger and
+the analysis, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,12 @@ def report(
     assume_loss: bool = False,
     anneal: int | None = None,
 ) -> Path:
-    """Write the report about the run at `paths` to `destination` (`RUN.pmerge/report.html`), and return its path.
+    """Write the report about the run at `paths` to `destination` (`RUN.pmerge/report.html`), and
+    return its path.
 
-    `ledger` is the folder with the ledger (`RUN.pmerge/`); the other options are those of `forecast`. The same ledger and analysis
-    give the same bytes. Raises UsageError where there is no ledger, InputError where it cannot be read, OutputError.
+    `ledger` is the folder with the ledger (`RUN.pmerge/`); the other options are those of
+    `forecast`. The same ledger and analysis give the same bytes. Raises UsageError where there is
+    no ledger, InputError where it cannot be read, OutputError.
     """
     given = [str(paths)] if isinstance(paths, str) or not isinstance(paths, Sequence) else [str(path) for path in paths]
     folder = folder_of(given, None if ledger is None else str(ledger))

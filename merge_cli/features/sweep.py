@@ -3,11 +3,13 @@
     plan_sweep   which outputs, from which checkpoints with which coefficients: reads headers only, writes nothing
     sweep        the same, then makes them all
 
-Every output is what `average` makes with the same options, bit for bit, and has a staging folder of its own, so it is absent or
-complete and can be continued, whatever else is in the sweep. Outputs whose newest checkpoints have the same layout form a group:
-every chunk of the group's inputs is read once for all outputs that use it. Groups run one after the other.
+Every output is what `average` makes with the same options, bit for bit, and has a staging folder of
+its own, so it is absent or complete and can be continued, whatever else is in the sweep. Outputs
+whose newest checkpoints have the same layout form a group: every chunk of the group's inputs is
+read once for all outputs that use it. Groups run one after the other.
 
-Not guaranteed: that an output is made when another of its group fails (NaN in an input, integers that differ); a failure stops all.
+Not guaranteed: that an output is made when another of its group fails (NaN in an input, integers
+that differ); a failure stops all.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepOutput:
-    """One output: `merge` is the plan that `average` would make for it, without runs. `is_done`: its result stands already."""
+    """One output: `merge` is the plan that `average` would make for it, without runs. `is_done`:
+    its result stands already.
+    """
 
     combination: Combination
     path: Path
@@ -90,7 +94,9 @@ class SweepGroup:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A planned sweep. `same_as` names for a combination the output that it equals, `skipped` why there is none."""
+    """A planned sweep. `same_as` names for a combination the output that it equals, `skipped` why
+    there is none.
+    """
 
     output: Path
     outputs: tuple[SweepOutput, ...]
@@ -116,10 +122,11 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A finished sweep: the folders of all outputs, and the report. `reused` counts files that were finished before.
+    """A finished sweep: the folders of all outputs, and the report. `reused` counts files that were
+    finished before.
 
-    `published` are the outputs that this process published; `missing` counts, by output, files that are with other ranks, the
-    last of which publishes.
+    `published` are the outputs that this process published; `missing` counts, by output, files that
+    are with other ranks, the last of which publishes.
     """
 
     outputs: tuple[Path, ...]
@@ -148,14 +155,15 @@ def plan_sweep(
 ) -> SweepPlan:
     """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`.
 
-    The outputs are a grid (`request/grid.py`), `combinations` (objects with options of `average`), or both. `at` is
-    the step of the newest checkpoint; in tokens, of the last one up to there. A combination without its checkpoints
-    is skipped; of several with equal inputs and coefficients the first is made. `spec` and `run` hold the options of
-    all outputs; a keyword of theirs (`dtype="fp32"`, `memory="4GiB"`) is laid over them. `rank` is this process if
-    several make one sweep.
+    The outputs are a grid (`request/grid.py`), `combinations` (objects with options of `average`),
+    or both. `at` is the step of the newest checkpoint; in tokens, of the last one up to there. A
+    combination without its checkpoints is skipped; of several with equal inputs and coefficients
+    the first is made. `spec` and `run` hold the options of all outputs; a keyword of theirs
+    (`dtype="fp32"`, `memory="4GiB"`) is laid over them. `rank` is this process if several make one
+    sweep.
 
-    Raises UsageError (also if no combination is left), InputError, MismatchError or UnsupportedError. Problems that
-    would only stop the writing are in `findings`.
+    Raises UsageError (also if no combination is left), InputError, MismatchError or
+    UnsupportedError. Problems that would only stop the writing are in `findings`.
     """
     for name in options:
         if name == "method" or name in (SELECTION | PARAMETERS):
@@ -225,9 +233,11 @@ def sweep(
     command: Sequence[str] = (),
     **options: Any,
 ) -> SweepResult:
-    """Make many averages of the checkpoints at `paths` in the folder `output`; the options are those of `plan_sweep`.
+    """Make many averages of the checkpoints at `paths` in the folder `output`; the options are
+    those of `plan_sweep`.
 
-    Raises what `plan_sweep` and `run_average` raise. Whatever happens, each output is absent or complete.
+    Raises what `plan_sweep` and `run_average` raise. Whatever happens, each output is absent or
+    complete.
     """
     return run_sweep(plan_sweep(paths, output, **options), on_progress=on_progress, command=command)
 
@@ -237,8 +247,8 @@ def run_sweep(
 ) -> SweepResult:
     """Carry out a plan, or the part of it that `plan.rank` has, group after group.
 
-    The first of the plan's findings, if any, is raised before anything is read or written. The process that finds all outputs
-    published, and has a part in it, writes the report.
+    The first of the plan's findings, if any, is raised before anything is read or written. The
+    process that finds all outputs published, and has a part in it, writes the report.
     """
     from merge_cli.engine.chunk import Statistics
     from merge_cli.output.solo import remove_stale_staging
@@ -319,7 +329,9 @@ def _write_report(plan: SweepPlan, path: Path, command: Sequence[str]) -> None:
 
 
 def as_dict(plan: SweepPlan) -> dict[str, Any]:
-    """What `sweep.json` says: every output with its inputs and coefficients, and what was not made and why."""
+    """What `sweep.json` says: every output with its inputs and coefficients, and what was not made
+    and why.
+    """
 
     def asked(each: Combination) -> dict[str, Any]:
         return {"name": each.name, "method": each.method, "parameters": each.parameters, "selection": each.selection}
@@ -355,7 +367,9 @@ class _Chosen:
 def _choose_all(
     wanted: Sequence[Combination], candidates: Sequence[Candidate], selection: Selection
 ) -> tuple[list[_Chosen], list[tuple[Combination, str]], list[tuple[Combination, str]], list[str]]:
-    """The combinations that can be made, those that equal another, those that cannot, and warnings. Raises UsageError for none."""
+    """The combinations that can be made, those that equal another, those that cannot, and warnings.
+    Raises UsageError for none.
+    """
     made: dict[object, _Chosen] = {}
     same_as: list[tuple[Combination, str]] = []
     skipped: list[tuple[Combination, str]] = []
@@ -384,7 +398,9 @@ def _choose_all(
 
 
 def _plan_groups(spec: MergeSpec, chosen: Sequence[_Chosen]) -> tuple[list[Checkpoint], list[tuple[MergePlan, list[_Chosen]]]]:
-    """Open every checkpoint once, and plan together the outputs whose bases, the newest of their inputs, have one layout."""
+    """Open every checkpoint once, and plan together the outputs whose bases, the newest of their
+    inputs, have one layout.
+    """
     seen = Seen()
     used = {candidate.path: candidate for each in chosen for candidate in each.candidates}
     if all(candidate.step is not None for candidate in used.values()):
@@ -419,7 +435,9 @@ def _layout(base: Checkpoint) -> object:
 
 
 def _check_report(path: Path) -> list[OutputError]:
-    """What would be wrong about writing the report: a file that another program wrote, or a newer version of this one."""
+    """What would be wrong about writing the report: a file that another program wrote, or a newer
+    version of this one.
+    """
     elsewhere = "move it away, or choose another place:  -o PATH"
     if not os.path.lexists(path):
         return []

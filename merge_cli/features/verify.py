@@ -1,12 +1,14 @@
 """Is a merged checkpoint still what pmerge wrote? The feature behind `pmerge verify`, as a library.
 
-Everything is compared with `pmerge.json`, which ends with its own sha256: the size and sha256 of every file, the headers, the index
-against the shards, and what lies in the folder without having been written by pmerge. With `against_inputs` tensors are computed
-again from the recorded inputs and coefficients, by the engine and the plan that made them, and compared bit for bit in place of
+Everything is compared with `pmerge.json`, which ends with its own sha256: the size and sha256 of
+every file, the headers, the index against the shards, and what lies in the folder without having
+been written by pmerge. With `against_inputs` tensors are computed again from the recorded inputs
+and coefficients, by the engine and the plan that made them, and compared bit for bit in place of
 being written. Reads only, in bounded memory.
 
-What cannot be found: a checkpoint replaced as a whole, `pmerge.json` and its checksum included. The checksums guard against
-accidents; they are no signature. `against_inputs` does find weights that are not the average of the inputs.
+What cannot be found: a checkpoint replaced as a whole, `pmerge.json` and its checksum included. The
+checksums guard against accidents; they are no signature. `against_inputs` does find weights that
+are not the average of the inputs.
 """
 
 from __future__ import annotations
@@ -46,9 +48,11 @@ _WEIGHTS = (".safetensors", INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".gguf
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. `files` maps each recorded file to "ok" or what is wrong with it; `problems` is empty where all holds.
+    """What was found. `files` maps each recorded file to "ok" or what is wrong with it; `problems`
+    is empty where all holds.
 
-    `notes` are files that pmerge did not write and that do no harm. `recomputed` of `num_tensors` tensors were computed again.
+    `notes` are files that pmerge did not write and that do no harm. `recomputed` of `num_tensors`
+    tensors were computed again.
     """
 
     path: Path
@@ -84,8 +88,9 @@ def verify(
 ) -> Verification:
     """Check the merged checkpoint in the folder `path` against its `pmerge.json`.
 
-    `against_inputs` also computes `sample` tensors, drawn at random (None: all), again from the recorded inputs, on `device`. What
-    does not hold is in the result. Raises UsageError or InputError where there is no result of pmerge to check.
+    `against_inputs` also computes `sample` tensors, drawn at random (None: all), again from the
+    recorded inputs, on `device`. What does not hold is in the result. Raises UsageError or
+    InputError where there is no result of pmerge to check.
     """
     folder = Path(as_path(path))
     if sample is not None and sample < 1:
@@ -147,7 +152,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _check_versions(manifest: Mapping[str, Any], folder: Path, against_inputs: bool) -> None:
-    """Raise InputError for a result that this version of pmerge cannot judge; 0.1.0 recorded neither number."""
+    """Raise InputError for a result that this version of pmerge cannot judge; 0.1.0 recorded
+    neither number.
+    """
     from merge_cli.output.schema import check_schema
 
     check_schema(manifest, folder / MANIFEST, "check it with that version of pmerge, or a newer one", InputError)
@@ -191,7 +198,9 @@ class _Meter:
 
 
 def _check_files(folder: Path, weights: Mapping[str, _Record], beside: Mapping[str, _Record], meter: _Meter) -> dict[str, str]:
-    """For each recorded file "ok", or what is wrong with it: size, sha256 and, for weights, header. Some files at a time."""
+    """For each recorded file "ok", or what is wrong with it: size, sha256 and, for weights, header.
+    Some files at a time.
+    """
     stopped = threading.Event()
 
     def check(name: str, record: _Record) -> str:
@@ -216,7 +225,9 @@ def _check_files(folder: Path, weights: Mapping[str, _Record], beside: Mapping[s
 
 
 def _digest(path: Path, file_bytes: int, meter: _Meter, stopped: threading.Event) -> str:
-    """The sha256 of a file of `file_bytes` bytes. Raises InputError where it cannot be read or has another size."""
+    """The sha256 of a file of `file_bytes` bytes. Raises InputError where it cannot be read or has
+    another size.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -243,7 +254,9 @@ def _digest(path: Path, file_bytes: int, meter: _Meter, stopped: threading.Event
 
 
 def _check_index(folder: Path, weights: Mapping[str, _Record], indexes: Sequence[str]) -> list[str]:
-    """The index against the shards: every tensor in one file, the file that the index gives for it, and the right total size."""
+    """The index against the shards: every tensor in one file, the file that the index gives for it,
+    and the right total size.
+    """
     headers: dict[str, Header] = {}
     for name in weights:
         try:
@@ -269,7 +282,9 @@ def _check_index(folder: Path, weights: Mapping[str, _Record], indexes: Sequence
 
 
 def _check_metadata(folder: Path) -> list[str]:
-    """The metadata of a distributed checkpoint against its files, and the envelope of every chunk of the model."""
+    """The metadata of a distributed checkpoint against its files, and the envelope of every chunk
+    of the model.
+    """
     try:
         open_checkpoint(folder)
     except InputError as error:
@@ -278,7 +293,9 @@ def _check_metadata(folder: Path) -> list[str]:
 
 
 def _look_around(folder: Path, recorded: set[str]) -> tuple[list[str], list[str]]:
-    """What lies in the folder and is not recorded: weights and indexes, which a loader might take, are problems, the rest notes."""
+    """What lies in the folder and is not recorded: weights and indexes, which a loader might take,
+    are problems, the rest notes.
+    """
     problems, notes = [], []
     for name in _names_in(folder, ""):
         if name not in recorded:
@@ -299,7 +316,9 @@ def _names_in(folder: Path, prefix: str) -> Iterator[str]:
 
 
 def _plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan | None:
-    """The plan that `pmerge.json` describes, made from its inputs; None, and what has changed, where they are not the same."""
+    """The plan that `pmerge.json` describes, made from its inputs; None, and what has changed,
+    where they are not the same.
+    """
     try:
         seen = Seen()
         inputs = []
@@ -357,7 +376,9 @@ def _restricted_extent(extent: Extent | QuantizedExtent, chosen: set[str]) -> It
 
 
 def _compare(todo: MergePlan, folder: Path, device: str, meter: _Meter) -> list[str]:
-    """Carry out the plan, with a comparison in place of every write: a line for each tensor that differs."""
+    """Carry out the plan, with a comparison in place of every write: a line for each tensor that
+    differs.
+    """
     from merge_cli.engine.chunk import Statistics
     from merge_cli.engine.input_checks import check_inputs_unchanged
     from merge_cli.engine.sink import NoSink

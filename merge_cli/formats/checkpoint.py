@@ -1,6 +1,8 @@
-"""Open a checkpoint: which files hold its weights, what tensors they hold, what else lies beside them.
+"""Open a checkpoint: which files hold its weights, what tensors they hold, what else lies beside
+them.
 
-Reads headers, the index and `config.json`; never a weight. Five layouts are understood, four of them here:
+Reads headers, the index and `config.json`; never a weight. Five layouts are understood, four of
+them here:
 
     single   one safetensors file
     index    shards named by a `*.safetensors.index.json`
@@ -8,7 +10,8 @@ Reads headers, the index and `config.json`; never a weight. Five layouts are und
     ranks    one file or folder per rank of expert, tensor or pipeline parallelism, names repeating between ranks
     dcp      a torch distributed checkpoint, each tensor in chunks (`dcp/checkpoint.py`)
 
-A tensor is known by its key: its name, or "file:name" in the `ranks` layout, where a name alone is ambiguous.
+A tensor is known by its key: its name, or "file:name" in the `ranks` layout, where a name alone is
+ambiguous.
 """
 
 from __future__ import annotations
@@ -59,12 +62,16 @@ class WeightFile:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the file's content, on every host and after a remount: size, version and hash of the header."""
+        """What identifies the file's content, on every host and after a remount: size, version and
+        hash of the header.
+        """
         return {"file_bytes": self.file_bytes, "version": self.source.version, "header_sha256": self.header.sha256}
 
 
 def recorded_fingerprint(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's fingerprint out of a record; before there were stores it had a time and an inode instead of a version."""
+    """A file's fingerprint out of a record; before there were stores it had a time and an inode
+    instead of a version.
+    """
     kept = {key: value for key, value in record.items() if key not in ("mtime_ns", "inode")}
     return {"version": version_of_time(record["mtime_ns"]), **kept} if "mtime_ns" in record else kept
 
@@ -84,9 +91,11 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened checkpoint. `root` is the folder of the side files (None for a single file given by itself).
+    """An opened checkpoint. `root` is the folder of the side files (None for a single file given by
+    itself).
 
-    `dcp` is what a distributed checkpoint has more: the items around its values, and entries that are taken over unopened.
+    `dcp` is what a distributed checkpoint has more: the items around its values, and entries that
+    are taken over unopened.
     """
 
     path: str
@@ -108,10 +117,12 @@ class Checkpoint:
 
 
 def open_safetensors(path: StrPath, *, seen: dict[str, Header] | None = None) -> Checkpoint:
-    """Open the checkpoint at `path` (a folder, or one `.safetensors` file) and check that it is complete.
+    """Open the checkpoint at `path` (a folder, or one `.safetensors` file) and check that it is
+    complete.
 
-    `seen` shares parsed headers between checkpoints (see `read_header`). Raises InputError when a file is missing, broken or
-    reaches outside the checkpoint, or when the index and the shards disagree.
+    `seen` shares parsed headers between checkpoints (see `read_header`). Raises InputError when a
+    file is missing, broken or reaches outside the checkpoint, or when the index and the shards
+    disagree.
     """
     path = as_path(path)
     store = open_store(path)
@@ -166,7 +177,9 @@ def open_safetensors(path: StrPath, *, seen: dict[str, Header] | None = None) ->
 
 
 def read_index(path: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The `weight_map` (tensor name -> file name) and `metadata` of an index file, checked to be of that shape."""
+    """The `weight_map` (tensor name -> file name) and `metadata` of an index file, checked to be of
+    that shape.
+    """
     weight_map, metadata = _parse_index(read_file(path, MAX_INDEX_BYTES), path)
     if not weight_map:
         raise InputError(f"{path}: `weight_map` must be an object that maps tensors to files, and not empty")
@@ -287,8 +300,10 @@ def _weight_file(store: Store, path: str, name: str, seen: dict[str, Header]) ->
 def _by_index(
     folder: str, index_name: str, weight_map: Mapping[str, str], files: Sequence[WeightFile]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Tensors in file order. Every name of the index must be in its shard; a tensor that the index forgot is kept, and reported;
-    a copy in a shard that the index does not give for it is ignored, and reported."""
+    """Tensors in file order. Every name of the index must be in its shard; a tensor that the index
+    forgot is kept, and reported; a copy in a shard that the index does not give for it is ignored,
+    and reported.
+    """
     tensors: dict[str, Stored] = {}
     forgotten: list[str] = []
     copies: list[str] = []
@@ -361,7 +376,9 @@ def _check_no_hole(folder: str, matches: Sequence[re.Match[str]], count: int) ->
 
 
 def _check_no_forgotten_shard(folder: str, index_name: str, wanted: Sequence[str], stray: Sequence[str]) -> None:
-    """Raise InputError for a file of the numbered set that the index names, which it does not name itself."""
+    """Raise InputError for a file of the numbered set that the index names, which it does not name
+    itself.
+    """
     sets = {(match["stem"], match["count"]) for match in map(SHARD_NUMBER.match, wanted) if match}
     forgotten = [name for name in stray if (match := SHARD_NUMBER.match(name)) and (match["stem"], match["count"]) in sets]
     if forgotten:
@@ -373,7 +390,9 @@ def _check_no_forgotten_shard(folder: str, index_name: str, wanted: Sequence[str
 
 
 def _check_no_second_set(folder: str, index_name: str, weight_map: Mapping[str, str], beside: Sequence[WeightFile]) -> None:
-    """Raise InputError where files that the index does not name hold what it names: two sets of weights, and loaders differ."""
+    """Raise InputError where files that the index does not name hold what it names: two sets of
+    weights, and loaders differ.
+    """
     for file in beside:
         twice = [name for name in file.header.tensors if name in weight_map]
         if twice:

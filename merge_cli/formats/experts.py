@@ -1,13 +1,16 @@
-"""Two dialects of the same experts: one matrix per expert and projection, or all experts of a layer in one 3-D tensor.
+"""Two dialects of the same experts: one matrix per expert and projection, or all experts of a layer
+in one 3-D tensor.
 
     per expert   P.experts.{e}.gate_proj.weight [I, H], .up_proj.weight [I, H], .down_proj.weight [H, I]   (Mixtral: w1, w3, w2)
     fused        P.experts.gate_up_proj [E, 2I, H] (gate above up), P.experts.down_proj [E, H, I]
 
-transformers 5 holds the second in memory and writes either. The rows of both are the same bytes in the same order, so a checkpoint
-in one dialect is read as the other by slicing alone. Fused tensors that are transposed ([E, H, 2I]: Llama-4, gpt-oss) are another
-matter: their rows are no rows of the experts, and such a mix is refused.
+transformers 5 holds the second in memory and writes either. The rows of both are the same bytes in
+the same order, so a checkpoint in one dialect is read as the other by slicing alone. Fused tensors
+that are transposed ([E, H, 2I]: Llama-4, gpt-oss) are another matter: their rows are no rows of the
+experts, and such a mix is refused.
 
-Source: transformers `conversion_mapping.py`, "mixtral" and "qwen2_moe" (MergeModulelist(dim=0), Concatenate(dim=1)).
+Source: transformers `conversion_mapping.py`, "mixtral" and "qwen2_moe" (MergeModulelist(dim=0),
+Concatenate(dim=1)).
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ _RENAMED = ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", 
 
 
 def as_dialect_of(base: Mapping[str, Logical], other: Mapping[str, Logical], where: str) -> tuple[Mapping[str, Logical], str]:
-    """`other` under the names of `base`, and a line that says what was mapped ("" where nothing needed to be).
+    """`other` under the names of `base`, and a line that says what was mapped ("" where nothing
+    needed to be).
 
-    Tensors for which no certain mapping exists stay as they are. Raises UnsupportedError, naming the tensor in `where`, for a fused
-    tensor whose rows are not the experts' rows.
+    Tensors for which no certain mapping exists stay as they are. Raises UnsupportedError, naming
+    the tensor in `where`, for a fused tensor whose rows are not the experts' rows.
     """
     if base.keys() == other.keys():
         return other, ""
@@ -61,7 +65,9 @@ def as_dialect_of(base: Mapping[str, Logical], other: Mapping[str, Logical], whe
 
 
 def _pieces(fused: str, tensors: Mapping[str, Logical], among: set[str]) -> list[str]:
-    """The keys of the per-expert tensors, in the order of the rows of `fused`; [] unless experts 0, 1, 2 ... are all there."""
+    """The keys of the per-expert tensors, in the order of the rows of `fused`; [] unless experts 0,
+    1, 2 ... are all there.
+    """
     match = _FUSED.match(fused)
     assert match is not None
     experts = match["experts"]
@@ -132,7 +138,9 @@ def _stack(fused: str, base: Logical, pieces: Mapping[str, Logical], where: str)
 
 
 def _renames(missing: set[str], extra: set[str]) -> dict[str, str]:
-    """Old name -> new name, for the rest of a MoE block that is renamed along with its experts (Mixtral, Phi-MoE)."""
+    """Old name -> new name, for the rest of a MoE block that is renamed along with its experts
+    (Mixtral, Phi-MoE).
+    """
     renames: dict[str, str] = {}
     for per_expert, fused in _RENAMED:
         for old, new in ((per_expert, fused), (fused, per_expert)):

@@ -1,13 +1,16 @@
-"""Pickles of others as inert values: an interpreter that imports nothing, calls nothing, and can build only data.
+"""Pickles of others as inert values: an interpreter that imports nothing, calls nothing, and can
+build only data.
 
-A pickle is a program for a stack machine, and the usual interpreters import any name and call it. This one knows the opcodes that
-checkpoints need (`OPCODES`) and refuses every other by name. Numbers, strings, tuples, lists and dicts are built; a class or
-function is a `Global`, which is two strings; an object of a class that the caller allows is an `Inert`, which is the class's name,
-its arguments and its state. `pickle_writer.dumps` writes such values again.
+A pickle is a program for a stack machine, and the usual interpreters import any name and call it.
+This one knows the opcodes that checkpoints need (`OPCODES`) and refuses every other by name.
+Numbers, strings, tuples, lists and dicts are built; a class or function is a `Global`, which is two
+strings; an object of a class that the caller allows is an `Inert`, which is the class's name, its
+arguments and its state. `pickle_writer.dumps` writes such values again.
 
-Bounds: time grows with the bytes of the file and with nothing else. Memory is at most about 50 times the file: no opcode allocates
-by a number that the file claims, memo numbers must follow each other, and containers are counted. Values may share parts, so a few
-bytes can mean a tree of exponential size: the interpreter never walks one, and whoever does has to bound it.
+Bounds: time grows with the bytes of the file and with nothing else. Memory is at most about 50
+times the file: no opcode allocates by a number that the file claims, memo numbers must follow each
+other, and containers are counted. Values may share parts, so a few bytes can mean a tree of
+exponential size: the interpreter never walks one, and whoever does has to bound it.
 
 Opcodes: the comments of Python's `pickletools`.
 """
@@ -39,7 +42,8 @@ class Global(NamedTuple):
 
 
 class Inert:
-    """An object of the class `of`, or the result of the function `of`, with the arguments and the state that the pickle gave.
+    """An object of the class `of`, or the result of the function `of`, with the arguments and the
+    state that the pickle gave.
 
     `is_new` objects are made without their `__init__`, as pickles do with most classes.
     """
@@ -51,11 +55,15 @@ class Inert:
 
 
 class Refused(Exception):
-    """A pickle does what is not allowed; the message says it. Becomes an UnsupportedError that names the file."""
+    """A pickle does what is not allowed; the message says it. Becomes an UnsupportedError that
+    names the file.
+    """
 
 
 Allowed = Mapping[Global, Callable[..., Any] | None]
-"""The names that a pickle may use. One with a function may be called, and that function of ours is called in its place."""
+"""The names that a pickle may use. One with a function may be called, and that function of ours is
+called in its place.
+"""
 
 
 def inert(module: str, name: str) -> tuple[Global, Callable[..., Any]]:
@@ -72,7 +80,8 @@ def named(module: str, name: str) -> tuple[Global, None]:
 def loads(raw: bytes, allowed: Allowed, what: str) -> Any:
     """The value of the pickle `raw`, read from `what` (which errors name).
 
-    Raises UnsupportedError for an opcode or a name that is not allowed, InputError for bytes that are no pickle.
+    Raises UnsupportedError for an opcode or a name that is not allowed, InputError for bytes that
+    are no pickle.
     """
     machine = _Machine(raw, allowed)
     try:
@@ -92,7 +101,9 @@ def loads(raw: bytes, allowed: Allowed, what: str) -> Any:
 
 
 class _Machine:
-    """`stack` holds the values since the last mark, `below` the stacks under it; `memo` what the pickle numbered."""
+    """`stack` holds the values since the last mark, `below` the stacks under it; `memo` what the
+    pickle numbered.
+    """
 
     def __init__(self, raw: bytes, allowed: Allowed) -> None:
         self.raw, self.allowed, self.at = raw, allowed, 0
@@ -102,7 +113,9 @@ class _Machine:
         self.containers_left = len(raw) // _BYTES_PER_CONTAINER + 100
 
     def run(self) -> Any:
-        """Carry out the opcodes up to STOP; those that make up nine tenths of a file are here, the others in `OPCODES`."""
+        """Carry out the opcodes up to STOP; those that make up nine tenths of a file are here, the
+        others in `OPCODES`.
+        """
         raw, memo, at = self.raw, self.memo, 0
         while True:
             op = raw[at]
@@ -215,7 +228,9 @@ class _Machine:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether a dict may have this key: what hashes in little time, and is equal to no key of another type."""
+    """Whether a dict may have this key: what hashes in little time, and is equal to no key of
+    another type.
+    """
     kind = type(key)
     if kind in (str, int, Inert, Global):
         return True
@@ -288,7 +303,9 @@ def _stack_global(m: _Machine) -> None:
 
 
 def _persistent(m: _Machine) -> None:
-    """BINPERSID: a tuple that means a value stored elsewhere, as torch does for the storage of a tensor."""
+    """BINPERSID: a tuple that means a value stored elsewhere, as torch does for the storage of a
+    tensor.
+    """
     m.count_container()
     m.stack.append(Inert(PERSISTENT, (m.stack.pop(),)))
 

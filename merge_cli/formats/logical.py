@@ -1,7 +1,9 @@
-"""A checkpoint's tensors as what they mean: plain ones as they are stored, quantized ones as one tensor of values.
+"""A checkpoint's tensors as what they mean: plain ones as they are stored, quantized ones as one
+tensor of values.
 
-A quantized weight is stored as codes and scales, in one shard or in several. Here it becomes one `Coded` tensor under the name and
-the shape of its values; scales are no tensors of their own, so that none can ever be averaged by itself.
+A quantized weight is stored as codes and scales, in one shard or in several. Here it becomes one
+`Coded` tensor under the name and the shape of its values; scales are no tensors of their own, so
+that none can ever be averaged by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Shape = tuple[int, ...]
 
 
 class Coded(NamedTuple):
-    """A quantized tensor: the `shape` of its values, and where its parts (codes, scales ...) are stored, by role."""
+    """A quantized tensor: the `shape` of its values, and where its parts (codes, scales ...) are
+    stored, by role.
+    """
 
     shape: Shape
     codec: Codec
@@ -27,7 +31,9 @@ class Coded(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """A tensor whose rows are stored as several tensors of equal width, one below the other (see `experts.py`)."""
+    """A tensor whose rows are stored as several tensors of equal width, one below the other (see
+    `experts.py`).
+    """
 
     shape: Shape
     pieces: tuple[Stored | Coded, ...]
@@ -66,8 +72,8 @@ def file_of(tensor: Logical) -> str:
 class View:
     """The tensors of a checkpoint by key, in stored order.
 
-    `owner` gives, for the key of each stored part of a quantized tensor, the key of that tensor; `activation_scales` are the keys
-    of calibrated scales, which belong to the quantized form only.
+    `owner` gives, for the key of each stored part of a quantized tensor, the key of that tensor;
+    `activation_scales` are the keys of calibrated scales, which belong to the quantized form only.
     """
 
     checkpoint: Checkpoint
@@ -92,7 +98,8 @@ class View:
 
 
 def view(checkpoint: Checkpoint, seen: dict[object, Found] | None = None) -> View:
-    """What the tensors of `checkpoint` mean; `seen` shares the pairing between checkpoints with equal headers and configs.
+    """What the tensors of `checkpoint` mean; `seen` shares the pairing between checkpoints with
+    equal headers and configs.
 
     Raises UnsupportedError, naming scheme and tensor, for what is quantized and cannot be read.
     """

@@ -12,7 +12,9 @@ from merge_cli.stores.store import StrPath
 
 
 class Seen:
-    """Parsed parts that the checkpoints of one run share: headers by their sha256, and envelopes of items."""
+    """Parsed parts that the checkpoints of one run share: headers by their sha256, and envelopes of
+    items.
+    """
 
     def __init__(self) -> None:
         self.headers: dict[str, Header] = {}
@@ -20,10 +22,12 @@ class Seen:
 
 
 def open_checkpoint(path: StrPath, *, seen: Seen | None = None, training_state: str = DROP) -> Checkpoint:
-    """Open the checkpoint at `path`: a folder, or one `.safetensors` file; and check that it is complete.
+    """Open the checkpoint at `path`: a folder, or one `.safetensors` file; and check that it is
+    complete.
 
-    `seen` shares parsed headers between checkpoints. `training_state` decides which entries of a distributed checkpoint are kept
-    (see `dcp/entries.py`). Raises InputError where a file is missing, broken or reaches outside the checkpoint.
+    `seen` shares parsed headers between checkpoints. `training_state` decides which entries of a
+    distributed checkpoint are kept (see `dcp/entries.py`). Raises InputError where a file is
+    missing, broken or reaches outside the checkpoint.
     """
     seen = seen or Seen()
     place = find_dcp(path)

@@ -12,9 +12,11 @@ _U4, _I4, _F8 = (struct.Struct(form) for form in ("<I", "<i", ">d"))
 
 
 def dumps(value: Any) -> bytes:
-    """The pickle (protocol 4) of numbers, strings, tuples, lists, dicts, `Global` and `Inert`; equal strings are stored once.
+    """The pickle (protocol 4) of numbers, strings, tuples, lists, dicts, `Global` and `Inert`;
+    equal strings are stored once.
 
-    For values of bounded depth, as whoever read them has checked; shared parts other than strings are written again.
+    For values of bounded depth, as whoever read them has checked; shared parts other than strings
+    are written again.
     """
     out = bytearray(b"\x80\x04")
     _write(value, out, {})

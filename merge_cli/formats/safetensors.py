@@ -1,12 +1,13 @@
 """Safetensors headers: parse what others wrote, lay out what pmerge writes.
 
-A file is 8 bytes (little-endian header length), a JSON header, then the tensors' bytes. Two things happen here and nothing else:
-`read_header` turns a file's first bytes into a `Header`, refusing whatever the format's own library refuses (holes, overlaps,
-trailing bytes, wrong sizes) and duplicate names; `lay_out` computes the header of a file to be written, and every offset in it,
+A file is 8 bytes (little-endian header length), a JSON header, then the tensors' bytes. Two things
+happen here and nothing else: `read_header` turns a file's first bytes into a `Header`, refusing
+whatever the format's own library refuses (holes, overlaps, trailing bytes, wrong sizes) and
+duplicate names; `lay_out` computes the header of a file to be written, and every offset in it,
 before a byte is written. No more of a file is read than its first 32 KiB or its header.
 
-A header is walked tensor by tensor rather than parsed whole: the first entry that is not one ends the walk, so that a hostile
-header of 100 MB costs little more memory than its own text.
+A header is walked tensor by tensor rather than parsed whole: the first entry that is not one ends
+the walk, so that a hostile header of 100 MB costs little more memory than its own text.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -27,7 +28,9 @@ from merge_cli.stores.store import Source, open_store, read_bytes
 
 
 class DType(NamedTuple):
-    """`bits` per element, torch's name of the type ("" where torch has none), and how pmerge treats it."""
+    """`bits` per element, torch's name of the type ("" where torch has none), and how pmerge treats
+    it.
+    """
 
     bits: int
     torch: str
@@ -62,7 +65,9 @@ DTYPES: dict[str, DType] = {
     "I64": DType(64, "int64", "integer"),
     "U64": DType(64, "uint64", "integer"),
 }
-"""The safetensors dtypes. Complex tensors (rotary tables) are treated like integers: equal in all inputs, or an error."""
+"""The safetensors dtypes. Complex tensors (rotary tables) are treated like integers: equal in all
+inputs, or an error.
+"""
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit when reading
 MAX_WRITTEN_HEADER_BYTES = 25_000_000  # the Hub refuses larger ones
@@ -74,7 +79,9 @@ _FIELDS = "expected an object with exactly the fields dtype, shape and data_offs
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file: `start` and `end` are byte offsets from the beginning of the file's data."""
+    """One tensor of a file: `start` and `end` are byte offsets from the beginning of the file's
+    data.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -88,7 +95,9 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """A parsed header. `tensors` is in the order of the data; `data_start` is where the data begins in the file, in bytes."""
+    """A parsed header. `tensors` is in the order of the data; `data_start` is where the data begins
+    in the file, in bytes.
+    """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -108,8 +117,9 @@ def num_elements(shape: Iterable[int]) -> int:
 def read_header(source: Source, seen: dict[str, Header] | None = None) -> Header:
     """Read and check the header of a safetensors file.
 
-    `seen` maps a header's sha256 to its parsed form, so that the many checkpoints of one run, whose headers are often the same
-    bytes, are parsed once. Raises InputError, naming the file and the field; ChangedError and StoreError where reading fails.
+    `seen` maps a header's sha256 to its parsed form, so that the many checkpoints of one run, whose
+    headers are often the same bytes, are parsed once. Raises InputError, naming the file and the
+    field; ChangedError and StoreError where reading fails.
     """
     file_bytes = source.num_bytes
     if not file_bytes:
@@ -177,7 +187,9 @@ def parse_header(raw: bytes | memoryview, file_bytes: int, path: str, digest: st
 
 
 def _read_entries(text: str, path: str) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """The metadata and the tensors of a header. Raises ValueError where `text` is not JSON, InputError for what is not a header."""
+    """The metadata and the tensors of a header. Raises ValueError where `text` is not JSON,
+    InputError for what is not a header.
+    """
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorInfo] = {}
     escapes = may_hold_surrogates(text)
@@ -244,10 +256,11 @@ def _tensor_info(name: str, entry: Any, path: str) -> TensorInfo:
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
-    """Lay out a file: the bytes of its header (length prefix and padding included), and the header as it will be read back.
+    """Lay out a file: the bytes of its header (length prefix and padding included), and the header
+    as it will be read back.
 
-    `tensors` gives (name, dtype, shape) in the order of the data. The header is padded with spaces so that the data begins at a
-    multiple of 4096 bytes.
+    `tensors` gives (name, dtype, shape) in the order of the data. The header is padded with spaces
+    so that the data begins at a multiple of 4096 bytes.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     infos: dict[str, TensorInfo] = {}

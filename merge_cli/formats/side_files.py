@@ -1,8 +1,9 @@
-"""What lies beside the weights of a checkpoint: which files a merged checkpoint keeps, and which stay out.
+"""What lies beside the weights of a checkpoint: which files a merged checkpoint keeps, and which
+stay out.
 
-The rule is by exclusion, because a tokenizer or a custom model may bring any file: everything small that sits directly in the
-checkpoint is kept, except training state, weights in any format, logs and hidden files. Sub-folders are kept only where
-transformers itself reads them.
+The rule is by exclusion, because a tokenizer or a custom model may bring any file: everything small
+that sits directly in the checkpoint is kept, except training state, weights in any format, logs and
+hidden files. Sub-folders are kept only where transformers itself reads them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class SideFiles:
 
 
 def list_side_files(folder: str, weights: set[str]) -> SideFiles:
-    """Sort everything in `folder` but its weight files and index (`weights`) into kept and skipped, by name, kind and size."""
+    """Sort everything in `folder` but its weight files and index (`weights`) into kept and skipped,
+    by name, kind and size.
+    """
     store = open_store(folder)
     kept: list[str] = []
     skipped: list[str] = []
@@ -77,7 +80,8 @@ def list_side_files(folder: str, weights: set[str]) -> SideFiles:
 
 
 def check_side_files(root: str, names: Sequence[str]) -> None:
-    """Raise InputError for a link among the side files `names` of the checkpoint `root` that is broken or leaves it.
+    """Raise InputError for a link among the side files `names` of the checkpoint `root` that is
+    broken or leaves it.
 
     Only those of the base are copied, so a link in another checkpoint does no harm.
     """
@@ -87,13 +91,17 @@ def check_side_files(root: str, names: Sequence[str]) -> None:
 
 
 def _can_be_copied(store: Store, path: str) -> bool:
-    """Whether `path` is a file that is small enough; a broken link would be one, and is an error where it is to be copied."""
+    """Whether `path` is a file that is small enough; a broken link would be one, and is an error
+    where it is to be copied.
+    """
     status = store.stat(path)
     return status is not None and status.kind in ("file", "broken link") and status.num_bytes <= MAX_SIDE_FILE_BYTES
 
 
 def module_folders(folder: str) -> tuple[str, ...]:
-    """The folders that `modules.json` (sentence-transformers) names: parts of the model beside its body."""
+    """The folders that `modules.json` (sentence-transformers) names: parts of the model beside its
+    body.
+    """
     path = join(folder, "modules.json")
     if open_store(path).stat(path) is None:
         return ()
@@ -118,9 +126,11 @@ def _is_kept(name: str) -> bool:
 
 
 def differing_files(folders: Sequence[str], kept: Sequence[str], base: str) -> list[str]:
-    """For each side file of `base` that decides what tokens and weights mean, the checkpoints where it differs, as warnings.
+    """For each side file of `base` that decides what tokens and weights mean, the checkpoints where
+    it differs, as warnings.
 
-    Documentation and generation settings may differ freely; `config.json` is compared by content elsewhere.
+    Documentation and generation settings may differ freely; `config.json` is compared by content
+    elsewhere.
     """
     warnings = []
     for name in kept:
@@ -148,7 +158,9 @@ def _gives_meaning(name: str) -> bool:
 
 
 def _digests(paths: Sequence[str]) -> list[str]:
-    """For each file something that is equal where the content is: its sha256, or its version where stores have hashes for that."""
+    """For each file something that is equal where the content is: its sha256, or its version where
+    stores have hashes for that.
+    """
     if not any(map(is_local, paths)):
         versions = [_fact(path, lambda source: source.version) for path in paths]
         if all(version.startswith(("sha256 ", "git ", "absent")) for version in versions):

@@ -1,10 +1,13 @@
-"""Where the members of a zip archive lie, for archives whose members are stored as they are, as `torch.save` writes them.
+"""Where the members of a zip archive lie, for archives whose members are stored as they are, as
+`torch.save` writes them.
 
-Only the directory at the end and the local headers are read, by ranges; the members' own bytes stay where they are.
-Archives that compress or encrypt, carry a comment, span disks, name a member twice, or whose members overlap each other or the
-directory are refused. ZIP64 is understood. CRC-32s are reported, not checked: that would mean to read everything.
+Only the directory at the end and the local headers are read, by ranges; the members' own bytes stay
+where they are. Archives that compress or encrypt, carry a comment, span disks, name a member twice,
+or whose members overlap each other or the directory are refused. ZIP64 is understood. CRC-32s are
+reported, not checked: that would mean to read everything.
 
-Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT (4.3.7, 4.3.12, 4.3.14 to 4.3.16, 4.5.3)
+Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT (4.3.7, 4.3.12, 4.3.14 to
+4.3.16, 4.5.3)
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ Read = Callable[[int, int], bytes]
 
 
 class Member(NamedTuple):
-    """A member: its header begins at `header`, its `size` bytes at `data`, both from the archive's beginning.
+    """A member: its header begins at `header`, its `size` bytes at `data`, both from the archive's
+    beginning.
 
     `entry` is where its entry of the directory begins.
     """
@@ -45,7 +49,9 @@ class Member(NamedTuple):
 
 
 def list_members(read: Read, length: int, what: str) -> dict[str, Member]:
-    """The members of the archive `what` of `length` bytes, in the order of the directory. Raises InputError or UnsupportedError."""
+    """The members of the archive `what` of `length` bytes, in the order of the directory. Raises
+    InputError or UnsupportedError.
+    """
     begin, size, count = _directory(read, length, what)
     raw = read(begin, size)
     members: dict[str, Member] = {}

@@ -1,8 +1,11 @@
-"""Tensors as `torch.save` pickles them: a call that rebuilds each from a storage, which is a member of the archive beside.
+"""Tensors as `torch.save` pickles them: a call that rebuilds each from a storage, which is a member
+of the archive beside.
 
-The pickle is read as inert values (`inert_pickle`): the calls become `PickledTensor`s, never tensors.
+The pickle is read as inert values (`inert_pickle`): the calls become `PickledTensor`s, never
+tensors.
 
-Source: torch/_utils.py (`_rebuild_tensor_v2`, `_rebuild_tensor_v3`, `_rebuild_parameter`) and torch/serialization.py of torch 2.13.
+Source: torch/_utils.py (`_rebuild_tensor_v2`, `_rebuild_tensor_v3`, `_rebuild_parameter`) and
+torch/serialization.py of torch 2.13.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ _LARGEST = 1 << 63
 
 
 class PickledTensor(NamedTuple):
-    """A tensor: elements `start` (in elements) on of the storage `key`, which has `storage_bytes` bytes, at these strides."""
+    """A tensor: elements `start` (in elements) on of the storage `key`, which has `storage_bytes`
+    bytes, at these strides.
+    """
 
     key: str
     dtype: str
@@ -41,7 +46,9 @@ class PickledTensor(NamedTuple):
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a tensor of these strides fills its bytes, each element once, in the order of some permutation of its dimensions."""
+    """Whether a tensor of these strides fills its bytes, each element once, in the order of some
+    permutation of its dimensions.
+    """
     expected = 1
     for stride, n in sorted((stride, n) for stride, n in zip(strides, shape, strict=True) if n != 1):
         if stride != expected and num_elements(shape):

@@ -1,8 +1,10 @@
-"""Files of `torch.save` (`pytorch_model.bin`, `.pt`): where each tensor lies, without torch and without unpickling.
+"""Files of `torch.save` (`pytorch_model.bin`, `.pt`): where each tensor lies, without torch and
+without unpickling.
 
-The archive's pickle is read as inert values; the tensors in its dicts and lists are found, by their path as one name. Values that
-are no tensors (numbers, strings) are passed over; a pickle that needs anything else (an optimizer's own class, say) is refused by
-name, as are files older than torch 1.6, which are no archives.
+The archive's pickle is read as inert values; the tensors in its dicts and lists are found, by their
+path as one name. Values that are no tensors (numbers, strings) are passed over; a pickle that needs
+anything else (an optimizer's own class, say) is refused by name, as are files older than torch 1.6,
+which are no archives.
 
 Tensors may share a storage (tied weights, views): each is reported with its own offset and strides.
 """
@@ -53,7 +55,9 @@ _ALLOWED: Allowed = {**TENSORS, Global("torch", "Size"): _shape}
 
 
 def list_tensors(path: StrPath) -> dict[str, LocatedTensor]:
-    """The tensors of the file `path` by name. Raises InputError, or UnsupportedError for what is not plain."""
+    """The tensors of the file `path` by name. Raises InputError, or UnsupportedError for what is
+    not plain.
+    """
     path = as_path(path)
     with closing(open_store(path).open(path)) as source:
         return _list(source)

@@ -1,7 +1,8 @@
-"""JSON that others wrote: unique keys, unsigned integers, no NaN, no unpaired surrogates, bounded depth.
+"""JSON that others wrote: unique keys, unsigned integers, no NaN, no unpaired surrogates, bounded
+depth.
 
-An object is walked member by member, so that whoever visits the members can stop at the first that is wrong: 100 MB of "[]," then
-cost little more memory than their own text.
+An object is walked member by member, so that whoever visits the members can stop at the first that
+is wrong: 100 MB of "[]," then cost little more memory than their own text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _LONGEST = 1 << 20
 
 
 def check_depth(value: Any, what: str) -> None:
-    """Raise InputError where objects and lists are nested more than 100 deep, which would stop whoever walks them."""
+    """Raise InputError where objects and lists are nested more than 100 deep, which would stop
+    whoever walks them.
+    """
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(_DEEPEST):
         members = (each.values() if isinstance(each, dict) else each for each in level)
@@ -53,7 +56,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_unsigned, 
 
 
 def walk_object(text: str, at: int, visit: Callable[[str, int], int]) -> int:
-    """Walk the JSON object at `at`; `visit(key, position)` reads a value and returns where it ends. Returns the object's end."""
+    """Walk the JSON object at `at`; `visit(key, position)` reads a value and returns where it ends.
+    Returns the object's end.
+    """
     found = _BEGIN.match(text, at)
     if found is None:
         raise ValueError(f"expected an object at character {at}")
@@ -77,7 +82,9 @@ def walk_object(text: str, at: int, visit: Callable[[str, int], int]) -> int:
 
 
 def parse_member(text: str, at: int, what: str) -> tuple[Any, int]:
-    """Parse the value at `at`, of at most 1 MiB of characters, and say where it ends. Raises InputError or ValueError."""
+    """Parse the value at `at`, of at most 1 MiB of characters, and say where it ends. Raises
+    InputError or ValueError.
+    """
     try:
         value, length = DECODER.raw_decode(text[at : at + _LONGEST])
     except RecursionError:
@@ -91,5 +98,7 @@ def parse_member(text: str, at: int, what: str) -> tuple[Any, int]:
 
 
 def may_hold_surrogates(text: str) -> bool:
-    """Whether `text` has an escape that may be half of a pair; the decoded strings have to be looked at then."""
+    """Whether `text` has an escape that may be half of a pair; the decoded strings have to be
+    looked at then.
+    """
     return re.search(r"\\u[dD][89a-fA-F]", text) is not None

@@ -1,7 +1,9 @@
-"""The result that a destination holds already: is it the requested one, is it complete, and if not, what is it?
+"""The result that a destination holds already: is it the requested one, is it complete, and if not,
+what is it?
 
-A result counts by its records alone: pmerge.json names the same plan and the same inputs, and every file has its recorded
-size. Bytes are compared where that is asked for, and before `--overwrite` leaves a result as it is.
+A result counts by its records alone: pmerge.json names the same plan and the same inputs, and every
+file has its recorded size. Bytes are compared where that is asked for, and before `--overwrite`
+leaves a result as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from merge_cli.system.process import process_start
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of a result's pmerge.json; {} if there is none, or if it does not match its own seal."""
+    """The content of a result's pmerge.json; {} if there is none, or if it does not match its own
+    seal.
+    """
     try:
         raw = read_file(str(folder / MANIFEST), MAX_MANIFEST_BYTES)
         content = json.loads(raw) if is_sealed(raw) else {}
@@ -45,7 +49,9 @@ def is_empty_folder(path: Path) -> bool:
 
 
 def is_published(path: Path, merge: MergePlan, *, hashed: bool = False) -> bool:
-    """Whether `path` holds the complete result of this very plan and these very inputs; `hashed` compares its bytes too."""
+    """Whether `path` holds the complete result of this very plan and these very inputs; `hashed`
+    compares its bytes too.
+    """
     if path.is_symlink() or (staging_path(path) / "publish.json").exists():
         return False
     content = read_manifest(path)
@@ -62,7 +68,9 @@ def is_published(path: Path, merge: MergePlan, *, hashed: bool = False) -> bool:
 
 
 def corrupt_files(path: Path) -> Iterator[str]:
-    """The files of a published result whose sha256 is not the one in pmerge.json. Reads up to all of them."""
+    """The files of a published result whose sha256 is not the one in pmerge.json. Reads up to all
+    of them.
+    """
     content = read_manifest(path)
     for name, file in {**content["files"], **content["side_files"]}.items():
         if sha256_of(path / name) != file["sha256"]:
@@ -70,7 +78,9 @@ def corrupt_files(path: Path) -> Iterator[str]:
 
 
 def is_published_since_start(path: Path) -> bool:
-    """Whether a result was published after this process was started, as far as the clocks of hosts agree."""
+    """Whether a result was published after this process was started, as far as the clocks of hosts
+    agree.
+    """
     return (path / MANIFEST).stat().st_mtime >= process_start()
 
 
@@ -80,7 +90,9 @@ def is_in_the_way(destination: Path) -> bool:
 
 
 def already_there(destination: Path, merge: MergePlan | None = None) -> OutputError:
-    """The error for a destination that exists; with the plan of the run, how the result there differs from it, in words."""
+    """The error for a destination that exists; with the plan of the run, how the result there
+    differs from it, in words.
+    """
     hint = "choose another place with -o PATH, or replace it with --overwrite"
     content = read_manifest(destination)
     if merge is None or not content:
@@ -93,7 +105,9 @@ def already_there(destination: Path, merge: MergePlan | None = None) -> OutputEr
 
 
 def _differences(content: Mapping[str, Any], merge: MergePlan) -> list[str]:
-    """The recorded and the requested options and inputs that differ; without any, the files that are not as recorded."""
+    """The recorded and the requested options and inputs that differ; without any, the files that
+    are not as recorded.
+    """
     inputs = {entry["path"]: {file["name"]: file for file in entry["files"]} for entry in input_records(merge)}
     now = json.loads(json.dumps({**request_record(merge.spec), "inputs": inputs}))
     try:

@@ -10,10 +10,12 @@
     publish.json    the checkpoint that is about to get the final name, see `publish.py`
     replaced/       with --overwrite, the old result in the moment between two renames
 
-A run that dies leaves the staging folder, and the same command continues with the files that are not done. A staging folder of
-another request, or of inputs that have changed since, is an error that names the differences: nothing is ever mixed.
+A run that dies leaves the staging folder, and the same command continues with the files that are
+not done. A staging folder of another request, or of inputs that have changed since, is an error
+that names the differences: nothing is ever mixed.
 
-This module knows the names and the content. Who may touch them when is decided by `solo.py`, `joint.py`, and `publish.py`.
+This module knows the names and the content. Who may touch them when is decided by `solo.py`,
+`joint.py`, and `publish.py`.
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ class StagingFolder:
         check_schema(read_json(self.state_file), self.state_file, hint, OutputError)
 
     def check_same_request(self) -> None:
-        """Raise OutputError unless the folder belongs to this very request, or nothing in it is finished."""
+        """Raise OutputError unless the folder belongs to this very request, or nothing in it is
+        finished.
+        """
         if not self.state_file.exists():
             strange = sorted({path.name for path in self.path.iterdir()} - _WITHOUT_STATE)
             if not any((self.path / name).is_file() or any((self.path / name).iterdir()) for name in strange):
@@ -172,6 +176,8 @@ def _short(value: Any) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder if it is there. Raises OSError; its `ignore_errors` would make `rmtree` swallow an interruption."""
+    """Remove a folder if it is there. Raises OSError; its `ignore_errors` would make `rmtree`
+    swallow an interruption.
+    """
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,19 +1,22 @@
 """One destination written by several processes, also on several hosts that share its filesystem.
 
-The staging folder is that of a single run (`folder.py`), its lock shared by all ranks, and beside it there are
+The staging folder is that of a single run (`folder.py`), its lock shared by all ranks, and beside
+it there are
 
     control     locked for a moment by the rank that sets the folder up, and by the one that publishes
     claims/     a file for each piece (see `ranks/shares.py`), locked by the rank that works on it
     ranks/      see `progress.py`
 
-A rank tries to claim each piece of its share in turn, and then those that others have not begun. The kernel releases the claim
-of a dead rank, so its pieces are taken over by those that still run, or by the next ones. A finished piece is recorded in done/
-like a finished file; the rank that finds all pieces of a file recorded completes the file, and the one that finds all files
-complete publishes: whoever comes last sees everything, since it looks after it has written its own record.
+A rank tries to claim each piece of its share in turn, and then those that others have not begun.
+The kernel releases the claim of a dead rank, so its pieces are taken over by those that still run,
+or by the next ones. A finished piece is recorded in done/ like a finished file; the rank that finds
+all pieces of a file recorded completes the file, and the one that finds all files complete
+publishes: whoever comes last sees everything, since it looks after it has written its own record.
 
-Not guaranteed: that ranks take over from each other where the filesystem has no flock; each then does its own share, and those of
-dead ranks wait for the same ranks to be run again. Where flock is local to each host (NFS with local_lock, Lustre with localflock),
-two hosts may do a piece twice, with the same bytes.
+Not guaranteed: that ranks take over from each other where the filesystem has no flock; each then
+does its own share, and those of dead ranks wait for the same ranks to be run again. Where flock is
+local to each host (NFS with local_lock, Lustre with localflock), two hosts may do a piece twice,
+with the same bytes.
 """
 
 from __future__ import annotations
@@ -49,13 +52,15 @@ _SHARED_WAIT_S = 2.0
 
 
 class JointDestination:
-    """A `Destination` (see `sink.py`) that one rank of several shares; `rank` None belongs to somebody who only publishes.
+    """A `Destination` (see `sink.py`) that one rank of several shares; `rank` None belongs to
+    somebody who only publishes.
 
-    `own` are the names of the items in this rank's share. Records are looked into only by a rank that is alone: a record of a live
-    rank is durable. So the time that hundreds of ranks need to enter, one after the other, does not grow with the number of files.
+    `own` are the names of the items in this rank's share. Records are looked into only by a rank
+    that is alone: a record of a live rank is durable. So the time that hundreds of ranks need to
+    enter, one after the other, does not grow with the number of files.
 
-    Entering raises OutputError if the destination is another result, or if the folder has the work of another request that is
-    to be kept or still goes on.
+    Entering raises OutputError if the destination is another result, or if the folder has the work
+    of another request that is to be kept or still goes on.
     """
 
     def __init__(self, destination: Path, merge: MergePlan, run: RunConfig, rank: Rank | None) -> None:
@@ -114,10 +119,12 @@ class JointDestination:
         self.reused = len(self.merge.files) - len(self.missing())
 
     def _find_published(self, *, hashed: bool) -> bool:
-        """Whether the result of this plan is published; leftovers of the rank that published it are removed.
+        """Whether the result of this plan is published; leftovers of the rank that published it are
+        removed.
 
-        The folder that holds the result is opened because an NFS client then asks the server for its content. Else the client may
-        go on for up to a minute with the content from when this rank began.
+        The folder that holds the result is opened because an NFS client then asks the server for
+        its content. Else the client may go on for up to a minute with the content from when this
+        rank began.
         """
         folder = self.folder
         with suppress(OSError):
@@ -131,10 +138,11 @@ class JointDestination:
         return self.is_published
 
     def _keep_or_discard(self) -> None:
-        """Keep the work of this request; discard, with `restart` or if nothing is finished, that of another.
+        """Keep the work of this request; discard, with `restart` or if nothing is finished, that of
+        another.
 
-        The first of several ranks with `restart` discards the work that was there before them. Without flock nobody knows who is
-        still at work, so nothing is ever discarded.
+        The first of several ranks with `restart` discards the work that was there before them.
+        Without flock nobody knows who is still at work, so nothing is ever discarded.
         """
         folder, restart = self.folder, self._run.restart
         if not (restart and self._lock.is_alone()):
@@ -159,7 +167,9 @@ class JointDestination:
         folder.discard()
 
     def _agree_on_world_size(self) -> None:
-        """Raise OutputError while ranks of another world size are at work: their pieces are other ones."""
+        """Raise OutputError while ranks of another world size are at work: their pieces are other
+        ones.
+        """
         if self._rank is None:
             return
         path, size = self.folder.ranks / "world_size", self._rank.world_size
@@ -175,7 +185,9 @@ class JointDestination:
         partial.rename(path)
 
     def missing(self) -> list[str]:
-        """The names of the files that no record says are complete; none once it is published, also by another rank."""
+        """The names of the files that no record says are complete; none once it is published, also
+        by another rank.
+        """
         if self.is_published:
             return []
         names = self.folder.records.missing(self.merge.files)
@@ -184,12 +196,16 @@ class JointDestination:
         return [] if self.is_published else names
 
     def begin_to_publish(self) -> dict[str, FileRecord]:
-        """Become the one rank that publishes; the records of all files, or none if another rank has published."""
+        """Become the one rank that publishes; the records of all files, or none if another rank has
+        published.
+        """
         self._control.acquire()
         return {} if self._find_published(hashed=False) else complete_records(self.folder, self.merge)
 
     def clean(self) -> None:
-        """Remove the staging folder. The lock goes first: its absence tells other ranks that the folder is no longer in use."""
+        """Remove the staging folder. The lock goes first: its absence tells other ranks that the
+        folder is no longer in use.
+        """
         self._is_cleaned = True
         with suppress(OSError):
             self._lock.remove_files()
@@ -202,7 +218,9 @@ class JointDestination:
 
     @property
     def has_flock(self) -> bool:
-        """Whether claims are kept by the kernel, so that ranks can take over from each other, and share a file."""
+        """Whether claims are kept by the kernel, so that ranks can take over from each other, and
+        share a file.
+        """
         return self._lock.has_flock
 
     def claim(self, item: WorkItem) -> Claim:
@@ -231,7 +249,9 @@ class JointDestination:
         return answer
 
     def _open_claim(self, item: WorkItem) -> int:
-        """The open file of a claim; -1 if it cannot exist, because the result was published and the folder cleaned away."""
+        """The open file of a claim; -1 if it cannot exist, because the result was published and the
+        folder cleaned away.
+        """
         path = self.folder.claims / escaped(item.name)
         try:
             return open_own(path, os.O_RDWR)
@@ -262,13 +282,16 @@ class JointDestination:
         return self.folder.writer(item)
 
     def done(self, item: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
-        """Record an item that is durable, and give its claim back. After the last piece of a file, complete the file."""
+        """Record an item that is durable, and give its claim back. After the last piece of a file,
+        complete the file.
+        """
         try:
             self.folder.records.add(item, sha256, nonfinite)
         except OutputError:
             if self._lock.is_current:
                 raise
-            # another rank saw the record as soon as it had its name, published, and cleaned the folder away
+            # another rank saw the record as soon as it had its name, published, and cleaned the
+            # folder away
         self.release(item)
         if not item.is_whole:
             self._assemble(item.file)

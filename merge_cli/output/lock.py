@@ -1,8 +1,9 @@
 """One run at a time on a destination, also when the one before was killed.
 
-The lock is flock(2) on a file in the staging folder: the kernel gives it back when its holder dies. The file says who holds it, for
-the person who is refused. Where a filesystem has no flock, a file that only one run can create stands for it; what a dead run of
-this machine left is taken over, a run on another machine cannot be looked at, so its file has to be removed by hand.
+The lock is flock(2) on a file in the staging folder: the kernel gives it back when its holder dies.
+The file says who holds it, for the person who is refused. Where a filesystem has no flock, a file
+that only one run can create stands for it; what a dead run of this machine left is taken over, a
+run on another machine cannot be looked at, so its file has to be removed by hand.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class HeldError(OutputError):
 class Lock:
     """The lock of `destination`: `path` in its staging folder, which is made when it is missing.
 
-    Processes that write one result together hold it `shared`: they keep out those who do not belong to them. Where a filesystem has
-    no flock, that cannot be kept up, and a shared lock only looks whether somebody has it for himself. With `wait_s` it is waited
-    for as long as another process has it.
+    Processes that write one result together hold it `shared`: they keep out those who do not belong
+    to them. Where a filesystem has no flock, that cannot be kept up, and a shared lock only looks
+    whether somebody has it for himself. With `wait_s` it is waited for as long as another process
+    has it.
     """
 
     def __init__(self, path: Path, destination: Path, *, shared: bool = False, wait_s: float = 0.0) -> None:
@@ -85,7 +87,9 @@ class Lock:
         return self._is_still_there(self._fd)
 
     def is_alone(self) -> bool:
-        """Whether no other process shares the lock, which is held; others who ask in this moment are told that it is taken."""
+        """Whether no other process shares the lock, which is held; others who ask in this moment
+        are told that it is taken.
+        """
         try:
             return flock(self._fd, shared=False)
         except BlockingIOError:
@@ -148,7 +152,9 @@ class Lock:
                 os.close(fd)
 
     def _flock(self, fd: int) -> bool:
-        """True: locked. False: this filesystem has no locks. Raises HeldError where another run has it."""
+        """True: locked. False: this filesystem has no locks. Raises HeldError where another run has
+        it.
+        """
         try:
             return flock(fd, shared=self._shared)
         except BlockingIOError as error:

@@ -36,7 +36,8 @@ _SEAL = b',\n  "sha256": "%s"\n}\n'
 def manifest(
     plan: MergePlan, done: Mapping[str, FileRecord], command: list[str], beside: Mapping[str, FileRecord]
 ) -> dict[str, Any]:
-    """The content of `pmerge.json`: where the checkpoint comes from and what its files must hash to.
+    """The content of `pmerge.json`: where the checkpoint comes from and what its files must hash
+    to.
 
     `done` are the weight files, `beside` the side files and the index.
     """
@@ -54,18 +55,24 @@ def manifest(
 
 
 def count_nonfinite(done: Mapping[str, FileRecord]) -> dict[str, int]:
-    """The elements of all inputs that were NaN or Inf, by tensor; a result that overflowed counts too."""
+    """The elements of all inputs that were NaN or Inf, by tensor; a result that overflowed counts
+    too.
+    """
     return {key: count for _, entry in sorted(done.items()) for key, count in sorted(entry.nonfinite.items())}
 
 
 def seal(content: Mapping[str, Any]) -> bytes:
-    """`content` as the bytes of `pmerge.json`, which end with the sha256 of all that stands before it."""
+    """`content` as the bytes of `pmerge.json`, which end with the sha256 of all that stands before
+    it.
+    """
     text = json.dumps(content, indent=2, default=list).encode().removesuffix(b"\n}")
     return text + _SEAL % hashlib.sha256(text).hexdigest().encode()
 
 
 def is_sealed(raw: bytes) -> bool:
-    """Whether the bytes of `pmerge.json` end with the sha256 of what stands before it: no bit of them has changed."""
+    """Whether the bytes of `pmerge.json` end with the sha256 of what stands before it: no bit of
+    them has changed.
+    """
     text = raw[: -len(_SEAL % bytes(64))]
     return raw == text + _SEAL % hashlib.sha256(text).hexdigest().encode()
 
@@ -94,9 +101,11 @@ def total_tensor_bytes(plan: MergePlan) -> int:
 
 
 def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, FileRecord]:
-    """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless that is "keep".
+    """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless
+    that is "keep".
 
-    The config of a checkpoint that is no longer quantized does not say that it is. Returns size and sha256 of what was written.
+    The config of a checkpoint that is no longer quantized does not say that it is. Returns size and
+    sha256 of what was written.
     """
     written: dict[str, FileRecord] = {}
     if base.root is None:
@@ -119,7 +128,9 @@ def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bo
 
 
 def _without_declaration(data: bytes) -> bytes:
-    """The bytes of a params.json without its declaration of quantized weights; as they are where it is no JSON object."""
+    """The bytes of a params.json without its declaration of quantized weights; as they are where it
+    is no JSON object.
+    """
     try:
         params = json.loads(data)
     except (ValueError, RecursionError):
@@ -135,7 +146,9 @@ def digest(data: bytes) -> FileRecord:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` with every statement of the weights' dtype changed to `dtype` ("bf16", "fp16", "fp32")."""
+    """`config` with every statement of the weights' dtype changed to `dtype` ("bf16", "fp16",
+    "fp32").
+    """
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
     changed: dict[str, Any] = {}
     for key, value in config.items():
@@ -147,9 +160,11 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_metadata_files(merge: MergePlan, folder: Path, done: Mapping[str, FileRecord], command: Sequence[str]) -> None:
-    """Write the files of a checkpoint in `folder` that are not weights: side files, pmerge.json, the index last.
+    """Write the files of a checkpoint in `folder` that are not weights: side files, pmerge.json,
+    the index last.
 
-    `done` are the records of the weight files. Every header is read back, and nothing is published if one is wrong.
+    `done` are the records of the weight files. Every header is read back, and nothing is published
+    if one is wrong.
     """
     beside = write_side_files(merge.inputs[merge.base], folder, merge.spec.dtype, merge.dequantized)
     index = index_of(merge)

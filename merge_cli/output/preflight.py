@@ -21,7 +21,9 @@ from merge_cli.system.files import files_in
 
 
 def check_destinations(plans: Mapping[Path, MergePlan], run: RunConfig) -> list[UsageError | OutputError]:
-    """The errors that a run would meet at its destinations (each with its plan, all in one folder), without reading weights."""
+    """The errors that a run would meet at its destinations (each with its plan, all in one folder),
+    without reading weights.
+    """
     problems: list[UsageError | OutputError] = []
     for destination, plan in plans.items():
         problems += _check_place(destination, plan)
@@ -52,7 +54,9 @@ def _check_place(destination: Path, plan: MergePlan) -> list[UsageError | Output
 
 
 def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[OutputError]:
-    """Whatever is at the destination and may not be replaced. The result of this plan is no problem, unless it is corrupt."""
+    """Whatever is at the destination and may not be replaced. The result of this plan is no
+    problem, unless it is corrupt.
+    """
     if not is_in_the_way(destination) or (staging_path(destination) / "publish.json").exists():
         return []
     if not run.overwrite:
@@ -99,7 +103,9 @@ def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) ->
 
 
 def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
-    """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote counts as free."""
+    """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote
+    counts as free.
+    """
     staged = [path for destination in plans for path in files_in(staging_path(destination))]
     need = {
         "bytes": sum(plan.bytes_to_write for plan in plans.values()),

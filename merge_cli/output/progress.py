@@ -1,7 +1,8 @@
 """The progress of a run, for people: that of this process, or on rank 0 that of all ranks together.
 
-Ranks count finished files and pieces by their records. Bytes that are written and not yet recorded are in a file of each rank,
-`ranks/RANK-of-WORLD_SIZE.json`, in the staging folder of the first destination that is not published.
+Ranks count finished files and pieces by their records. Bytes that are written and not yet recorded
+are in a file of each rank, `ranks/RANK-of-WORLD_SIZE.json`, in the staging folder of the first
+destination that is not published.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""The publish sequence: a destination is either absent or complete. Written once, for one output and many, one process and ranks.
+"""The publish sequence: a destination is either absent or complete. Written once, for one output
+and many, one process and ranks.
 
-    1. side files, pmerge.json, and the index are written beside the weights; every header is read back
+    1. side files, pmerge.json, and the index are written beside the weights; every header is read
+       back
     2. the inputs are compared once more with the plan
-    3. every folder of the checkpoint is made durable, and publish.json notes what is about to be published
+    3. every folder of the checkpoint is made durable, and publish.json notes what is about to be
+       published
     4. one rename gives the checkpoint its final name, which is made durable
     5. the staging folder is removed
 
-Wherever a run dies in between, `recover` of the next one finds out from publish.json which side of the rename it died on.
+Wherever a run dies in between, `recover` of the next one finds out from publish.json which side of
+the rename it died on.
 """
 
 from __future__ import annotations
@@ -46,7 +50,9 @@ class Ready(Protocol):
 
 
 def publish(merge: MergePlan, ready: Sequence[tuple[Ready, Mapping[str, FileRecord]]], command: Sequence[str]) -> None:
-    """Publish outputs of the plan `merge`, each with the records of its files. Raises OutputError, InputError or ChangedError."""
+    """Publish outputs of the plan `merge`, each with the records of its files. Raises OutputError,
+    InputError or ChangedError.
+    """
     from merge_cli.engine.input_checks import check_inputs_unchanged
 
     for each, records in ready:
@@ -58,7 +64,9 @@ def publish(merge: MergePlan, ready: Sequence[tuple[Ready, Mapping[str, FileReco
 
 
 def _give_final_name(folder: StagingFolder, overwrite: bool) -> None:
-    """Make the checkpoint durable and rename it; with `overwrite` an older one is replaced only now."""
+    """Make the checkpoint durable and rename it; with `overwrite` an older one is replaced only
+    now.
+    """
     destination = folder.destination
     try:
         fsync_tree(folder.checkpoint)
@@ -105,7 +113,9 @@ def _appear(folder: StagingFolder) -> None:
 
 
 def _move_files(folder: StagingFolder) -> None:
-    """Where folders cannot be renamed: file by file, the marks of a checkpoint (pmerge.json, the index) last."""
+    """Where folders cannot be renamed: file by file, the marks of a checkpoint (pmerge.json, the
+    index) last.
+    """
     destination = folder.destination
     if not is_empty_folder(destination):
         destination.mkdir()
@@ -160,7 +170,9 @@ def _replace(folder: StagingFolder) -> None:
 
 
 def _take_back(folder: StagingFolder) -> None:
-    """Undo the rename whose durability failed, so that the next run does it anew instead of believing a second fsync."""
+    """Undo the rename whose durability failed, so that the next run does it anew instead of
+    believing a second fsync.
+    """
     if folder.replaced.exists():
         folder.destination.rename(folder.checkpoint)
         folder.replaced.rename(folder.destination)
@@ -171,7 +183,9 @@ def _take_back(folder: StagingFolder) -> None:
 
 
 def recover(folder: StagingFolder) -> bool:
-    """Finish or undo the publishing of a run that died in it; True if that was this request and is complete. Raises OSError."""
+    """Finish or undo the publishing of a run that died in it; True if that was this request and is
+    complete. Raises OSError.
+    """
     destination = folder.destination
     marker = read_json(folder.publish_file)
     hint = "let that version finish what it was publishing: run its command again"

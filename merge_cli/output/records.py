@@ -1,8 +1,9 @@
 """Records of the files and pieces that are finished: an unfinished run does not write them again.
 
-`done/NAME.json` belongs to a whole file, `done/NAME@BEGIN-END.json` to a piece of one, "/" in a name being "%2F". A record
-counts if it was made for the same request, and if its file is still the one: a whole file has the recorded size and
-modification time; pieces lie in the file with the recorded inode.
+`done/NAME.json` belongs to a whole file, `done/NAME@BEGIN-END.json` to a piece of one, "/" in a
+name being "%2F". A record counts if it was made for the same request, and if its file is still the
+one: a whole file has the recorded size and modification time; pieces lie in the file with the
+recorded inode.
 
 Not guaranteed: that a recorded file still has its bytes, unless it is hashed.
 """
@@ -27,7 +28,9 @@ from merge_cli.system.files import files_in, read_json, sha256_of
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A finished file: its size in bytes, its sha256, and the number of elements that were NaN or Inf, by tensor."""
+    """A finished file: its size in bytes, its sha256, and the number of elements that were NaN or
+    Inf, by tensor.
+    """
 
     file_bytes: int
     sha256: str
@@ -35,7 +38,9 @@ class FileRecord:
 
 
 class Records:
-    """The records in `folder` of files in `checkpoint`, made for the request with the hash `request`."""
+    """The records in `folder` of files in `checkpoint`, made for the request with the hash
+    `request`.
+    """
 
     def __init__(self, folder: Path, checkpoint: Path, request: str) -> None:
         self.folder = folder
@@ -58,7 +63,9 @@ class Records:
         write_file(self.path(item.name), json.dumps(entry).encode())
 
     def names(self) -> set[str]:
-        """The file names of all records, without a look into them: there may be thousands, and as many ranks that ask."""
+        """The file names of all records, without a look into them: there may be thousands, and as
+        many ranks that ask.
+        """
         try:
             return {path.name for path in self.folder.iterdir() if path.suffix == ".json"}
         except FileNotFoundError:
@@ -70,7 +77,9 @@ class Records:
         return [file.name for file in files if self.path(file.name).name not in there]
 
     def finished(self, only: str | None = None, *, hashed: bool = False) -> dict[str, FileRecord]:
-        """The files whose records count, by name; `hashed` reads them and leaves out those with another sha256."""
+        """The files whose records count, by name; `hashed` reads them and leaves out those with
+        another sha256.
+        """
         found = {}
         for path in sorted(self.folder.glob("*.json")) if only is None else [self.path(only)]:
             entry = read_json(path)
@@ -109,11 +118,15 @@ class Records:
         return [file for file in files if self.path(file.name).name in pieces]
 
     def forget_pieces(self, file: OutputFile) -> None:
-        """Before a file is written as a whole: no record of a piece may count for the partial file that then has its name."""
+        """Before a file is written as a whole: no record of a piece may count for the partial file
+        that then has its name.
+        """
         self._remove(_pieces_by_file(self.names()).get(self.path(file.name).name, []))
 
     def drop_stale(self, files: Sequence[OutputFile]) -> None:
-        """Remove the records that do not count, so that from here on the name of a record is enough."""
+        """Remove the records that do not count, so that from here on the name of a record is
+        enough.
+        """
         there, done = self.names(), self.finished()
         whole = {self.path(file.name).name: file for file in files}
         stale = {record for record, file in whole.items() if record in there and file.name not in done}
@@ -123,7 +136,9 @@ class Records:
         self._remove(sorted(stale))
 
     def keep_only(self, done: Mapping[str, FileRecord]) -> None:
-        """Remove every record, and every file of the checkpoint, but those of `done`: parts of files, old side files."""
+        """Remove every record, and every file of the checkpoint, but those of `done`: parts of
+        files, old side files.
+        """
         kept = {self._checkpoint / name for name in done} | {self.path(name) for name in done}
         for path in (*files_in(self._checkpoint), *files_in(self.folder)):
             if path not in kept:
@@ -153,7 +168,9 @@ class Records:
         return inode is not None and same and not is_newer(record)
 
     def _inode(self, file: OutputFile) -> int | None:
-        """Of the file that its pieces are written into; it has its final name if a rank died before it could record that."""
+        """Of the file that its pieces are written into; it has its final name if a rank died before
+        it could record that.
+        """
         for path in (partial_path(self._checkpoint / file.name), self._checkpoint / file.name):
             with suppress(FileNotFoundError):
                 return path.stat().st_ino
@@ -185,7 +202,9 @@ def _record(entry: Mapping[str, Any]) -> FileRecord:
 
 
 def _pieces_by_file(records: set[str]) -> dict[str, list[str]]:
-    """The record of a whole file -> the records of its pieces, which need not be those of this world size."""
+    """The record of a whole file -> the records of its pieces, which need not be those of this
+    world size.
+    """
     found: dict[str, list[str]] = {}
     for name in sorted(records):
         stem, at, place = name.removesuffix(".json").rpartition("@")

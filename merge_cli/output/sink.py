@@ -1,4 +1,6 @@
-"""The sink of a run that publishes: one or many destinations, each claimed, written, and recorded by itself."""
+"""The sink of a run that publishes: one or many destinations, each claimed, written, and recorded
+by itself.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Claim(Enum):
 
 
 class Destination(Protocol):
-    """A transaction on one destination, which becomes complete or stays as it is. `merge` has this one output.
+    """A transaction on one destination, which becomes complete or stays as it is. `merge` has this
+    one output.
 
     1. `with destination:`               lock; finish or undo the publishing of a dead run; throw away or keep its files
     2. `claim(item)`, `open(item)`       for each file or piece that is to be written, from several threads
@@ -34,7 +37,8 @@ class Destination(Protocol):
     4. `begin_to_publish()`              the records of all files, if this process is the one to publish
     5. `clean()`                         by `publish`, after the rename
 
-    Leaving the context without the last two leaves a staging folder from which the same request continues.
+    Leaving the context without the last two leaves a staging folder from which the same request
+    continues.
     """
 
     merge: MergePlan
@@ -93,7 +97,9 @@ class PublishingSink(NoSink):
         return bool(taken)
 
     def open(self, item: WorkItem, k: int) -> Writer:
-        """A writer for output k of a claimed item. An output that turned out to be recorded gets one that discards."""
+        """A writer for output k of a claimed item. An output that turned out to be recorded gets
+        one that discards.
+        """
         return Discard() if self._is_recorded(item, k) else self._destinations[k].open(item)
 
     def done(self, item: WorkItem, k: int, sha256: str, nonfinite: Mapping[str, int]) -> None:
@@ -112,7 +118,9 @@ class PublishingSink(NoSink):
 
 
 class Discard:
-    """A writer for bytes that nobody needs: another rank recorded them in the moment before they were claimed."""
+    """A writer for bytes that nobody needs: another rank recorded them in the moment before they
+    were claimed.
+    """
 
     is_finished = False
 

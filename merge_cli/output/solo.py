@@ -24,8 +24,8 @@ from merge_cli.system.durable import output_error
 class SoloDestination:
     """A `Destination` (see `sink.py`) whose staging folder nobody else may touch meanwhile.
 
-    Entering raises OutputError if another run holds the lock, if the destination is another result, or if the
-    staging folder belongs to another request.
+    Entering raises OutputError if another run holds the lock, if the destination is another result,
+    or if the staging folder belongs to another request.
     """
 
     def __init__(self, destination: Path, merge: MergePlan, run: RunConfig) -> None:
@@ -106,7 +106,9 @@ class SoloDestination:
 
 
 def complete_records(folder: StagingFolder, merge: MergePlan) -> dict[str, FileRecord]:
-    """The records of all files of the plan. Raises OutputError if a file is gone or has changed since it was recorded."""
+    """The records of all files of the plan. Raises OutputError if a file is gone or has changed
+    since it was recorded.
+    """
     records = folder.records.finished()
     if torn := [file.name for file in merge.files if file.name not in records]:
         raise OutputError(
@@ -118,7 +120,9 @@ def complete_records(folder: StagingFolder, merge: MergePlan) -> dict[str, FileR
 
 
 def remove_stale_staging(destination: Path) -> None:
-    """Remove the rest of the staging folder of a published result whose run was killed while it cleaned up."""
+    """Remove the rest of the staging folder of a published result whose run was killed while it
+    cleaned up.
+    """
     folder = StagingFolder(destination, {})
     if folder.path.is_dir() and not folder.state_file.exists() and not folder.publish_file.exists():
         with suppress(OutputError), Lock(folder.path / "lock", destination) as lock:

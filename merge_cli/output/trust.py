@@ -1,8 +1,9 @@
-"""The staging folder must be pmerge's own: on shared scratch a stranger may have made it, or put links into it.
+"""The staging folder must be pmerge's own: on shared scratch a stranger may have made it, or put
+links into it.
 
-Looked at when a run begins, before anything in it is opened or removed. Files are then opened without following
-links (`system/durable.py`). Not guaranteed: that nobody exchanges a folder for a link afterwards; who may do that
-owns the folder above, or the folder is open to all.
+Looked at when a run begins, before anything in it is opened or removed. Files are then opened
+without following links (`system/durable.py`). Not guaranteed: that nobody exchanges a folder for a
+link afterwards; who may do that owns the folder above, or the folder is open to all.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ _REPLACED = "replaced"  # the old result of a user: links in it are the user's o
 
 
 def check_made_by_us(staging: Path, *, thoroughly: bool) -> None:
-    """Raise OutputError unless the staging folder and its parts are real folders and files of this user.
+    """Raise OutputError unless the staging folder and its parts are real folders and files of this
+    user.
 
-    Its parts are looked at, and `thoroughly` all that is in them. A folder that is missing is fine. Raises OSError.
+    Its parts are looked at, and `thoroughly` all that is in them. A folder that is missing is fine.
+    Raises OSError.
     """
     try:
         owner = os.lstat(staging)

@@ -1,4 +1,6 @@
-"""The files of a distributed checkpoint to be written: extents for the values and the copies, gaps for the bytes between them."""
+"""The files of a distributed checkpoint to be written: extents for the values and the copies, gaps
+for the bytes between them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def check_clone(spec: MergeSpec, base: Checkpoint, outputs: Sequence[Output]) ->
 
 
 def clone_files(base: Checkpoint, entries: Sequence[Entry], add: Add) -> tuple[OutputFile, ...]:
-    """The files of a result in the layout of `base`, a distributed checkpoint; `entries` are its chunks."""
+    """The files of a result in the layout of `base`, a distributed checkpoint; `entries` are its
+    chunks.
+    """
     assert base.dcp is not None
     by_name = {entry.name: entry for entry in entries}
     weights = {file.name: file for file in base.files}

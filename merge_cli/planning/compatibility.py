@@ -1,6 +1,8 @@
-"""Do these checkpoints fit together: the same tensors, shapes and kinds of numbers, and configs that say the same.
+"""Do these checkpoints fit together: the same tensors, shapes and kinds of numbers, and configs
+that say the same.
 
-Everything here works on headers and config files; what cannot be averaged is refused before a weight is read.
+Everything here works on headers and config files; what cannot be averaged is refused before a
+weight is read.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _VOLATILE = {"transformers_version", "_name_or_path", "use_cache", "_commit_hash
 def check_same_tensors(
     inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, Logical]], steps: Sequence[int | None], base: int
 ) -> None:
-    """Every input must hold the same tensors, of the same shapes, as the base; raises MismatchError with the list.
+    """Every input must hold the same tensors, of the same shapes, as the base; raises MismatchError
+    with the list.
 
     `tensors[i]` are those of `inputs[i]`, as what they mean and under the base's names.
     """
@@ -69,14 +72,18 @@ def _glob_of(lines: Sequence[str]) -> str:
 
 
 def _alike(found: Logical, wanted: Logical) -> bool:
-    """Whether shape and dtype agree, for plain tensors without a look at more than the header's entry."""
+    """Whether shape and dtype agree, for plain tensors without a look at more than the header's
+    entry.
+    """
     if isinstance(found, Stored) and isinstance(wanted, Stored):
         return found.info.shape == wanted.info.shape and found.info.dtype == wanted.info.dtype
     return shape_of(found) == shape_of(wanted) and kind_of(found) == kind_of(wanted) == "float"
 
 
 def check_same_ranks(inputs: Sequence[Checkpoint], base: int) -> None:
-    """Checkpoints with one file or folder per rank must have the same ranks; raises MismatchError with those that are missing."""
+    """Checkpoints with one file or folder per rank must have the same ranks; raises MismatchError
+    with those that are missing.
+    """
     expected = inputs[base]
     if expected.layout != "ranks":
         return
@@ -98,7 +105,9 @@ def check_same_ranks(inputs: Sequence[Checkpoint], base: int) -> None:
 
 
 def _check_same_places(checkpoint: Checkpoint, base: Checkpoint) -> None:
-    """Files of torch's distributed writer say which part of each tensor they hold; raises MismatchError where that differs."""
+    """Files of torch's distributed writer say which part of each tensor they hold; raises
+    MismatchError where that differs.
+    """
     places = {file.name: file.header.metadata.get(SHARDING_INFO) for file in base.files}
     other = [file.name for file in checkpoint.files if places.get(file.name) != file.header.metadata.get(SHARDING_INFO)]
     if other:
@@ -110,7 +119,9 @@ def _check_same_places(checkpoint: Checkpoint, base: Checkpoint) -> None:
 
 
 def _metadata_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
-    """A warning where files of one rank differ in the metadata of their headers, which may say what they hold."""
+    """A warning where files of one rank differ in the metadata of their headers, which may say what
+    they hold.
+    """
     if base.layout != "ranks":
         return []
     expected = {file.name: dict(file.header.metadata) for file in base.files}
@@ -146,7 +157,9 @@ def _shape_error(
 
 
 def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, Logical]], base: int) -> list[str]:
-    """What may be wrong with averaging these, as warnings: results, LoRA, dtypes, configs and tokenizers that differ."""
+    """What may be wrong with averaging these, as warnings: results, LoRA, dtypes, configs and
+    tokenizers that differ.
+    """
     merged = [checkpoint.path for checkpoint in inputs if MANIFEST in checkpoint.side_files.skipped]
     warnings = [f"results of pmerge are averaged again: {', '.join(first_ten(merged))}"] if merged else []
     warnings += _mixed_dtypes(tensors, base, inputs[base])
@@ -175,7 +188,9 @@ def disagreements(inputs: Sequence[Checkpoint], tensors: Sequence[Mapping[str, L
 
 
 def _adapter_differences(folders: Sequence[str], base: str) -> list[str]:
-    """Where `adapter_config.json` differs (alpha, rank, target modules): the same A and B then stand for other products."""
+    """Where `adapter_config.json` differs (alpha, rank, target modules): the same A and B then
+    stand for other products.
+    """
     expected = _flatten(read_config(join(base, "adapter_config.json")))
     warnings = []
     for folder in folders:
@@ -188,7 +203,9 @@ def _adapter_differences(folders: Sequence[str], base: str) -> list[str]:
 
 
 def _mixed_dtypes(tensors: Sequence[Mapping[str, Logical]], base: int, checkpoint: Checkpoint) -> list[str]:
-    """A warning where the inputs hold a tensor in other dtypes than the base, which decides the output's."""
+    """A warning where the inputs hold a tensor in other dtypes than the base, which decides the
+    output's.
+    """
     mixed = [
         key
         for key, wanted in tensors[base].items()

@@ -1,13 +1,16 @@
-"""The plan of a merge: immutable data made from headers and coefficients alone, before a weight is read.
+"""The plan of a merge: immutable data made from headers and coefficients alone, before a weight is
+read.
 
-The plan fixes which output files there will be, every byte offset in them, and which bytes of which inputs each of those bytes
-comes from. All that can be wrong with a set of checkpoints surfaces here, in seconds: a missing tensor, another shape, a format
-that cannot be averaged. It does not say how the work is done (device, memory, threads): output bytes depend on the plan alone.
+The plan fixes which output files there will be, every byte offset in them, and which bytes of which
+inputs each of those bytes comes from. All that can be wrong with a set of checkpoints surfaces
+here, in seconds: a missing tensor, another shape, a format that cannot be averaged. It does not say
+how the work is done (device, memory, threads): output bytes depend on the plan alone.
 
-The unit of the plan is the `Extent`: adjacent tensors of one output file that are also adjacent in every input and are treated
-alike. A checkpoint with 100,000 small tensors has a few hundred runs, so the work per tensor stays small. The engine cuts runs
-into chunks of whatever size fits its memory. A tensor that is quantized, in an input or in the output,
-has a `QuantizedExtent` of its own.
+The unit of the plan is the `Extent`: adjacent tensors of one output file that are also adjacent in
+every input and are treated alike. A checkpoint with 100,000 small tensors has a few hundred runs,
+so the work per tensor stays small. The engine cuts runs into chunks of whatever size fits its
+memory. A tensor that is quantized, in an input or in the output, has a `QuantizedExtent` of its
+own.
 """
 
 from __future__ import annotations
@@ -27,9 +30,13 @@ from merge_cli.request.coefficients import IDENTITY, Coefficients
 from merge_cli.request.spec import MergeSpec
 
 ALGORITHM = 1
-"""Raised whenever the same request would give other bytes; part of the fingerprint, so that a resumed run never mixes two."""
+"""Raised whenever the same request would give other bytes; part of the fingerprint, so that a
+resumed run never mixes two.
+"""
 AVERAGE, GRAM = "average", "gram"
-"""The reducers that a work item can name: weighted sums that are written, inner products that are handed to the sink."""
+"""The reducers that a work item can name: weighted sums that are written, inner products that are
+handed to the sink.
+"""
 
 
 class Location(NamedTuple):
@@ -44,9 +51,10 @@ class Location(NamedTuple):
 class Extent:
     """Adjacent tensors of one output file, adjacent in every input too, all treated alike.
 
-    `kind` is "average" (floats: weighted sum), "equal" (integers: copied from an output's base after its inputs were found equal)
-    or "copy" (from the base, unchanged). `sources` has one entry an input, in the plan's order; only the base's for "copy".
-    `keys[i]` begins at element `starts[i]` of the extent.
+    `kind` is "average" (floats: weighted sum), "equal" (integers: copied from an output's base
+    after its inputs were found equal) or "copy" (from the base, unchanged). `sources` has one entry
+    an input, in the plan's order; only the base's for "copy". `keys[i]` begins at element
+    `starts[i]` of the extent.
     """
 
     kind: str
@@ -133,7 +141,9 @@ class QuantizedSource(NamedTuple):
 
 
 class PartOffset(NamedTuple):
-    """Where a tensor, or one part of a quantized one, begins in the output file; `role` is empty for plain values."""
+    """Where a tensor, or one part of a quantized one, begins in the output file; `role` is empty
+    for plain values.
+    """
 
     role: str
     offset: int
@@ -141,10 +151,12 @@ class PartOffset(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedExtent:
-    """One tensor, quantized in an input or in the output: `shape` of its values, one source an input (only the base's for a copy).
+    """One tensor, quantized in an input or in the output: `shape` of its values, one source an
+    input (only the base's for a copy).
 
-    Plain values of `dtype` are written to the one sink, or, where `codec` is given, the parts that `encode` makes, each to the sink
-    of its role. A part that belongs into another output file is not written here: that file has this run too.
+    Plain values of `dtype` are written to the one sink, or, where `codec` is given, the parts that
+    `encode` makes, each to the sink of its role. A part that belongs into another output file is
+    not written here: that file has this run too.
     """
 
     key: str
@@ -193,13 +205,16 @@ class QuantizedExtent:
         return math.lcm(*(codec.row_step(self.shape) for codec in [*codecs, *([self.codec] if self.codec else [])]))
 
     def rows_at_once(self, values: int) -> int:
-        """About `values` values in rows: a multiple of the row step, at least one step, at most all rows."""
+        """About `values` values in rows: a multiple of the row step, at least one step, at most all
+        rows.
+        """
         step = self.row_step
         return min(max(self.num_rows, 1), max(step, values // max(self.shape[-1], 1) // step * step))
 
     def between(self, begin: int, end: int) -> tuple[int, int]:
-        """The rows (first, end) whose first part begins between these bytes of the output file; all or none where the codec must
-        see all values."""
+        """The rows (first, end) whose first part begins between these bytes of the output file; all
+        or none where the codec must see all values.
+        """
         role, offset = self.sinks[0]
         size, step = self._part_bytes(role, 0, self.num_rows), self.row_step
         if not size or self.needs_two_passes or (self.codec is not None and role in self.codec.whole):
@@ -220,7 +235,9 @@ class QuantizedExtent:
 
     @property
     def source_bytes(self) -> tuple[int, ...]:
-        """The bytes that are read from each source, twice where the codec must see all values before it encodes any."""
+        """The bytes that are read from each source, twice where the codec must see all values
+        before it encodes any.
+        """
         times = 2 if self.needs_two_passes else 1
         return tuple(
             times
@@ -240,9 +257,11 @@ class QuantizedExtent:
 
 @dataclass(frozen=True)
 class Gap:
-    """Bytes of a file between its values: `num_bytes` from `offset` on. Values end where it begins, or nothing does.
+    """Bytes of a file between its values: `num_bytes` from `offset` on. Values end where it begins,
+    or nothing does.
 
-    First `trailer(crc)`, by the CRC-32 of all bytes since the last gap or the header, if there is one; then `rest`.
+    First `trailer(crc)`, by the CRC-32 of all bytes since the last gap or the header, if there is
+    one; then `rest`.
     """
 
     offset: int
@@ -263,7 +282,8 @@ class Gap:
 class OutputFile:
     """One file to be written: its header's bytes, its final size, and the extents that fill it.
 
-    In a distributed checkpoint there are `gaps` between the values, by ascending offset; no extent reaches into one.
+    In a distributed checkpoint there are `gaps` between the values, by ascending offset; no extent
+    reaches into one.
     """
 
     name: str
@@ -287,7 +307,8 @@ class OutputFile:
 
 
 class WorkItem(NamedTuple):
-    """Bytes `begin` to `end` of one output file, for some of the plan's outputs: the unit that is claimed, opened and recorded.
+    """Bytes `begin` to `end` of one output file, for some of the plan's outputs: the unit that is
+    claimed, opened and recorded.
 
     `reducer` names the one of `engine/reducers` that its extents are given to.
     """
@@ -328,7 +349,8 @@ class WorkItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """One merged checkpoint: the coefficient of each of its inputs, by ascending position in the plan's inputs.
+    """One merged checkpoint: the coefficient of each of its inputs, by ascending position in the
+    plan's inputs.
 
     `base` is the position of the input that integers, config and side files come from.
     """
@@ -340,10 +362,12 @@ class Output:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """K outputs from N inputs that share one layout, the base's. `steps` and `inputs` run from oldest to newest.
+    """K outputs from N inputs that share one layout, the base's. `steps` and `inputs` run from
+    oldest to newest.
 
-    `dequantized`: the base is quantized and the output is not, so config.json and side files must not say that it is. `notes` tell
-    what happens to tensors that are not simply averaged, `warnings` what may be wrong.
+    `dequantized`: the base is quantized and the output is not, so config.json and side files must
+    not say that it is. `notes` tell what happens to tensors that are not simply averaged,
+    `warnings` what may be wrong.
     """
 
     spec: MergeSpec
@@ -364,7 +388,9 @@ class MergePlan:
         return weighted_sum(inputs, chosen, self.spec.accumulate, dtypes, extent.written_dtype)
 
     def base_of(self, extent: Extent, k: int) -> int:
-        """The position among the sources of `extent` of the input whose bytes output `k` takes over unchanged."""
+        """The position among the sources of `extent` of the input whose bytes output `k` takes over
+        unchanged.
+        """
         return 0 if extent.is_copy else self.outputs[k].base
 
     @property
@@ -373,7 +399,9 @@ class MergePlan:
         return sum(extent.bytes_read for file in self.files for extent in file.extents)
 
     def bytes_of_inputs(self) -> list[int]:
-        """The bytes of weights that are read from each input. Not for plans with runs that are copies: those have one source."""
+        """The bytes of weights that are read from each input. Not for plans with runs that are
+        copies: those have one source.
+        """
         totals = [0] * len(self.inputs)
         for extent in (extent for file in self.files for extent in file.extents):
             for i, size in enumerate(extent.source_bytes):
@@ -381,7 +409,8 @@ class MergePlan:
         return totals
 
     def alone(self, k: int, spec: MergeSpec) -> MergePlan:
-        """Output `k` as the one output of a plan, as far as it tells what is made: its files come without their runs.
+        """Output `k` as the one output of a plan, as far as it tells what is made: its files come
+        without their runs.
 
         It has the fingerprint of the plan that is made for this output by itself.
         """
@@ -425,7 +454,9 @@ class ExtentBuilder:
         count: int,
         sources: Iterable[tuple[Location, int]],
     ) -> None:
-        """Add a tensor of `count` elements for bytes `offset` to `end`; each source comes with its own size in bytes."""
+        """Add a tensor of `count` elements for bytes `offset` to `end`; each source comes with its
+        own size in bytes.
+        """
         if not count:
             return
         pairs = list(sources)

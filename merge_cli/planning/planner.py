@@ -1,8 +1,9 @@
 """From opened checkpoints to a plan: what happens to each tensor, and where each byte goes.
 
-Works on names, shapes and dtypes only; a tensor that nobody has heard of is averaged like any other. Every tensor of the base is
-in the plan, under its own name and shape, in the order of the base's files. Quantized tensors are planned as what they mean
-(`formats/logical.py`): written as plain values, or, on request, quantized again in the base's way.
+Works on names, shapes and dtypes only; a tensor that nobody has heard of is averaged like any
+other. Every tensor of the base is in the plan, under its own name and shape, in the order of the
+base's files. Quantized tensors are planned as what they mean (`formats/logical.py`): written as
+plain values, or, on request, quantized again in the base's way.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ _IN_ONE_FILE = ("adapter_model", "consolidated")
 class Entry(NamedTuple):
     """A tensor of the output: `name` in its file, and how it comes about.
 
-    `kind` is one of those of `Extent`, or "quantize": one part, by `role`, of the tensor `key`. `sources` are the inputs to read.
+    `kind` is one of those of `Extent`, or "quantize": one part, by `role`, of the tensor `key`.
+    `sources` are the inputs to read.
     """
 
     key: str
@@ -68,10 +70,12 @@ def build_plan(
     base: int,
     outputs: Sequence[Output],
 ) -> MergePlan:
-    """Plan the merge of `inputs` (oldest to newest) into `outputs`, with the layout of `inputs[base]`.
+    """Plan the merge of `inputs` (oldest to newest) into `outputs`, with the layout of
+    `inputs[base]`.
 
-    Raises MismatchError when the checkpoints differ in their tensors, UnsupportedError for tensors that cannot be averaged, and
-    UsageError for a glob that matches nothing, or globs that leave nothing to average.
+    Raises MismatchError when the checkpoints differ in their tensors, UnsupportedError for tensors
+    that cannot be averaged, and UsageError for a glob that matches nothing, or globs that leave
+    nothing to average.
     """
     seen: dict[object, Any] = {}
     views = [view(checkpoint, seen) for checkpoint in inputs]
@@ -128,7 +132,8 @@ def _compared(
 ) -> list[Mapping[str, Logical]]:
     """The tensors that checkpoints must agree on: not those that are copied from the base.
 
-    Integers that are taken from the newest must agree between it and the base; the others need not have them.
+    Integers that are taken from the newest must agree between it and the base; the others need not
+    have them.
     """
     if not (spec.include or spec.exclude or spec.int_policy == "newest"):
         return list(tensors)
@@ -141,7 +146,9 @@ def _compared(
 
 
 def _with_cache_scales(base: View, other: View, tensors: Mapping[str, Logical]) -> Mapping[str, Logical]:
-    """`tensors`, with the calibrated scales of `other` that are plain tensors in the base, where nothing is quantized."""
+    """`tensors`, with the calibrated scales of `other` that are plain tensors in the base, where
+    nothing is quantized.
+    """
     scales = [key for key in other.activation_scales if isinstance(base.tensors.get(key), Stored)]
     return {**tensors, **{key: other.checkpoint.tensors[key] for key in scales}} if scales else tensors
 
@@ -231,12 +238,16 @@ def _entries(
 
 
 def _output_dtype(spec: MergeSpec, name: str, dtype: str) -> str:
-    """The dtype of an averaged plain tensor. Router biases are balanced in steps that 16 bits cannot hold, and keep theirs."""
+    """The dtype of an averaged plain tensor. Router biases are balanced in steps that 16 bits
+    cannot hold, and keep theirs.
+    """
     return dtype if name.endswith(ROUTER_BIAS) else OUTPUT_DTYPES.get(spec.dtype, dtype)
 
 
 def _glob_filter(spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]], name_of: Callable[[str], str]) -> Callable[[str], bool]:
-    """Which tensors are averaged: those that match an --include (all, where none is given) and no --exclude, by `name_of(key)`."""
+    """Which tensors are averaged: those that match an --include (all, where none is given) and no
+    --exclude, by `name_of(key)`.
+    """
     names = list(dict.fromkeys(name_of(key) for each in reversed(tensors) for key in each))
     patterns = {glob: re.compile(fnmatch.translate(glob)) for glob in (*spec.include, *spec.exclude)}
     for glob, pattern in patterns.items():
@@ -259,7 +270,9 @@ def _glob_filter(spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]], name
 
 
 def _files_of(spec: MergeSpec, base: Checkpoint, entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, str], list[Entry]]]:
-    """The output files: name, metadata and their tensors, in order. A file of the base that held only scales is not written."""
+    """The output files: name, metadata and their tensors, in order. A file of the base that held
+    only scales is not written.
+    """
     if spec.shard_bytes is not None:
         return _resharded(spec.shard_bytes, base, entries)
     by_file: dict[str, list[Entry]] = {file.name: [] for file in base.files}
@@ -343,13 +356,17 @@ def _add_plain(
     stored: Sequence[Mapping[str, Stored]],
     tensors: Sequence[Mapping[str, Logical]],
 ) -> None:
-    """A tensor whose bytes are taken over as they are stored: a copy, or integers that must be equal."""
+    """A tensor whose bytes are taken over as they are stored: a copy, or integers that must be
+    equal.
+    """
     found = [_as_stored(entry, here, tensors[i]) for i, here in zip(entry.sources, stored, strict=True)]
     _add(builder, entry, offset, found)
 
 
 def _as_stored(entry: Entry, stored: Mapping[str, Stored], tensors: Mapping[str, Logical]) -> Stored:
-    """The stored tensor that `entry` takes over: the one it means, or a part of a quantized one that goes by its own name."""
+    """The stored tensor that `entry` takes over: the one it means, or a part of a quantized one
+    that goes by its own name.
+    """
     tensor = tensors.get(entry.key)
     if isinstance(tensor, Coded):
         return dict(tensor.parts)[entry.role]
@@ -437,7 +454,9 @@ def _extent(
 
 
 def stem_of(base: Checkpoint) -> str:
-    """The name of a checkpoint's weights without number and ending, which its loader looks for: `model`, `adapter_model` ..."""
+    """The name of a checkpoint's weights without number and ending, which its loader looks for:
+    `model`, `adapter_model` ...
+    """
     if base.root is None:
         return "model"
     shards = [(SHARD_NUMBER.match(file.name), file.name) for file in base.files]

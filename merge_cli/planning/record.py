@@ -1,11 +1,14 @@
-"""A plan as JSON, and back: the one list of fields behind the fingerprint, `state.json` and `pmerge.json`.
+"""A plan as JSON, and back: the one list of fields behind the fingerprint, `state.json` and
+`pmerge.json`.
 
     describe, describe_result              for state.json: an unfinished run is continued only if it is equal;
-                                           for pmerge.json: the same, with each input beside its coefficient
+                                           for pmerge.json: the same, with each input beside its
+                                           coefficient
     from_state, from_result, replan        from either record to a plan equal to the one described
 
-The fields of the request are those of `MergeSpec`; a record without one was made before that option existed, and has
-its default. Not recorded: how the work was carried out, since no byte depends on it.
+The fields of the request are those of `MergeSpec`; a record without one was made before that option
+existed, and has its default. Not recorded: how the work was carried out, since no byte depends on
+it.
 """
 
 from __future__ import annotations
@@ -25,9 +28,13 @@ from merge_cli.request.spec import MergeSpec
 from merge_cli.stores.store import resolve
 
 _IMPLIED = ("method", "parameters", "shard_bytes")
-"""Fields of the request that the fingerprint leaves out: the coefficients and the headers of the files decide."""
+"""Fields of the request that the fingerprint leaves out: the coefficients and the headers of the
+files decide.
+"""
 _OLDEST = ("dtype", "accumulate", "include", "exclude", "int_policy", "allow_nonfinite", "requantize")
-"""Fields in every fingerprint ever made. A younger one is in it unless it has its default: older results keep theirs."""
+"""Fields in every fingerprint ever made. A younger one is in it unless it has its default: older
+results keep theirs.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,17 @@ class Recorded:
 
 
 def request_record(spec: MergeSpec) -> dict[str, Any]:
-    """The options of a merge by field, as JSON has them; one that only distributed checkpoints have is left out if not given."""
+    """The options of a merge by field, as JSON has them; one that only distributed checkpoints have
+    is left out if not given.
+    """
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(spec).items()}
     return {name: value for name, value in found.items() if name != "training_state" or value != MergeSpec.training_state}
 
 
 def fingerprint(plan: MergePlan) -> str:
-    """The sha256 of everything that decides the output's bytes: request, coefficients, input headers, layout."""
+    """The sha256 of everything that decides the output's bytes: request, coefficients, input
+    headers, layout.
+    """
     default = request_record(MergeSpec())
     request = {
         name: value
@@ -75,7 +86,9 @@ def input_records(plan: MergePlan) -> list[dict[str, Any]]:
 
 
 def describe(plan: MergePlan) -> dict[str, Any]:
-    """The conditions under which an unfinished run is continued, in a form in which differences can be listed."""
+    """The conditions under which an unfinished run is continued, in a form in which differences can
+    be listed.
+    """
     outputs = [output.coefficients for output in plan.outputs]
     return {
         "algorithm": ALGORITHM,
@@ -110,7 +123,9 @@ def describe_result(plan: MergePlan) -> dict[str, Any]:
 
 
 def from_state(state: Mapping[str, Any]) -> Recorded:
-    """The fields of what `describe` made. Raises KeyError, TypeError, ValueError or UsageError for another content."""
+    """The fields of what `describe` made. Raises KeyError, TypeError, ValueError or UsageError for
+    another content.
+    """
     (values,), ((numerators, denominator),) = state["coefficients"], state["rational"]
     return Recorded(
         spec=MergeSpec(**state["request"]),
@@ -122,7 +137,9 @@ def from_state(state: Mapping[str, Any]) -> Recorded:
 
 
 def from_result(manifest: Mapping[str, Any]) -> Recorded:
-    """The fields of what `describe_result` made. Raises KeyError, TypeError, ValueError or UsageError for another content."""
+    """The fields of what `describe_result` made. Raises KeyError, TypeError, ValueError or
+    UsageError for another content.
+    """
     inputs = manifest["inputs"]
     fields = [each.name for each in dataclasses.fields(MergeSpec)]
     return Recorded(
@@ -135,7 +152,9 @@ def from_result(manifest: Mapping[str, Any]) -> Recorded:
 
 
 def replan(record: Recorded, inputs: Sequence[Checkpoint]) -> MergePlan:
-    """The plan of a record, over its `inputs` as they are now. Raises ValueError, and what `build_plan` raises."""
+    """The plan of a record, over its `inputs` as they are now. Raises ValueError, and what
+    `build_plan` raises.
+    """
     base = record.paths.index(record.base)
     output = Output(tuple(range(len(inputs))), record.coefficients, base)
     return build_plan(record.spec, inputs, record.steps, base, [output])

@@ -1,4 +1,6 @@
-"""Weighted sums as facts of the plan: the factors of an output, and the dtype in which it is summed."""
+"""Weighted sums as facts of the plan: the factors of an output, and the dtype in which it is
+summed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from merge_cli.request.coefficients import Coefficients
 class WeightedSum(NamedTuple):
     """One output of an extent as an operation, oldest input to newest.
 
-    `factors[i]` multiplies input `inputs[i]`; `divisor` (if any) divides the sum. `dtype` is "F32" or
-    "F64", in which it is summed. `retry`: elements whose sum overflows F32 are summed again in F64.
+    `factors[i]` multiplies input `inputs[i]`; `divisor` (if any) divides the sum. `dtype` is "F32"
+    or "F64", in which it is summed. `retry`: elements whose sum overflows F32 are summed again in
+    F64.
     """
 
     inputs: tuple[int, ...]
@@ -37,12 +40,12 @@ def weighted_sum(
 ) -> WeightedSum:
     """The operation for `coefficients`, from inputs of `source_dtypes` into `output_dtype`.
 
-    Integer numerators and one division where the integer sum is exact: then a result is the rational
-    average, rounded once. F32 where `accumulate` is "fp32", or for 16-bit inputs and outputs whose
-    numerators are as small as those of sma and wma; otherwise F64.
+    Integer numerators and one division where the integer sum is exact: then a result is the
+    rational average, rounded once. F32 where `accumulate` is "fp32", or for 16-bit inputs and
+    outputs whose numerators are as small as those of sma and wma; otherwise F64.
 
-    Other coefficients are themselves rounded to float32 there: with ema and alpha 0.2 that misrounds
-    1.6e-4 of the bf16 results (N = 4), because sums of k/125 often lie on a tie.
+    Other coefficients are themselves rounded to float32 there: with ema and alpha 0.2 that
+    misrounds 1.6e-4 of the bf16 results (N = 4), because sums of k/125 often lie on a tie.
     """
     narrow = all(dtype in ("BF16", "F16") for dtype in (*source_dtypes, output_dtype))
     if "F64" in source_dtypes or accumulate == "fp64":
@@ -65,10 +68,11 @@ def has_small_numerators(coefficients: Coefficients) -> bool:
 
 
 def sums_integers(coefficients: Coefficients, dtype: str, source_dtypes: Sequence[str]) -> bool:
-    """Whether the numerators are summed rather than the values: whether a sum of `dtype` has the bits for them.
+    """Whether the numerators are summed rather than the values: whether a sum of `dtype` has the
+    bits for them.
 
-    Those are the bits of all numerators together, of a value, and of the spread of the exponents. Small
-    numerators are summed in any case: a rounded 1/3 is never better.
+    Those are the bits of all numerators together, of a value, and of the spread of the exponents.
+    Small numerators are summed in any case: a rounded 1/3 is never better.
     """
     if coefficients.numerators is None or has_small_numerators(coefficients):
         return coefficients.numerators is not None
@@ -77,7 +81,9 @@ def sums_integers(coefficients: Coefficients, dtype: str, source_dtypes: Sequenc
 
 
 def notes_on_weights(coefficients: Coefficients, accumulate: str, kinds: Iterable[tuple[Sequence[str], str]]) -> list[str]:
-    """Lines on how explicit weights are summed, for sums of `kinds`: dtypes of the inputs, dtype of the output."""
+    """Lines on how explicit weights are summed, for sums of `kinds`: dtypes of the inputs, dtype of
+    the output.
+    """
     exact, rounded = False, set()
     for sources, output in kinds:
         dtype = weighted_sum((), coefficients, accumulate, sources, output).dtype

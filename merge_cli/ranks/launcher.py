@@ -1,7 +1,8 @@
-"""Which of several processes this one is, as its launcher says: torchrun, srun, Slurm arrays, Open MPI, PMI, --workers.
+"""Which of several processes this one is, as its launcher says: torchrun, srun, Slurm arrays, Open
+MPI, PMI, --workers.
 
-No process talks to another. Each learns its rank and the number of ranks (the world size) from its environment, and makes the same
-plan (see `shares.py`).
+No process talks to another. Each learns its rank and the number of ranks (the world size) from its
+environment, and makes the same plan (see `shares.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from merge_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class Rank:
-    """This process: number `rank` of `world_size`, number `local_rank` of `local_size` (0: not known) on its machine.
+    """This process: number `rank` of `world_size`, number `local_rank` of `local_size` (0: not
+    known) on its machine.
 
     `source` says where that was learned; "" for a process on its own.
     """
@@ -31,7 +33,9 @@ class Rank:
         return self.world_size == 1
 
     def threads(self, cores: int) -> int | None:
-        """How many threads it should use where its launcher leaves it all `cores` of the machine; None where that is not known."""
+        """How many threads it should use where its launcher leaves it all `cores` of the machine;
+        None where that is not known.
+        """
         return max(1, min(8, cores // self.local_size)) if self.local_size and self.source in (WORKER, "torchrun") else None
 
     def __str__(self) -> str:
@@ -61,17 +65,19 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     _Launcher("PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    # the size of the step that srun started: a batch script and the shell of salloc also have SLURM_PROCID and SLURM_NTASKS
+    # the size of the step that srun started: a batch script and the shell of salloc also have
+    # SLURM_PROCID and SLURM_NTASKS
     _Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
 
 def find_rank(environment: Mapping[str, str], rank: int | None = None, world_size: int | None = None) -> Rank:
-    """This process's rank: as given, else from the first launcher whose variables are set, else alone.
+    """This process's rank: as given, else from the first launcher whose variables are set, else
+    alone.
 
-    The variables may be there for another reason: a shell in a training job, an array whose tasks make different merges. That does
-    no harm, because a rank whose fellows never come goes on with their shares. Raises UsageError where only one of a pair is given
-    or they make no sense.
+    The variables may be there for another reason: a shell in a training job, an array whose tasks
+    make different merges. That does no harm, because a rank whose fellows never come goes on with
+    their shares. Raises UsageError where only one of a pair is given or they make no sense.
     """
     worker = _LAUNCHERS[0]
     if environment.get(worker.rank):  # it has the options of the one that started it, and is none of what they say
@@ -95,13 +101,17 @@ def find_rank(environment: Mapping[str, str], rank: int | None = None, world_siz
 
 
 def _is_stale(launcher: _Launcher, environment: Mapping[str, str]) -> bool:
-    """Whether the variables came into a Slurm job from the step of another job in which it was submitted."""
+    """Whether the variables came into a Slurm job from the step of another job in which it was
+    submitted.
+    """
     job, _, step = environment.get("PMI_JOBID", "").partition(".")
     return launcher.name == "PMI" and step.isdecimal() and job != environment.get("SLURM_JOB_ID", job)
 
 
 def _array_task(environment: Mapping[str, str]) -> Rank:
-    """The rank of a task of a Slurm array. Of an array with gaps (1,3,7) two tasks may get one rank: claims keep them apart."""
+    """The rank of a task of a Slurm array. Of an array with gaps (1,3,7) two tasks may get one
+    rank: claims keep them apart.
+    """
     if not environment.get("SLURM_ARRAY_TASK_ID"):
         return Rank()
     task, count, first, step = (_number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "STEP"))

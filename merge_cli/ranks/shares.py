@@ -26,10 +26,12 @@ _CUT_ABOVE = 0.25  # of a mean share: then no rank has more than 1.25 times the 
 def cut(
     files: Sequence[OutputFile], world_size: int, min_bytes: int | None = None, outputs: tuple[int, ...] = (0,)
 ) -> list[WorkItem]:
-    """The pieces of `files` for `world_size` ranks, in the order of the plan, each for all of `outputs`.
+    """The pieces of `files` for `world_size` ranks, in the order of the plan, each for all of
+    `outputs`.
 
-    Files stay whole where that is balanced, since a file that is cut is read once more for its sha256; else those are cut that are
-    large against a share. No piece is smaller than `min_bytes` (64 MiB), which is what taking turns is worth.
+    Files stay whole where that is balanced, since a file that is cut is read once more for its
+    sha256; else those are cut that are large against a share. No piece is smaller than `min_bytes`
+    (64 MiB), which is what taking turns is worth.
     """
     min_bytes = min_bytes or MIN_PIECE_BYTES
     mean = sum(file.file_bytes for file in files) / world_size
@@ -49,7 +51,9 @@ def cut(
 
 
 def shares(pieces: Sequence[WorkItem], world_size: int) -> list[list[WorkItem]]:
-    """What each rank writes: largest first, each piece to the rank with the least so far. Shares keep the order of `pieces`."""
+    """What each rank writes: largest first, each piece to the rank with the least so far. Shares
+    keep the order of `pieces`.
+    """
     loads = [(0, rank) for rank in range(world_size)]
     owner = {}
     for position in sorted(range(len(pieces)), key=lambda i: (pieces[i].begin - pieces[i].end, i)):
@@ -63,7 +67,9 @@ def shares(pieces: Sequence[WorkItem], world_size: int) -> list[list[WorkItem]]:
 
 
 def order_of_work(pieces: Sequence[WorkItem], rank: int, world_size: int) -> list[WorkItem]:
-    """All pieces in the order in which `rank` tries them: its share, then those that the next ranks would come to last."""
+    """All pieces in the order in which `rank` tries them: its share, then those that the next ranks
+    would come to last.
+    """
     found = shares(pieces, world_size)
     others = [piece for step in range(1, world_size) for piece in reversed(found[(rank + step) % world_size])]
     return [*found[rank], *others]

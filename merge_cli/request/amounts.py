@@ -1,4 +1,6 @@
-"""Numbers as people type them: steps and tokens ("500", "2k", "8B"), counts ("4M"), sizes ("2GiB", "5GB")."""
+"""Numbers as people type them: steps and tokens ("500", "2k", "8B"), counts ("4M"), sizes ("2GiB",
+"5GB").
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kMGT]?)(i?)B?\s*", r
 
 
 def is_in_tokens(amount: int | str | None) -> bool:
-    """Whether `amount` has a suffix (k, M, B, T), and so is in tokens if the tokens of a step are known."""
+    """Whether `amount` has a suffix (k, M, B, T), and so is in tokens if the tokens of a step are
+    known.
+    """
     return isinstance(amount, str) and bool(_AMOUNT.fullmatch(amount)) and amount.strip()[-1].isalpha()
 
 
@@ -24,9 +28,11 @@ def parse_amount(
     option: str = "--every",
     rounding: Callable[[Fraction], int] = round,
 ) -> int:
-    """Steps of "500", "2k", "1_000"; with `tokens_per_step`, a number with a suffix is in tokens: "8B".
+    """Steps of "500", "2k", "1_000"; with `tokens_per_step`, a number with a suffix is in tokens:
+    "8B".
 
-    A plain number is always in steps. Tokens become whole steps by `rounding`. Raises UsageError, which names `option`.
+    A plain number is always in steps. Tokens become whole steps by `rounding`. Raises UsageError,
+    which names `option`.
     """
     if tokens_per_step is not None and tokens_per_step < 1:
         raise UsageError(f"--tokens-per-step must be at least 1, not {tokens_per_step}", hint="--tokens-per-step 4M")
@@ -55,7 +61,9 @@ def parse_count(value: int | str, option: str = "--tokens-per-step") -> int:
 
 
 def parse_size(value: int | str, option: str = "--memory") -> int:
-    """Bytes of "2GiB" (binary), "5GB" (decimal), "1000" or 1000, above 0. Raises UsageError, which names `option`."""
+    """Bytes of "2GiB" (binary), "5GB" (decimal), "1000" or 1000, above 0. Raises UsageError, which
+    names `option`.
+    """
     match = _SIZE.fullmatch(str(value))
     if isinstance(value, bool) or not match or (match[3] and not match[2]):
         raise UsageError(f"{option} cannot be {value!r}", details=["expected  a size such as 2GiB, 500MB or 1000000"])

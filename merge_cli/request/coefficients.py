@@ -1,4 +1,6 @@
-"""Coefficients: one number per checkpoint, oldest to newest, and the properties of the average that they make."""
+"""Coefficients: one number per checkpoint, oldest to newest, and the properties of the average that
+they make.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,16 @@ from itertools import pairwise
 from merge_cli.errors import first_ten
 
 AGE_HELPS, AGE_HURTS = 0.15, 0.25
-"""Of `age_share`: every merge of the pilot runs below the first helped, every one above the second hurt."""
+"""Of `age_share`: every merge of the pilot runs below the first helped, every one above the second
+hurt.
+"""
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The weights of one average, oldest to newest; rational ones also as exact numerators / denominator."""
+    """The weights of one average, oldest to newest; rational ones also as exact numerators /
+    denominator.
+    """
 
     values: tuple[float, ...]
     numerators: tuple[int, ...] | None = None
@@ -50,8 +56,9 @@ class Coefficients:
     def age_share(self, steps: Sequence[float]) -> float | None:
         """The mean age over the steps so far, T_{N-1}; None unless those are above 0.
 
-        At a constant learning rate this alone separates merges that help from merges that hurt: the loss falls as a power of
-        the steps, so a merge that lags by this share of the run has lost a fixed share of the progress.
+        At a constant learning rate this alone separates merges that help from merges that hurt: the
+        loss falls as a power of the steps, so a merge that lags by this share of the run has lost a
+        fixed share of the progress.
         """
         return self.lag(steps) / steps[-1] if steps[-1] > 0 else None
 
@@ -60,7 +67,9 @@ IDENTITY = Coefficients((1.0,), (1,), 1)  # of a single checkpoint, whatever the
 
 
 def warnings_for(coeffs: Coefficients, steps: Sequence[float] | None = None) -> list[str]:
-    """A line for each thing about an average that is known to hurt; window and spacing need true `steps`."""
+    """A line for each thing about an average that is known to hurt; window and spacing need true
+    `steps`.
+    """
     lines = []
     n = len(coeffs.values)
     if abs(coeffs.total - 1.0) > 1e-12:

@@ -1,7 +1,7 @@
 """Discovery: from the paths that were typed to checkpoints with their steps.
 
-Lists folders and reads `trainer_state.json`, through a store; never a weight. The step of a checkpoint is
-`global_step` of its trainer state, else the number in its name.
+Lists folders and reads `trainer_state.json`, through a store; never a weight. The step of a
+checkpoint is `global_step` of its trainer state, else the number in its name.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ _OTHER_FORMATS = (".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf", ".npz", ".
 
 
 def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
-    """The checkpoint at `path` with its step. A file without a step in its name has the step of its folder.
+    """The checkpoint at `path` with its step. A file without a step in its name has the step of its
+    folder.
 
-    A name without a step (`latest`, `.`) may be a link to a name with one. A folder `stage1` above the checkpoint is
-    its stage. The step of `trainer_state.json` outranks that of the name; if it cannot be read, `step_warning` has
-    the reason. The step that torchtitan stores in a distributed checkpoint counts if nothing else has one. With
-    `with_time` the time is that of the newest weight file, else 0.
+    A name without a step (`latest`, `.`) may be a link to a name with one. A folder `stage1` above
+    the checkpoint is its stage. The step of `trainer_state.json` outranks that of the name; if it
+    cannot be read, `step_warning` has the reason. The step that torchtitan stores in a distributed
+    checkpoint counts if nothing else has one. With `with_time` the time is that of the newest
+    weight file, else 0.
 
     Raises InputError for a missing path.
     """
@@ -90,7 +92,9 @@ def _label_of(path: str) -> StepLabel:
 
 
 def no_such_checkpoint(path: str) -> InputError:
-    """The error for a path that does not exist. A glob in it was left as it is by a shell that found no match."""
+    """The error for a path that does not exist. A glob in it was left as it is by a shell that
+    found no match.
+    """
     if not is_local(path):
         return InputError(f"no such checkpoint: {path}")
     parent = next((above for above in Path(path).parents if above.exists() and not is_glob(str(above))), Path())
@@ -101,7 +105,9 @@ def no_such_checkpoint(path: str) -> InputError:
 
 
 def _weights_time(store: Store, path: str) -> int:
-    """The modification time of the newest weight file; that of a folder changes with any file that is added."""
+    """The modification time of the newest weight file; that of a folder changes with any file that
+    is added.
+    """
     found = store.stat(path)
     if found is None or found.kind != "folder":
         return 0 if found is None else found.mtime_ns
@@ -131,9 +137,11 @@ def _trainer_step(store: Store, path: str) -> int | None:
 
 
 def is_checkpoint(folder: StrPath) -> bool:
-    """Whether `folder` is a distributed checkpoint, or has the safetensors files of one, directly or in folders of ranks.
+    """Whether `folder` is a distributed checkpoint, or has the safetensors files of one, directly
+    or in folders of ranks.
 
-    Files named by different steps (`model_step_10.safetensors`) are several checkpoints, so their folder is not one.
+    Files named by different steps (`model_step_10.safetensors`) are several checkpoints, so their
+    folder is not one.
     """
     folder = as_path(folder)
     entries = _entries(folder)
@@ -147,15 +155,17 @@ def is_checkpoint(folder: StrPath) -> bool:
 
 
 def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] | None = None) -> list[str]:
-    """The checkpoints at `paths` (or one path): themselves, and those inside every run folder, by number.
+    """The checkpoints at `paths` (or one path): themselves, and those inside every run folder, by
+    number.
 
-    A folder given alone is a run if it holds at least two checkpoints named by step, even with a final model saved
-    beside them; a folder given with others is a checkpoint, if it can be. Hidden and unfinished folders of a run are
-    left out, as are, with a line each to `on_skip`, results of pmerge, links to a neighbor (`latest`), folders named
-    by step without safetensors, and checkpoints without a step (`final`, `best`) if others have one.
+    A folder given alone is a run if it holds at least two checkpoints named by step, even with a
+    final model saved beside them; a folder given with others is a checkpoint, if it can be. Hidden
+    and unfinished folders of a run are left out, as are, with a line each to `on_skip`, results of
+    pmerge, links to a neighbor (`latest`), folders named by step without safetensors, and
+    checkpoints without a step (`final`, `best`) if others have one.
 
-    Raises InputError if no checkpoint is found or one shard of several is given alone, UsageError if one checkpoint
-    is named twice.
+    Raises InputError if no checkpoint is found or one shard of several is given alone, UsageError
+    if one checkpoint is named twice.
     """
     on_skip = on_skip or (lambda line: None)
     if isinstance(paths, str | os.PathLike):
@@ -193,7 +203,9 @@ def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] 
 
 
 def _expand(given: StrPath, on_skip: Callable[[str], None]) -> list[str]:
-    """The paths that a pattern means, oldest first, without those that have no step, or are another's, where others have one."""
+    """The paths that a pattern means, oldest first, without those that have no step, or are
+    another's, where others have one.
+    """
     if not os.fspath(given):
         raise UsageError("a checkpoint's path is empty", hint="is a variable of the shell unset?")
     path = as_path(given)
@@ -247,7 +259,9 @@ def _is_named_by_step(path: str) -> bool:
 
 
 def _step_files(entries: Sequence[Entry]) -> list[str]:
-    """The safetensors files that are a checkpoint each. A bare number numbers a shard; an index unites its files."""
+    """The safetensors files that are a checkpoint each. A bare number numbers a shard; an index
+    unites its files.
+    """
     if any(entry.name.endswith(".safetensors.index.json") for entry in entries):
         return []
     names = [e.name for e in entries if e.name.endswith(".safetensors") and not e.name.startswith(".") and e.kind != "folder"]
@@ -257,7 +271,9 @@ def _step_files(entries: Sequence[Entry]) -> list[str]:
 
 
 def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
-    """The checkpoints directly inside `run`, and a line for each entry that looks like one and is none."""
+    """The checkpoints directly inside `run`, and a line for each entry that looks like one and is
+    none.
+    """
     store, entries, home = open_store(run), _entries(run), resolve(run)
     found, skipped = [join(run, name) for name in _step_files(entries)], []
     for entry in entries:
@@ -307,7 +323,8 @@ def _nothing_found(path: str) -> InputError:
 
 
 def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step") -> tuple[list[Candidate], list[str]]:
-    """The checkpoints at `paths`, and a line for each entry that is left out. Raises InputError or UsageError.
+    """The checkpoints at `paths`, and a line for each entry that is left out. Raises InputError or
+    UsageError.
 
     Modification times are read only if `order` is "mtime".
     """
@@ -327,7 +344,9 @@ def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step") -> 
 
 
 def _with_steps_from_above(candidates: list[Candidate]) -> list[Candidate]:
-    """Candidates whose last names are all alike (`global_step_80/actor/huggingface`) get the step of a folder above."""
+    """Candidates whose last names are all alike (`global_step_80/actor/huggingface`) get the step
+    of a folder above.
+    """
     above = [each.path for each in candidates]
     if len(above) < 2 or any(each.step is not None for each in candidates):
         return candidates

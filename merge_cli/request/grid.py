@@ -2,8 +2,8 @@
 
     --method sma,ema:0.1 --last 6,10 --every 1000    ->    sma-last6-every1000, sma-last10-every1000, ema-0.1-last6-every1000, ...
 
-A combination holds the options of one `pmerge average`, under a name that is safe as a folder and lists them. Whether
-checkpoints exist for it is not known here.
+A combination holds the options of one `pmerge average`, under a name that is safe as a folder and
+lists them. Whether checkpoints exist for it is not known here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _NAME = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*")
 
 @dataclass(frozen=True)
 class Combination:
-    """One output of a sweep: the `name` of its folder, the `method` with its `parameters`, and the `selection` by option."""
+    """One output of a sweep: the `name` of its folder, the `method` with its `parameters`, and the
+    `selection` by option.
+    """
 
     name: str
     method: str
@@ -39,9 +41,11 @@ class Combination:
 def grid(
     methods: Sequence[str], last: Sequence[int] = (), every: Sequence[int | str] = (), at: Sequence[int | str] = ()
 ) -> list[Combination]:
-    """Every method with every `last`, `every` and `at`; an empty axis is left out. Raises UsageError.
+    """Every method with every `last`, `every` and `at`; an empty axis is left out. Raises
+    UsageError.
 
-    A method is a name, alone or with parameters: "ema:0.1" (its first parameter), "decay:1-sqrt:floor=0.1".
+    A method is a name, alone or with parameters: "ema:0.1" (its first parameter),
+    "decay:1-sqrt:floor=0.1".
     """
     axes = [[{name: value} for value in values] or [{}] for name, values in (("last", last), ("every", every), ("at", at))]
     found = [
@@ -53,7 +57,9 @@ def grid(
 
 
 def unique(combinations: Sequence[Combination]) -> list[Combination]:
-    """The combinations without repeated ones. Raises UsageError when two different ones have the same name."""
+    """The combinations without repeated ones. Raises UsageError when two different ones have the
+    same name.
+    """
     found: dict[str, Combination] = {}
     for each in combinations:
         if found.setdefault(each.name, each) != each:
@@ -89,7 +95,9 @@ EXAMPLE_LIST = '[{"method": "ema", "alpha": 0.1, "last": 6}, {"method": "sma", "
 
 
 def entry(given: object) -> Combination:
-    """The combination of an object with options of `pmerge average`, `at` and an optional `name`. Raises UsageError."""
+    """The combination of an object with options of `pmerge average`, `at` and an optional `name`.
+    Raises UsageError.
+    """
     if not isinstance(given, dict):
         raise UsageError(f"an entry of the list is {str(given)[:60]}, expected an object", hint=EXAMPLE_LIST)
     options_by_word = {each.flag.removeprefix("--"): name for name, each in (SELECTION | PARAMETERS).items()}

@@ -33,7 +33,8 @@ class StepLabel:
 class Candidate:
     """A checkpoint that may be averaged; `path` is as given.
 
-    `step_warning`: why the step may be wrong, such as another number in the name or a broken `trainer_state.json`.
+    `step_warning`: why the step may be wrong, such as another number in the name or a broken
+    `trainer_state.json`.
     """
 
     path: str
@@ -45,10 +46,11 @@ class Candidate:
 
 
 def parse_label(name: str) -> StepLabel:
-    """Read the name of a checkpoint folder or file: `step-001000-2BT`, `epoch=3-step=1200`, `iter_0001000`, `0001000`.
+    """Read the name of a checkpoint folder or file: `step-001000-2BT`, `epoch=3-step=1200`,
+    `iter_0001000`, `0001000`.
 
-    The number after step outranks one after iter, checkpoint or ckpt, and these one after epoch. Token labels are
-    rounded, and not used.
+    The number after step outranks one after iter, checkpoint or ckpt, and these one after epoch.
+    Token labels are rounded, and not used.
     """
     name = _SHARD.sub("", name.removesuffix(".safetensors"))
     stage, ingredient = _STAGE.search(name), _INGREDIENT.search(name)

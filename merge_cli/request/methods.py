@@ -1,17 +1,19 @@
-"""Methods: from the steps of checkpoints to the coefficients of their average. Every method is one vector.
+"""Methods: from the steps of checkpoints to the coefficients of their average. Every method is one
+vector.
 
-`out = sum_i c_i x_i`, always oldest to newest: `c_0` belongs to the oldest checkpoint, `c_{N-1}` to the
-newest. A method is a pure function from the steps and a few parameters to the c_i, so a new method is one
-function and one entry in `METHODS`. Sources: PMA = arXiv 2505.12082, WSM = arXiv 2507.17634, post-hoc EMA =
-arXiv 2312.02696.
+`out = sum_i c_i x_i`, always oldest to newest: `c_0` belongs to the oldest checkpoint, `c_{N-1}` to
+the newest. A method is a pure function from the steps and a few parameters to the c_i, so a new
+method is one function and one entry in `METHODS`. Sources: PMA = arXiv 2505.12082, WSM = arXiv
+2507.17634, post-hoc EMA = arXiv 2312.02696.
 
-Rational methods also give integer numerators and one denominator: dividing the integer-weighted sum once
-keeps exact ties exact, which multiplying by a rounded 1/3 does not. Explicit weights are rational too, as
-decimals, unless they have very many digits. All other values are float64 and sum to 1 within 1e-12; only
-explicit weights may be as far off as 1e-6, and are then used as they are (`warnings_for` states their sum).
+Rational methods also give integer numerators and one denominator: dividing the integer-weighted sum
+once keeps exact ties exact, which multiplying by a rounded 1/3 does not. Explicit weights are
+rational too, as decimals, unless they have very many digits. All other values are float64 and sum
+to 1 within 1e-12; only explicit weights may be as far off as 1e-6, and are then used as they are
+(`warnings_for` states their sum).
 
-No method guarantees a better model: `warnings_for` lists the known reasons why an average hurts, and only an
-evaluation decides.
+No method guarantees a better model: `warnings_for` lists the known reasons why an average hurts,
+and only an evaluation decides.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from merge_cli.request.coefficients import IDENTITY, Coefficients
 from merge_cli.request.option import Option, not_a_choice
 
 MOST_NUMERATORS = 1 << 37
-"""Of explicit weights, all together: more than this, times any float, is no exact sum in float64 (see `planning/sums.py`)."""
+"""Of explicit weights, all together: more than this, times any float, is no exact sum in float64
+(see `planning/sums.py`).
+"""
 SUM_TOLERANCE = 1e-6  # how far the sum of explicit weights may be from 1: six typed digits
 
 
@@ -37,8 +41,8 @@ SUM_TOLERANCE = 1e-6  # how far the sum of explicit weights may be from 1: six t
 class Parameter(Option):
     """A parameter of a method.
 
-    `in_steps`: its unit is the step, so the checkpoints need true steps; `instead_of`: the parameter that it
-    replaces, so that only one of the two may be given.
+    `in_steps`: its unit is the step, so the checkpoints need true steps; `instead_of`: the
+    parameter that it replaces, so that only one of the two may be given.
     """
 
     in_steps: bool = False
@@ -49,8 +53,9 @@ class Parameter(Option):
 class Method:
     """One averaging method; `function` takes the steps and every parameter.
 
-    `needs_order`: the checkpoints need steps, or an order given; `needs_step_values`: positions in place of
-    true steps would be wrong; `is_explicit`: the user types one coefficient per checkpoint.
+    `needs_order`: the checkpoints need steps, or an order given; `needs_step_values`: positions in
+    place of true steps would be wrong; `is_explicit`: the user types one coefficient per
+    checkpoint.
     """
 
     name: str
@@ -65,13 +70,15 @@ class Method:
 
 
 def coefficients(method: str, steps: Sequence[float], **parameters: Any) -> Coefficients:
-    """The coefficients of averaging checkpoints at `steps`, oldest to newest, by a method of `METHODS`.
+    """The coefficients of averaging checkpoints at `steps`, oldest to newest, by a method of
+    `METHODS`.
 
     `steps` may be in any unit (optimizer steps, tokens) and may be mere positions, unless
-    `needs_step_numbers`. A parameter that is None counts as not given. One checkpoint gives (1.0,), whatever
-    the method.
+    `needs_step_numbers`. A parameter that is None counts as not given. One checkpoint gives (1.0,),
+    whatever the method.
 
-    Raises UsageError: unknown method or parameter, value out of range, no checkpoint, steps not increasing.
+    Raises UsageError: unknown method or parameter, value out of range, no checkpoint, steps not
+    increasing.
     """
     given = check_parameters(method, parameters)
     if len(steps) == 0:
@@ -84,9 +91,11 @@ def coefficients(method: str, steps: Sequence[float], **parameters: Any) -> Coef
 
 
 def check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The given parameters of a method, read from text where they are text; None counts as not given.
+    """The given parameters of a method, read from text where they are text; None counts as not
+    given.
 
-    Raises UsageError: unknown method or parameter, a value of the wrong kind, two that exclude each other.
+    Raises UsageError: unknown method or parameter, a value of the wrong kind, two that exclude each
+    other.
     """
     chosen = METHODS.get(method)
     if chosen is None:
@@ -106,7 +115,9 @@ def check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, An
 
 
 def needs_step_values(method: str, **parameters: Any) -> bool:
-    """Whether positions 0..N-1 in place of true steps would be wrong, for instance for a half-life in steps."""
+    """Whether positions 0..N-1 in place of true steps would be wrong, for instance for a half-life
+    in steps.
+    """
     chosen = METHODS[method]
     in_steps = [name for name, parameter in chosen.parameters.items() if parameter.in_steps]
     return chosen.needs_step_values or any(parameters.get(name) is not None for name in in_steps)
@@ -128,11 +139,13 @@ def wma(steps: Sequence[float]) -> Coefficients:
 
 
 def ema(steps: Sequence[float], alpha: float, half_life: float | None) -> Coefficients:
-    """Exponential moving average `M <- a x_i + (1-a) M`, started at the oldest checkpoint (PMA Eq. 4).
+    """Exponential moving average `M <- a x_i + (1-a) M`, started at the oldest checkpoint (PMA Eq.
+    4).
 
-    Closed form for one a: `c_0 = (1-a)^(N-1)`, `c_i = a (1-a)^(N-1-i)`. It sums to 1; the weights printed in
-    section 4.2 of the paper, `a (1-a)^(N-i)` for every i, do not. With `alpha` one a per checkpoint,
-    whatever the spacing; with `half_life`, in the unit of `steps`, `a_i = 1 - 2^(-(T_i - T_{i-1}) / half_life)`.
+    Closed form for one a: `c_0 = (1-a)^(N-1)`, `c_i = a (1-a)^(N-1-i)`. It sums to 1; the weights
+    printed in section 4.2 of the paper, `a (1-a)^(N-i)` for every i, do not. With `alpha` one a per
+    checkpoint, whatever the spacing; with `half_life`, in the unit of `steps`, `a_i = 1 - 2^(-(T_i
+    - T_{i-1}) / half_life)`.
 
     Raises UsageError unless 0 < alpha <= 1 and 0 < half_life.
     """
@@ -162,11 +175,13 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {  # f(t), 0 <= t < 1, f(0) 
 
 
 def decay(steps: Sequence[float], shape: str, floor: float) -> Coefficients:
-    """Average as if the learning rate had decayed by `shape` to the share `floor` over the window (WSM).
+    """Average as if the learning rate had decayed by `shape` to the share `floor` over the window
+    (WSM).
 
     `w_i = floor + (1-floor) f(t_i)`, `c_i = w_i - w_{i+1}`, `c_{N-1} = w_{N-1}`: `w` is the reverse
-    cumulative sum of `c`. `t_i = (T_i - T_0) / (T_{N-1} - T_0 + mean gap)`, which is i/N for even spacing;
-    linear without a floor is then sma and returned as such, exactly. Otherwise float64, none negative.
+    cumulative sum of `c`. `t_i = (T_i - T_0) / (T_{N-1} - T_0 + mean gap)`, which is i/N for even
+    spacing; linear without a floor is then sma and returned as such, exactly. Otherwise float64,
+    none negative.
 
     Raises UsageError unless 0 <= floor < 1.
     """
@@ -185,14 +200,18 @@ def decay(steps: Sequence[float], shape: str, floor: float) -> Coefficients:
 
 
 def relative_width(gamma: float) -> float:
-    """sigma_rel of the profile `t^g` on [0, T], a share of T: `sqrt((g+1) / (g+3)) / (g+2)` (2312.02696)."""
+    """sigma_rel of the profile `t^g` on [0, T], a share of T: `sqrt((g+1) / (g+3)) / (g+2)`
+    (2312.02696).
+    """
     return math.sqrt((gamma + 1.0) / (gamma + 3.0)) / (gamma + 2.0)
 
 
 def gamma_of(width: float) -> float:
-    """The gamma >= 0 of a relative width s: the largest root of `g^3 + 7g^2 + (16 - s^-2) g + (12 - s^-2)`.
+    """The gamma >= 0 of a relative width s: the largest root of `g^3 + 7g^2 + (16 - s^-2) g + (12 -
+    s^-2)`.
 
-    Bisection on the width itself, which falls for g >= 0: no overflow, no choice of root, full precision.
+    Bisection on the width itself, which falls for g >= 0: no overflow, no choice of root, full
+    precision.
 
     Raises UsageError unless 0 < width <= 1/sqrt(12), the width of the flat profile.
     """
@@ -205,13 +224,15 @@ def gamma_of(width: float) -> float:
 
 
 def power(steps: Sequence[float], sigma_rel: float) -> Coefficients:
-    """Power-function EMA: weigh training time t by `t^g`, of relative width `sigma_rel` (2312.02696).
+    """Power-function EMA: weigh training time t by `t^g`, of relative width `sigma_rel`
+    (2312.02696).
 
-    Each checkpoint represents the time between the midpoints a_i, b_i to its neighbors, so c_i is in
-    proportion to `b_i^(g+1) - a_i^(g+1)`. The first and the last cell reach as far outwards as inwards (not
-    below 0). So a flat profile with even spacing is sma, and the time before the window is left out rather
-    than heaped onto the oldest checkpoint, which would mostly undo averaging; the price is that the average
-    is narrower than `sigma_rel` of the run when the window is.
+    Each checkpoint represents the time between the midpoints a_i, b_i to its neighbors, so c_i is
+    in proportion to `b_i^(g+1) - a_i^(g+1)`. The first and the last cell reach as far outwards as
+    inwards (not below 0). So a flat profile with even spacing is sma, and the time before the
+    window is left out rather than heaped onto the oldest checkpoint, which would mostly undo
+    averaging; the price is that the average is narrower than `sigma_rel` of the run when the window
+    is.
 
     `steps` counts from the start of training.
 
@@ -235,10 +256,11 @@ def power(steps: Sequence[float], sigma_rel: float) -> Coefficients:
 def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize: bool) -> Coefficients:
     """The `weights` as given, one per checkpoint; `normalize` divides them by their sum.
 
-    Without it they must sum to 1 within 1e-6 and are used exactly as typed. Negative ones are allowed. A float
-    means its shortest decimal, so 0.7 is 7/10.
+    Without it they must sum to 1 within 1e-6 and are used exactly as typed. Negative ones are
+    allowed. A float means its shortest decimal, so 0.7 is 7/10.
 
-    Raises UsageError: not one weight per checkpoint, NaN or Inf, a sum that is not 1 (or 0 to normalize).
+    Raises UsageError: not one weight per checkpoint, NaN or Inf, a sum that is not 1 (or 0 to
+    normalize).
     """
     weights = weights or ()
     if len(weights) != len(steps):
@@ -285,7 +307,9 @@ def _number(value: Any, flag: str) -> float:
 
 
 def _numbers(value: Any, flag: str) -> list[float]:
-    """A list of numbers, or the text of one with commas. Whether they are finite is checked with their positions."""
+    """A list of numbers, or the text of one with commas. Whether they are finite is checked with
+    their positions.
+    """
     if isinstance(value, str):
         return [_number(part, flag) for part in value.split(",")]
     if not isinstance(value, Sequence):

@@ -1,10 +1,12 @@
-"""An option: one field of a dataclass, with the default, choices, help text and flag that belong to it.
+"""An option: one field of a dataclass, with the default, choices, help text and flag that belong to
+it.
 
     @dataclass(frozen=True)
     class Spec(Options):
         dtype: str = option("keep", "Dtype of the result.", choices=("keep", "bf16"))
 
-`options_of(Spec)` lists the options. Values are checked when a `Spec` is made, so one that exists is valid.
+`options_of(Spec)` lists the options. Values are checked when a `Spec` is made, so one that exists
+is valid.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from merge_cli.errors import UsageError
 class Option:
     """The description of one option.
 
-    `name` is the keyword of Python calls, `field` the attribute that holds the value; `flag` and both names
-    default to the name of the field. `read` turns a value, which may be text as typed, into the one that is
-    kept, and raises UsageError (called with the value and the flag). `synonyms` maps likely mistakes to
-    choices. `shown` is the default in help texts where it is not the default itself.
+    `name` is the keyword of Python calls, `field` the attribute that holds the value; `flag` and
+    both names default to the name of the field. `read` turns a value, which may be text as typed,
+    into the one that is kept, and raises UsageError (called with the value and the flag).
+    `synonyms` maps likely mistakes to choices. `shown` is the default in help texts where it is not
+    the default itself.
     """
 
     help: str
@@ -50,7 +53,9 @@ class Option:
         return isinstance(self.default, tuple)
 
     def named(self, field: str) -> Self:
-        """The same option as that of the attribute or parameter `field`, with its name and flag filled in."""
+        """The same option as that of the attribute or parameter `field`, with its name and flag
+        filled in.
+        """
         name = self.name or field
         return replace(self, field=field, name=name, flag=self.flag or "--" + name.replace("_", "-"))
 
@@ -66,7 +71,9 @@ class Option:
 
 
 class Options:
-    """Base of the dataclasses whose fields are options. Raises UsageError for a value that is not allowed."""
+    """Base of the dataclasses whose fields are options. Raises UsageError for a value that is not
+    allowed.
+    """
 
     def __post_init__(self) -> None:
         for each in options_of(type(self)):

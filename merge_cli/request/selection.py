@@ -22,7 +22,9 @@ from merge_cli.request.spec import MergeSpec, Selection
 
 @dataclass(frozen=True)
 class Selected:
-    """The selected checkpoints, oldest to newest; notes that inform (how many are left out), and warnings."""
+    """The selected checkpoints, oldest to newest; notes that inform (how many are left out), and
+    warnings.
+    """
 
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
@@ -32,7 +34,8 @@ class Selected:
 def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method: str) -> Selected:
     """The checkpoints that `asked` selects from `candidates`, in the order that `method` needs.
 
-    Raises UsageError or MismatchError if that selection is not possible, InputError for an unreadable step.
+    Raises UsageError or MismatchError if that selection is not possible, InputError for an
+    unreadable step.
     """
     order = asked.order
     if METHODS[method].is_explicit and order == "step":
@@ -54,7 +57,9 @@ def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method
 
 
 def coefficients_of(candidates: Sequence[Candidate], spec: MergeSpec, order: str) -> tuple[Coefficients, list[str]]:
-    """The coefficients of `candidates`, oldest to newest, and warnings about them. Raises UsageError."""
+    """The coefficients of `candidates`, oldest to newest, and warnings about them. Raises
+    UsageError.
+    """
     steps = [candidate.step for candidate in candidates]
     places = _places(candidates, needs_step_values(spec.method, **spec.parameters))
     chosen = coefficients(spec.method, places, **spec.parameters)
@@ -73,9 +78,9 @@ def check_tokens_per_step(tokens_per_step: int | None, amounts: Iterable[int | s
 def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool) -> list[Candidate]:
     """Order from oldest to newest by "step", as "given", or by "mtime".
 
-    By step, checkpoints without a step are an error for a method that needs an order; other methods keep the order
-    given. Two checkpoints with the same step, two with the same time that need an order, and mixed stages or
-    ingredients are errors. As given, any order is right.
+    By step, checkpoints without a step are an error for a method that needs an order; other methods
+    keep the order given. Two checkpoints with the same step, two with the same time that need an
+    order, and mixed stages or ingredients are errors. As given, any order is right.
 
     Raises MismatchError.
     """
@@ -125,10 +130,12 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
 
 
 def select(candidates: Sequence[Candidate], asked: Selection) -> Selected:
-    """Select from `candidates`, oldest to newest: first by step range, then one every V steps, then the last N.
+    """Select from `candidates`, oldest to newest: first by step range, then one every V steps, then
+    the last N.
 
-    `from_step`, `to_step` and `at` are inclusive, `before` is not. Raises UsageError if steps are needed and unknown
-    or too few checkpoints remain, MismatchError with the list of gaps if `every` finds none near a place.
+    `from_step`, `to_step` and `at` are inclusive, `before` is not. Raises UsageError if steps are
+    needed and unknown or too few checkpoints remain, MismatchError with the list of gaps if `every`
+    finds none near a place.
     """
 
     def steps(flag: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
@@ -187,9 +194,11 @@ def _nothing_left(candidates: Sequence[Candidate], first: int | None, last: int 
 
 
 def check_steps(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> tuple[list[str], list[str]]:
-    """Notes and warnings on steps that may be wrong: a line on the checkpoints left out, and one on the chosen ones.
+    """Notes and warnings on steps that may be wrong: a line on the checkpoints left out, and one on
+    the chosen ones.
 
-    Raises the InputError of a chosen checkpoint without a step whose `trainer_state.json` is broken.
+    Raises the InputError of a chosen checkpoint without a step whose `trainer_state.json` is
+    broken.
     """
     for candidate in chosen:
         if candidate.step_warning is not None and candidate.step is None:
@@ -205,10 +214,11 @@ def _step_warnings(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> list[Candidate]:
-    """Walk back from the newest in strides of `every` steps, to the nearest checkpoint within 10 % of a stride.
+    """Walk back from the newest in strides of `every` steps, to the nearest checkpoint within 10 %
+    of a stride.
 
-    The walk ends at the oldest checkpoint or after `last` strides. One pass over the checkpoints, for any number of
-    strides.
+    The walk ends at the oldest checkpoint or after `last` strides. One pass over the checkpoints,
+    for any number of strides.
     """
     if every < 1:
         raise UsageError(f"--every must be at least 1 step, not {every}")

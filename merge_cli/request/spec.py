@@ -5,9 +5,10 @@
     RunConfig   how the work is carried out          decides no byte
     Processes   which processes share the work       decides no byte
 
-A new option is a field here and the code that uses it: the flags of the commands (`cli/options.py`), the keywords
-of Python calls, the record in `pmerge.json`, resuming and `verify --against-inputs` (`planning/record.py`) follow.
-The parameters of the methods are options of MergeSpec, and are in `METHODS`.
+A new option is a field here and the code that uses it: the flags of the commands
+(`cli/options.py`), the keywords of Python calls, the record in `pmerge.json`, resuming and `verify
+--against-inputs` (`planning/record.py`) follow. The parameters of the methods are options of
+MergeSpec, and are in `METHODS`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def _workers(value: int | str, flag: str) -> int | str:
 
 @dataclass(frozen=True)
 class Selection(Options):
-    """The checkpoints to average, out of those found. Amounts are steps; with `tokens_per_step`, "8B" is tokens."""
+    """The checkpoints to average, out of those found. Amounts are steps; with `tokens_per_step`,
+    "8B" is tokens.
+    """
 
     order: str = option(
         "step",
@@ -158,7 +161,9 @@ class RunConfig(Options):
 
 @dataclass(frozen=True)
 class Processes(Options):
-    """The processes that share the work, as typed: started here, or by a launcher (`ranks/launcher.py`)."""
+    """The processes that share the work, as typed: started here, or by a launcher
+    (`ranks/launcher.py`).
+    """
 
     workers: int | str = option(1, "Processes on this machine: a number, or auto.", metavar="N", read=_workers)
     rank: int | None = option(None, "Number of this process among several that make one result.", metavar="R", read=parse_whole)
@@ -170,9 +175,11 @@ class Processes(Options):
 def read_options(
     options: Mapping[str, Any], selection: Selection | None = None, spec: MergeSpec | None = None, run: RunConfig | None = None
 ) -> tuple[Selection, MergeSpec, RunConfig]:
-    """The specs of options by keyword, as of `average(paths, output, **options)`, laid over those that are given.
+    """The specs of options by keyword, as of `average(paths, output, **options)`, laid over those
+    that are given.
 
-    An option that is None counts as not given. Raises UsageError for a value, TypeError for an unknown keyword.
+    An option that is None counts as not given. Raises UsageError for a value, TypeError for an
+    unknown keyword.
     """
     given = {name: value for name, value in options.items() if value is not None}
     spec = spec or MergeSpec()

@@ -1,11 +1,13 @@
-"""Ranges of files over HTTP by the standard library: kept connections, failures that pass, limits that all threads keep.
+"""Ranges of files over HTTP by the standard library: kept connections, failures that pass, limits
+that all threads keep.
 
-Each answer to a range is checked to be that range of a file of the expected size: a proxy that ignores `Range` sends other bytes
-without an error. Bytes go straight into the caller's buffer. What may pass (a dropped connection, 429, 503, a truncated or ignored
-range) is tried again, from the byte that was reached; where a server asks to wait, all threads wait.
+Each answer to a range is checked to be that range of a file of the expected size: a proxy that
+ignores `Range` sends other bytes without an error. Bytes go straight into the caller's buffer. What
+may pass (a dropped connection, 429, 503, a truncated or ignored range) is tried again, from the
+byte that was reached; where a server asks to wait, all threads wait.
 
-The token goes to the one origin that it is for, and never along a redirect to another. HTTP(S)_PROXY, NO_PROXY and SSL_CERT_FILE
-are honored.
+The token goes to the one origin that it is for, and never along a redirect to another.
+HTTP(S)_PROXY, NO_PROXY and SSL_CERT_FILE are honored.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Answer(NamedTuple):
 
 
 class _Failure(Exception):
-    """A request failed in a way that may pass: how long the server asks to wait, whether bytes came, how often to try."""
+    """A request failed in a way that may pass: how long the server asks to wait, whether bytes
+    came, how often to try.
+    """
 
     def __init__(self, text: str, wait_s: float = 0.0, progress: bool = False, tries: int = MOST_TRIES) -> None:
         super().__init__(text)
@@ -61,7 +65,9 @@ class _Failure(Exception):
 
 
 class HttpClient:
-    """Requests to any host, from several threads. `token` is sent to the origin of `endpoint` alone."""
+    """Requests to any host, from several threads. `token` is sent to the origin of `endpoint`
+    alone.
+    """
 
     first_delay_s = 1.0
 
@@ -90,13 +96,17 @@ class HttpClient:
             raise StoreError(f"the answer of {_host(url)} is not JSON: {error}") from error
 
     def head(self, url: str) -> Answer:
-        """The answer to a HEAD, redirects within the host followed; one to another host is the answer. Raises StoreError."""
+        """The answer to a HEAD, redirects within the host followed; one to another host is the
+        answer. Raises StoreError.
+        """
         return self._again(url, lambda: self._follow("HEAD", url), tries=4)
 
     def read_range(self, locate: Callable[[str], str], offset: int, buffer: memoryview, num_bytes: int, what: str) -> None:
-        """Fill `buffer` from byte `offset` of a file of `num_bytes` bytes. Raises ChangedError, StoreError.
+        """Fill `buffer` from byte `offset` of a file of `num_bytes` bytes. Raises ChangedError,
+        StoreError.
 
-        `locate(stale)` gives the link to the file: a new one where `stale` is the one that has expired. `what` is named in errors.
+        `locate(stale)` gives the link to the file: a new one where `stale` is the one that has
+        expired. `what` is named in errors.
         """
         done, link, renewed = 0, locate(""), 0
 
@@ -124,7 +134,9 @@ class HttpClient:
         self._again(what, work, lambda: offset + done)
 
     def _again(self, what: str, work: Callable[[], _T], at: Callable[[], int] | None = None, tries: int = MOST_TRIES) -> _T:
-        """`work()`, and again after failures that may pass. Raises StoreError once it has failed too often."""
+        """`work()`, and again after failures that may pass. Raises StoreError once it has failed
+        too often.
+        """
         failed = 0
         while True:
             time.sleep(max(0.0, self._resume_at - time.monotonic()))
@@ -156,7 +168,9 @@ class HttpClient:
                     time.sleep(min(32.0, self.first_delay_s * 2 ** (failed - 1)) * random.uniform(0.5, 1.5))
 
     def _follow(self, method: str, url: str) -> Answer:
-        """The answer, redirects followed that stay on the host. Raises _Failure for a status that may pass."""
+        """The answer, redirects followed that stay on the host. Raises _Failure for a status that
+        may pass.
+        """
         for _ in range(_MOST_REDIRECTS):
             with self._exchange(method, url, {}) as response:
                 body = response.read(MAX_JSON_BYTES)
@@ -227,7 +241,9 @@ class HttpClient:
 
 
 def _check_range(response: http.client.HTTPResponse, begin: int, end: int, num_bytes: int, what: str) -> None:
-    """Raise unless the body is bytes `begin` to `end` of a file of `num_bytes` bytes, with nothing encoded."""
+    """Raise unless the body is bytes `begin` to `end` of a file of `num_bytes` bytes, with nothing
+    encoded.
+    """
     status, headers = response.status, response.headers
     if status in _PASSING:
         raise _Failure(f"the server answered {status} {response.reason}", _wait_s(headers))
@@ -250,7 +266,9 @@ def _check_range(response: http.client.HTTPResponse, begin: int, end: int, num_b
 
 
 def _wait_s(headers: http.client.HTTPMessage) -> float:
-    """The seconds that a server asks to wait: `Retry-After`, or the time left of an exhausted `RateLimit` (`"api";r=0;t=42`)."""
+    """The seconds that a server asks to wait: `Retry-After`, or the time left of an exhausted
+    `RateLimit` (`"api";r=0;t=42`).
+    """
     if (after := headers.get("Retry-After", "")).isdigit():
         return float(after)
     limit = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))

@@ -1,12 +1,15 @@
-"""The Hugging Face Hub: `hf://org/name@revision/folder`, read by ranges, with nothing stored on disk.
+"""The Hugging Face Hub: `hf://org/name@revision/folder`, read by ranges, with nothing stored on
+disk.
 
-A revision (a branch, a tag, `refs/pr/1` or a commit; `main` where none is given) is resolved to its commit once for a plan, and all
-is read from that commit: a branch that moves changes nothing. One request gives sizes and hashes of all files of a revision, one
-more per file the link that its ranges are read from; links expire and are renewed. Files that lie in the local cache of
+A revision (a branch, a tag, `refs/pr/1` or a commit; `main` where none is given) is resolved to its
+commit once for a plan, and all is read from that commit: a branch that moves changes nothing. One
+request gives sizes and hashes of all files of a revision, one more per file the link that its
+ranges are read from; links expire and are renewed. Files that lie in the local cache of
 huggingface_hub are read from there, and with HF_HUB_OFFLINE=1 nothing else is.
 
-HF_ENDPOINT, HF_TOKEN, HF_HOME and `hf auth login` work as they do for huggingface_hub. Its HfFileSystem is not used: it makes two
-requests a range, and takes bytes of another range, or of another commit, for those asked for.
+HF_ENDPOINT, HF_TOKEN, HF_HOME and `hf auth login` work as they do for huggingface_hub. Its
+HfFileSystem is not used: it makes two requests a range, and takes bytes of another range, or of
+another commit, for those asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 
 
 class Place(NamedTuple):
-    """A path taken apart: `hf://org/name@revision/inside`; `inside` is "" for the repository's root."""
+    """A path taken apart: `hf://org/name@revision/inside`; `inside` is "" for the repository's
+    root.
+    """
 
     repo: str
     revision: str
@@ -44,7 +49,9 @@ class Place(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file of a commit. `version` is the hash of its content, as git (sha1 of the blob) or LFS (sha256) has it."""
+    """A file of a commit. `version` is the hash of its content, as git (sha1 of the blob) or LFS
+    (sha256) has it.
+    """
 
     num_bytes: int
     version: str
@@ -111,7 +118,9 @@ class HubSource:
 
 
 class HubStore:
-    """Repositories of models. Revisions stay pinned to the commit that was found first, until `expand` begins another plan."""
+    """Repositories of models. Revisions stay pinned to the commit that was found first, until
+    `expand` begins another plan.
+    """
 
     requests_at_once = 16
 
@@ -162,7 +171,9 @@ class HubStore:
     def check_inside(self, root: str, path: str) -> None: ...
 
     def expand(self, path: str) -> Sequence[str]:
-        """The revisions, and the folders in them, that a pattern means: `hf://org/name@stage1-step*`. Pins are made anew."""
+        """The revisions, and the folders in them, that a pattern means:
+        `hf://org/name@stage1-step*`. Pins are made anew.
+        """
         place = _parse(path)
         with self._lock:
             self._commits = {key: commit for key, commit in self._commits.items() if key[0] != place.repo}
@@ -187,7 +198,9 @@ class HubStore:
         return found
 
     def find_in_cache(self, repo: str, commit: str, name: str) -> str | None:
-        """The path of a file of a commit in the local cache of huggingface_hub, None where it is not there."""
+        """The path of a file of a commit in the local cache of huggingface_hub, None where it is
+        not there.
+        """
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(repo, name, revision=commit)

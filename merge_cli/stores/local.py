@@ -1,14 +1,16 @@
 """Files of this machine, mounts included: the only code that opens an input by its path.
 
-Nothing is trusted here: a name may be a pipe that never answers, a device that never ends, or a link to a file that is nobody's
-business. The one link that may leave a checkpoint is that of a Hub cache, whose snapshots point into the cache's own blobs.
+Nothing is trusted here: a name may be a pipe that never answers, a device that never ends, or a
+link to a file that is nobody's business. The one link that may leave a checkpoint is that of a Hub
+cache, whose snapshots point into the cache's own blobs.
 
-A file is the same as long as its size and modification time are: its inode is not looked at, for network and FUSE mounts give
-another one to another host, after a remount, or at every look. Only of a file that is held open is more known: when it has lost
-its name, it was replaced or removed. Files are opened read-only and never mapped: a fault on a network mount would kill the
-process.
+A file is the same as long as its size and modification time are: its inode is not looked at, for
+network and FUSE mounts give another one to another host, after a remount, or at every look. Only of
+a file that is held open is more known: when it has lost its name, it was replaced or removed. Files
+are opened read-only and never mapped: a fault on a network mount would kill the process.
 
-Not noticed: data rewritten in place, or a file replaced while it is not open, by something that sets the modification time back.
+Not noticed: data rewritten in place, or a file replaced while it is not open, by something that
+sets the modification time back.
 """
 
 from __future__ import annotations
@@ -83,10 +85,12 @@ class LocalSource:
             done += count
 
     def read_direct(self, first: int, wanted: int, block: memoryview) -> bool:
-        """Read past the page cache: whether at least `wanted` bytes from `first`, a multiple of the block, are in `block`.
+        """Read past the page cache: whether at least `wanted` bytes from `first`, a multiple of the
+        block, are in `block`.
 
-        `block` is aligned to DIRECT_BLOCK_BYTES. False where it has no room for whole blocks, where the filesystem has no O_DIRECT,
-        or where a read fails: `read_into` then finds the reason. Raises ChangedError or StoreError.
+        `block` is aligned to DIRECT_BLOCK_BYTES. False where it has no room for whole blocks, where
+        the filesystem has no O_DIRECT, or where a read fails: `read_into` then finds the reason.
+        Raises ChangedError or StoreError.
         """
         end = -(-wanted // DIRECT_BLOCK_BYTES) * DIRECT_BLOCK_BYTES
         if end > len(block) or self._has_no_direct:
@@ -109,7 +113,9 @@ class LocalSource:
         os.posix_fadvise(self.descriptor(), offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
     def descriptor(self, flags: int = 0) -> int:
-        """The open file, until `close`. Raises ChangedError, StoreError; OSError where the filesystem does not know `flags`."""
+        """The open file, until `close`. Raises ChangedError, StoreError; OSError where the
+        filesystem does not know `flags`.
+        """
         with self._lock:
             if flags not in self._descriptors:
                 self._descriptors[flags] = self._open_again(flags)
@@ -204,7 +210,9 @@ STORE = LocalStore()
 
 
 def _kind(entry: os.DirEntry[str]) -> Kind:
-    """Without a look at the file, unless it is a link: a folder of a thousand shards is listed with one call."""
+    """Without a look at the file, unless it is a link: a folder of a thousand shards is listed with
+    one call.
+    """
     try:
         if entry.is_dir():
             return "folder"
@@ -220,7 +228,9 @@ def _kind_of_mode(mode: int) -> Kind:
 
 
 def _stays_inside(root: Path, path: Path) -> bool:
-    """Whether `path`, links followed, lies in `root`, or is a link of a Hub cache snapshot into the same cache's blobs."""
+    """Whether `path`, links followed, lies in `root`, or is a link of a Hub cache snapshot into the
+    same cache's blobs.
+    """
     try:
         real, real_root = path.resolve(), root.resolve()
         if real.is_relative_to(real_root):

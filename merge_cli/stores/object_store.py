@@ -1,9 +1,12 @@
-"""Object stores: `s3://bucket/prefix`, `gs://bucket/prefix` and `az://container/prefix`, by obstore (`pip install 'pmerge[s3]'`).
+"""Object stores: `s3://bucket/prefix`, `gs://bucket/prefix` and `az://container/prefix`, by obstore
+(`pip install 'pmerge[s3]'`).
 
-Every read asks for the object with the ETag that its listing had, so the store itself notices an object that is replaced. A folder
-is listed once for a plan. Settings are those of the environment, as obstore reads them; for S3 the profiles in ~/.aws too.
+Every read asks for the object with the ETag that its listing had, so the store itself notices an
+object that is replaced. A folder is listed once for a plan. Settings are those of the environment,
+as obstore reads them; for S3 the profiles in ~/.aws too.
 
-S3: AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, AWS_REQUEST_PAYER=true, AWS_SKIP_SIGNATURE=true (public buckets).
+S3: AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, AWS_REQUEST_PAYER=true, AWS_SKIP_SIGNATURE=true
+(public buckets).
 """
 
 from __future__ import annotations
@@ -239,7 +242,9 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
 def _s3_settings() -> dict[str, Any]:
-    """Settings out of the profile in ~/.aws, where the environment has no keys: obstore reads the environment alone."""
+    """Settings out of the profile in ~/.aws, where the environment has no keys: obstore reads the
+    environment alone.
+    """
     if "AWS_ACCESS_KEY_ID" in os.environ:
         return {}
     profile, named = os.environ.get("AWS_PROFILE", "default"), "AWS_PROFILE" in os.environ
@@ -266,7 +271,9 @@ def _s3_settings() -> dict[str, Any]:
 
 
 def _section(variable: str, name: str, section: str) -> dict[str, str]:
-    """A section of a file in ~/.aws, {} where it is missing. Raises InputError for a file that cannot be read."""
+    """A section of a file in ~/.aws, {} where it is missing. Raises InputError for a file that
+    cannot be read.
+    """
     path = Path(os.environ.get(variable, "") or Path.home() / ".aws" / name)
     parser = configparser.RawConfigParser()
     try:

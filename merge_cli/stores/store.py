@@ -1,8 +1,9 @@
 """Where files lie: the stores that inputs are read from.
 
-A place is a string: a path of this machine, or `scheme://...`, and its scheme names its store. Whatever reads an input does so
-through a `Store` and the `Source`s that it opens, so formats, plan and engine never know where bytes lie. Strings, because a `Path`
-turns `hf://org/name` into `hf:/org/name`. Nothing is written through a store.
+A place is a string: a path of this machine, or `scheme://...`, and its scheme names its store.
+Whatever reads an input does so through a `Store` and the `Source`s that it opens, so formats, plan
+and engine never know where bytes lie. Strings, because a `Path` turns `hf://org/name` into
+`hf:/org/name`. Nothing is written through a store.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ STORES = {
     "hf": "merge_cli.stores.hub",
     **dict.fromkeys(("s3", "gs", "az"), "merge_cli.stores.object_store"),
 }
-"""Scheme -> the module whose `STORE` reads such paths, imported when it is needed; "" is this machine."""
+"""Scheme -> the module whose `STORE` reads such paths, imported when it is needed; "" is this
+machine.
+"""
 
 Kind = Literal["file", "folder", "broken link", "other"]
 """Links are followed; "other" is neither a file nor a folder: a pipe, a device."""
@@ -41,7 +44,9 @@ class Entry(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """Facts about a path: its kind, the size of a file, and when it was modified (0 where the store keeps no time)."""
+    """Facts about a path: its kind, the size of a file, and when it was modified (0 where the store
+    keeps no time).
+    """
 
     kind: Kind
     num_bytes: int
@@ -49,9 +54,11 @@ class Stat(NamedTuple):
 
 
 class Source(Protocol):
-    """One file of a store, in the version that was there when it was opened. Safe to read from several threads.
+    """One file of a store, in the version that was there when it was opened. Safe to read from
+    several threads.
 
-    `version` changes whenever the file does, and is the same wherever and whenever it is opened: a time, a hash, an ETag.
+    `version` changes whenever the file does, and is the same wherever and whenever it is opened: a
+    time, a hash, an ETag.
     """
 
     @property
@@ -62,24 +69,31 @@ class Source(Protocol):
     def version(self) -> str: ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset`. Raises ChangedError where the file is shorter or another than when it
-        was opened, StoreError where the storage fails; both with the `offset` that they failed at."""
+        """Fill `buffer` with the bytes from `offset`. Raises ChangedError where the file is shorter
+        or another than when it was opened, StoreError where the storage fails; both with the
+        `offset` that they failed at.
+        """
 
     def close(self) -> None:
-        """Give back what reading holds (a descriptor); a later read takes it again. Not while another thread reads."""
+        """Give back what reading holds (a descriptor); a later read takes it again. Not while
+        another thread reads.
+        """
 
 
 class Store(Protocol):
     """A place that holds folders and files. Raises StoreError where it does not answer.
 
-    `requests_at_once` is how many threads reading keeps busy: 1 where the machine's own cores are the limit.
+    `requests_at_once` is how many threads reading keeps busy: 1 where the machine's own cores are
+    the limit.
     """
 
     @property
     def requests_at_once(self) -> int: ...
 
     def expand(self, path: str) -> Sequence[str]:
-        """The paths that a pattern (`*`, `?`, `[...]`) means, [`path`] for others. Raises InputError where nothing matches."""
+        """The paths that a pattern (`*`, `?`, `[...]`) means, [`path`] for others. Raises
+        InputError where nothing matches.
+        """
 
     def list(self, path: str) -> Sequence[Entry]:
         """The names in the folder `path`, sorted. Raises InputError where it cannot be listed."""
@@ -88,13 +102,19 @@ class Store(Protocol):
         """Facts about `path`, None where nothing is there."""
 
     def open(self, path: str) -> Source:
-        """The regular file `path`. Raises InputError where it is missing, something else or may not be read."""
+        """The regular file `path`. Raises InputError where it is missing, something else or may not
+        be read.
+        """
 
     def resolve(self, path: str) -> str:
-        """The one name, to be recorded, of whatever `path` means now: absolute, links followed, a branch as its commit."""
+        """The one name, to be recorded, of whatever `path` means now: absolute, links followed, a
+        branch as its commit.
+        """
 
     def check_inside(self, root: str, path: str) -> None:
-        """Raise InputError where `path` is a link that is broken, or leads out of the checkpoint in the folder `root`."""
+        """Raise InputError where `path` is a link that is broken, or leads out of the checkpoint in
+        the folder `root`.
+        """
 
 
 def open_store(path: str) -> Store:
@@ -118,9 +138,11 @@ def is_local(path: str) -> bool:
 
 
 def as_path(given: StrPath) -> str:
-    """A path as it was typed, in its shortest form: `run/./a/` is `run/a`, `hf://org/name/` is `hf://org/name`.
+    """A path as it was typed, in its shortest form: `run/./a/` is `run/a`, `hf://org/name/` is
+    `hf://org/name`.
 
-    A leading `~` is the home folder, since the shell leaves it alone in `--output=~/x` and in a list of paths.
+    A leading `~` is the home folder, since the shell leaves it alone in `--output=~/x` and in a
+    list of paths.
     """
     text = os.fspath(given)
     return str(Path(os.path.expanduser(text))) if is_local(text) else text.rstrip("/")  # noqa: PTH111  # never raises
@@ -147,7 +169,9 @@ def is_glob(text: str) -> bool:
 
 
 def match_names(store: Store, folder: str, pattern: str) -> list[str]:
-    """The paths below `folder` that `pattern` means, sorted. Raises InputError where a folder in it is missing."""
+    """The paths below `folder` that `pattern` means, sorted. Raises InputError where a folder in it
+    is missing.
+    """
     first, _, rest = pattern.partition("/")
     names = [entry.name for entry in store.list(folder) if fnmatchcase(entry.name, first)] if is_glob(first) else [first]
     found = [path for path in (join(folder, name) for name in names) if store.stat(path) is not None]
@@ -167,7 +191,9 @@ def read_bytes(source: Source, offset: int, num_bytes: int) -> bytearray:
 
 
 def read_file(path: str, max_bytes: int) -> bytes:
-    """The content of a small file. Raises InputError where it is missing, no regular file or larger than `max_bytes`."""
+    """The content of a small file. Raises InputError where it is missing, no regular file or larger
+    than `max_bytes`.
+    """
     with closing(open_store(path).open(path)) as source:
         if source.num_bytes > max_bytes:
             raise InputError(

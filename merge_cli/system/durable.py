@@ -1,8 +1,10 @@
-"""The system calls that decide what is on a disk after a crash, and what their failures mean to the person at the keyboard.
+"""The system calls that decide what is on a disk after a crash, and what their failures mean to the
+person at the keyboard.
 
-A failed fsync is an error that is never retried: the kernel may have dropped the pages and report success the next time. Whoever
-calls these functions throws the file away instead. Filesystems that cannot sync (EINVAL and its like, as on some FUSE mounts)
-promise nothing about power loss, and pmerge then promises no more than they do.
+A failed fsync is an error that is never retried: the kernel may have dropped the pages and report
+success the next time. Whoever calls these functions throws the file away instead. Filesystems that
+cannot sync (EINVAL and its like, as on some FUSE mounts) promise nothing about power loss, and
+pmerge then promises no more than they do.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    """Write `data` at `offset`, short writes continued. Raises OutputError with the path and what is needed."""
+    """Write `data` at `offset`, short writes continued. Raises OutputError with the path and what
+    is needed.
+    """
     done = 0
     while done < len(data):
         try:
@@ -36,10 +40,11 @@ def write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
 
 
 def reserve(fd: int, size: int, path: Path) -> None:
-    """Give the file `size` bytes, its blocks reserved where the filesystem does so by itself. Raises OutputError.
+    """Give the file `size` bytes, its blocks reserved where the filesystem does so by itself.
+    Raises OutputError.
 
-    This is fallocate(2), not posix_fallocate(3), which would write zeros where the filesystem cannot. tmpfs can only by writing
-    zeros to memory, so nothing is reserved there.
+    This is fallocate(2), not posix_fallocate(3), which would write zeros where the filesystem
+    cannot. tmpfs can only by writing zeros to memory, so nothing is reserved there.
     """
     try:
         if size and hasattr(_LIBC, "fallocate") and filesystem_type(fd) != TMPFS:
@@ -56,7 +61,9 @@ def reserve(fd: int, size: int, path: Path) -> None:
 
 
 def fsync_file(fd: int) -> None:
-    """Make the content of an open file durable. Raises OSError: what was written is then lost, whatever a second try says."""
+    """Make the content of an open file durable. Raises OSError: what was written is then lost,
+    whatever a second try says.
+    """
     try:
         os.fsync(fd)
     except OSError as error:
@@ -93,10 +100,11 @@ def make_folder(folder: Path) -> None:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open or create a file of pmerge's own for writing; `flags` may hold O_TRUNC. Raises OSError or OutputError.
+    """Open or create a file of pmerge's own for writing; `flags` may hold O_TRUNC. Raises OSError
+    or OutputError.
 
-    Strangers may plant names on shared scratch: a link is not followed, and a second name of another
-    file, a pipe or a device is refused before a byte of it changes.
+    Strangers may plant names on shared scratch: a link is not followed, and a second name of
+    another file, a pipe or a device is refused before a byte of it changes.
     """
     created = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -118,7 +126,9 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def foreign(path: Path) -> OutputError:
-    """The error for a name in pmerge's own folder that is a link, or no file or folder of the expected kind."""
+    """The error for a name in pmerge's own folder that is a link, or no file or folder of the
+    expected kind.
+    """
     return OutputError(
         f"{path} is a link, a second name of another file, or no regular file: pmerge did not make it",
         hint=f"look who put it there:  ls -l {shlex.quote(str(path))}",
@@ -126,9 +136,11 @@ def foreign(path: Path) -> OutputError:
 
 
 def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
-    """Write a small file so that it is there whole and durable, or not at all; its mode follows the umask.
+    """Write a small file so that it is there whole and durable, or not at all; its mode follows the
+    umask.
 
-    It grows as `NAME.partial`, or as `partial_name` if several processes may write it at the same time. Raises OutputError.
+    It grows as `NAME.partial`, or as `partial_name` if several processes may write it at the same
+    time. Raises OutputError.
     """
     partial = path.with_name(partial_name or path.name + ".partial")
     fd = -1
@@ -149,8 +161,8 @@ def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
 def rename_to_new(source: Path, destination: Path) -> None:
     """Rename in one step, never onto something. Raises FileExistsError and other OSErrors.
 
-    Where the system has no such call, the name is looked up first; a file or a folder with something in it that appears in
-    between is still never replaced, only an empty folder.
+    Where the system has no such call, the name is looked up first; a file or a folder with
+    something in it that appears in between is still never replaced, only an empty folder.
     """
     try:
         _rename2(source, destination, _NO_REPLACE)
@@ -163,7 +175,9 @@ def rename_to_new(source: Path, destination: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two names change places in one step; False where the filesystem cannot. Raises other OSErrors."""
+    """Let two names change places in one step; False where the filesystem cannot. Raises other
+    OSErrors.
+    """
     try:
         _rename2(one, other, _EXCHANGE)
     except OSError as error:
@@ -187,7 +201,9 @@ def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
 
 
 def output_error(error: OSError, what: str, path: Path, need: int = 0) -> OutputError:
-    """`what` failed at `path` for lack of something: an OutputError that says what is needed. `need` is in bytes."""
+    """`what` failed at `path` for lack of something: an OutputError that says what is needed.
+    `need` is in bytes.
+    """
     details, hint = [], "mend the storage, then run the same command again: what is finished is kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         details = [f"need  {need} bytes and a free inode", *_space(path)]

@@ -1,4 +1,6 @@
-"""Small helpers on files: JSON that may be torn, hashes, all files of a folder, the kind of a filesystem."""
+"""Small helpers on files: JSON that may be torn, hashes, all files of a folder, the kind of a
+filesystem.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def read_up_to(fd: int, length: int, offset: int) -> bytes:
 
 
 def pieces_of(fd: int, begin: int, end: int) -> Iterator[memoryview]:
-    """Bytes `begin` to `end` of an open file, a few MiB at a time, in one buffer. Raises OSError, EIO if the file is shorter."""
+    """Bytes `begin` to `end` of an open file, a few MiB at a time, in one buffer. Raises OSError,
+    EIO if the file is shorter.
+    """
     buffer = memoryview(bytearray(min(_READ_BYTES, max(end - begin, 0))))
     while begin < end:
         count = os.preadv(fd, [buffer[: end - begin]], begin)
@@ -66,7 +70,9 @@ def pieces_of(fd: int, begin: int, end: int) -> Iterator[memoryview]:
 
 
 def filesystem_type(where: Path | int) -> int:
-    """The magic number (linux/magic.h) of the filesystem of a path or an open file; 0 if it is not known."""
+    """The magic number (linux/magic.h) of the filesystem of a path or an open file; 0 if it is not
+    known.
+    """
     status = ctypes.create_string_buffer(256)  # struct statfs, which begins with the type as a long
     failed = _LIBC.fstatfs(where, status) if isinstance(where, int) else _LIBC.statfs(os.fsencode(where), status)
     return 0 if failed else ctypes.c_long.from_buffer(status).value

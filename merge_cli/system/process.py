@@ -1,4 +1,6 @@
-"""The identity of a process: enough to name it to a person, and to know on the same machine whether it still lives."""
+"""The identity of a process: enough to name it to a person, and to know on the same machine whether
+it still lives.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def identity() -> dict[str, Any]:
 
 
 def is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the process of this `identity` is known to be gone; False where that cannot be known from here."""
+    """Whether the process of this `identity` is known to be gone; False where that cannot be known
+    from here.
+    """
     if not holder or holder.get("host") != socket.gethostname():
         return False
     if holder.get("boot") != _text("/proc/sys/kernel/random/boot_id"):

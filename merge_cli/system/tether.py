@@ -1,8 +1,8 @@
 """A shell command that never outlives this process, not even when it is killed by SIGKILL.
 
-The command runs in a process group of its own, beside a watcher that waits for the end of a pipe whose other end is held here.
-When that end closes, because the command is done, is cut, or because this process is gone, the watcher kills what is left of the
-group.
+The command runs in a process group of its own, beside a watcher that waits for the end of a pipe
+whose other end is held here. When that end closes, because the command is done, is cut, or because
+this process is gone, the watcher kills what is left of the group.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Tether:
             os.close(read_end)
 
     def wait(self) -> int:
-        """The exit code (below 0: killed by that signal), once the command and all that it started have ended."""
+        """The exit code (below 0: killed by that signal), once the command and all that it started
+        have ended.
+        """
         code = self._process.wait()
         self.cut()
         return code

@@ -1,8 +1,10 @@
-"""The analysis of a window of checkpoints: geometry, spread by layer and kind, a verdict with its formula, and findings.
+"""The analysis of a window of checkpoints: geometry, spread by layer and kind, a verdict with its
+formula, and findings.
 
-The verdict has three values and rests on the age rule: at a constant learning rate the loss falls as a power of the steps, so a
-merge that lags by a small share of the run gains more than it loses, whatever the run. The rule gives the sign only. It prints no
-gain and no best N: weights alone cannot give them (see `gram.py`).
+The verdict has three values and rests on the age rule: at a constant learning rate the loss falls
+as a power of the steps, so a merge that lags by a small share of the run gains more than it loses,
+whatever the run. The rule gives the sign only. It prints no gain and no best N: weights alone
+cannot give them (see `gram.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ HELPS, HURTS, MEASURE = "likely to help", "may hurt", "measure it"
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint of the window: its name, its step where it is known, and its coefficient in the merge that is judged."""
+    """A checkpoint of the window: its name, its step where it is known, and its coefficient in the
+    merge that is judged.
+    """
 
     name: str
     step: int | None
@@ -34,7 +38,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of three values, the share of the age it rests on (None without steps), and the formula with its numbers."""
+    """One of three values, the share of the age it rests on (None without steps), and the formula
+    with its numbers.
+    """
 
     value: str
     age_share: float | None
@@ -44,8 +50,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Spread:
-    """The weights of a layer or kind: `spread` is the root mean square distance of the checkpoints to the merge, over the norm
-    of the newest; `merge_to_newest` is the distance of the merge to the newest, over the same norm."""
+    """The weights of a layer or kind: `spread` is the root mean square distance of the checkpoints
+    to the merge, over the norm of the newest; `merge_to_newest` is the distance of the merge to the
+    newest, over the same norm.
+    """
 
     layer: int | None
     kind: str
@@ -58,10 +66,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the weights of a window of checkpoints show. `groups` are by layer and kind, `kinds` by kind over all layers.
+    """What the weights of a window of checkpoints show. `groups` are by layer and kind, `kinds` by
+    kind over all layers.
 
-    `unit` is steps, tokens or positions, of the ages; `constant_since` is the step at which the learning rate became that of the
-    newest checkpoint (None: no log).
+    `unit` is steps, tokens or positions, of the ages; `constant_since` is the step at which the
+    learning rate became that of the newest checkpoint (None: no log).
     """
 
     schema: int
@@ -89,9 +98,11 @@ def analyze_grams(
     method: str = "sma",
     log: Sequence[LogRow] = (),
 ) -> Analysis:
-    """The analysis of checkpoints, oldest to newest, merged with the coefficients `chosen`, from the Gram matrix of each group.
+    """The analysis of checkpoints, oldest to newest, merged with the coefficients `chosen`, from
+    the Gram matrix of each group.
 
-    With a `log` the schedule is known, and the tokens of the steps where it counts them. Raises UsageError for fewer than two.
+    With a `log` the schedule is known, and the tokens of the steps where it counts them. Raises
+    UsageError for fewer than two.
     """
     if len(names) < 2:
         raise UsageError("an analysis needs at least two checkpoints", hint="pmerge analyze RUN_FOLDER")
@@ -137,7 +148,9 @@ def analyze_grams(
 
 
 def judge(mean_age: float | None, so_far: float | None, unit: str, findings: Sequence[Finding], begin: float = 0.0) -> Verdict:
-    """The verdict by the age rule: mean age over steps (or tokens) so far, counted from where the learning rate became constant."""
+    """The verdict by the age rule: mean age over steps (or tokens) so far, counted from where the
+    learning rate became constant.
+    """
     if mean_age is None or so_far is None or so_far <= 0:
         return Verdict(MEASURE, None, f"mean age / {unit} so far", ("no steps are known, so the age rule cannot be used",))
     share = mean_age / so_far

@@ -1,4 +1,6 @@
-"""Which merge to make: the predicted gain of every method, N and spacing for which there are checkpoints."""
+"""Which merge to make: the predicted gain of every method, N and spacing for which there are
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FLAT = 0.05  # of the best gain
 
 
 class Choice(NamedTuple):
-    """A merge that could be made: its predicted gain over l(T), and the measured one where there is one."""
+    """A merge that could be made: its predicted gain over l(T), and the measured one where there is
+    one.
+    """
 
     method: str
     n: int
@@ -36,11 +40,13 @@ def choices(
     since: float = 0.0,
     done: Sequence[tuple[Measured, float]] = (),
 ) -> list[Choice]:
-    """Every choice at multiples of the finest spacing back from the newest of `steps`; `done` are merges with measured gains.
+    """Every choice at multiples of the finest spacing back from the newest of `steps`; `done` are
+    merges with measured gains.
 
-    `noises` are (spacing, a), finest first: a choice takes the a of the widest spacing up to its own, because close checkpoints
-    share some of their noise, and averaging removes less of it. Merges that lag by more than a quarter of the steps since
-    `since` are left out: there the loss is no straight line.
+    `noises` are (spacing, a), finest first: a choice takes the a of the widest spacing up to its
+    own, because close checkpoints share some of their noise, and averaging removes less of it.
+    Merges that lag by more than a quarter of the steps since `since` are left out: there the loss
+    is no straight line.
     """
     newest = steps[-1]
     inside = [step for step in steps if step >= since]
@@ -60,7 +66,9 @@ def choices(
 
 
 def best(found: Sequence[Choice]) -> Choice | None:
-    """The choice with the largest predicted gain, of equal ones the one with the fewest checkpoints; None if all would hurt."""
+    """The choice with the largest predicted gain, of equal ones the one with the fewest
+    checkpoints; None if all would hurt.
+    """
     top = max(found, key=lambda choice: (choice.gain, -choice.n, -choice.spacing), default=None)
     return top if top is not None and top.gain > 0 else None
 

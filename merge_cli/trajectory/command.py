@@ -1,8 +1,9 @@
 """The user's evaluation command: what is put into it, and what stands in its environment.
 
-`{path}`, `{name}`, `{step}` and `{out}` are replaced, quoted for the shell; PMERGE_PATH, PMERGE_NAME, PMERGE_STEP, PMERGE_OUT and
-PMERGE_RESULT are set, which needs no quoting at all. A placeholder inside quotes of the command's own is an error: the quotes that
-it needs itself would end those around it.
+`{path}`, `{name}`, `{step}` and `{out}` are replaced, quoted for the shell; PMERGE_PATH,
+PMERGE_NAME, PMERGE_STEP, PMERGE_OUT and PMERGE_RESULT are set, which needs no quoting at all. A
+placeholder inside quotes of the command's own is an error: the quotes that it needs itself would
+end those around it.
 """
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ def check_command(command: str) -> list[str]:
 
 
 def fill(command: str, values: Mapping[str, str]) -> str:
-    """The command for one checkpoint: placeholders replaced by shell-quoted `values` (path, name, step, out)."""
+    """The command for one checkpoint: placeholders replaced by shell-quoted `values` (path, name,
+    step, out).
+    """
     return _PLACEHOLDER.sub(lambda match: shlex.quote(values[match[1]]), command)
 
 
 def variables(values: Mapping[str, str], result: Path) -> dict[str, str]:
-    """The PMERGE_ variables for one checkpoint; `result` is where the command may write a JSON object of numbers."""
+    """The PMERGE_ variables for one checkpoint; `result` is where the command may write a JSON
+    object of numbers.
+    """
     return {**{f"PMERGE_{name.upper()}": values[name] for name in PLACEHOLDERS}, "PMERGE_RESULT": str(result)}
 
 

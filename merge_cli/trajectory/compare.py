@@ -1,7 +1,8 @@
 """Differences between rows of a ledger, and whether they are more than chance.
 
-Losses of the same documents are paired: the difference of each document counts, so that hard documents cancel. Standard errors of
-two evaluations on the same questions, as of lm-eval, are combined as if the questions were different ones, which is an upper bound.
+Losses of the same documents are paired: the difference of each document counts, so that hard
+documents cancel. Standard errors of two evaluations on the same questions, as of lm-eval, are
+combined as if the questions were different ones, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class Difference:
 
 
 def sampling_error(rows: Sequence[Row], weights: Mapping[str, float], metric: str) -> tuple[float, str] | None:
-    """The standard error of `sum_r w_r L_r` over the held-out text, for weights by key of the rows; None where it is not known.
+    """The standard error of `sum_r w_r L_r` over the held-out text, for weights by key of the rows;
+    None where it is not known.
 
-    Each L_r is sum of nats / sum of tokens over the documents, which are the same for every row: their contributions to the
-    weighted sum are independent, and their spread gives the error.
+    Each L_r is sum of nats / sum of tokens over the documents, which are the same for every row:
+    their contributions to the weighted sum are independent, and their spread gives the error.
     """
     used = [(row, weights[row.key]) for row in rows if weights.get(row.key)]
     counts = {len(row.documents) for row, _ in used}

@@ -1,4 +1,6 @@
-"""What measures a checkpoint: the user's own command, or the built-in loss on a text (see `heldout.py`)."""
+"""What measures a checkpoint: the user's own command, or the built-in loss on a text (see
+`heldout.py`).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class EvaluationError(PmergeError):
 
 
 class Evaluator(Protocol):
-    """Measures checkpoints. `identity` is part of the key of a row: whatever changes results must change it.
+    """Measures checkpoints. `identity` is part of the key of a row: whatever changes results must
+    change it.
 
     `warnings` are known from the start; `at_once` is how many may run at the same time.
     """
@@ -40,7 +43,8 @@ class Evaluator(Protocol):
     at_once: int
 
     def measure(self, subject: Subject, folder: Path, slot: int) -> Result:
-        """The result for one checkpoint. `folder` is empty, and kept; `slot` counts from 0 below `at_once`.
+        """The result for one checkpoint. `folder` is empty, and kept; `slot` counts from 0 below
+        `at_once`.
 
         Raises PmergeError.
         """
@@ -52,7 +56,9 @@ class Evaluator(Protocol):
 
 
 class CommandEvaluator:
-    """A command of the user's, run by the shell once for each checkpoint. Slot i has only the i-th of `gpus`, if any are given."""
+    """A command of the user's, run by the shell once for each checkpoint. Slot i has only the i-th
+    of `gpus`, if any are given.
+    """
 
     def __init__(self, command: str, metrics: Sequence[str] = (), jobs: int = 1, gpus: Sequence[str] = ()) -> None:
         """Raises UsageError where the command cannot be filled in safely."""

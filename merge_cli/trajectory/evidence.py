@@ -24,10 +24,11 @@ class Named(NamedTuple):
 
 @dataclass
 class Evidence:
-    """Rows of one evaluator, sorted: `singles` by step, `merges` as they were made, `annealed` checkpoints of real annealings.
+    """Rows of one evaluator, sorted: `singles` by step, `merges` as they were made, `annealed`
+    checkpoints of real annealings.
 
-    `near` are the singles of the last tenth of the run (since the step `since`), through which the line goes; `used` the merges
-    that end there. With `refusals` there is no forecast.
+    `near` are the singles of the last tenth of the run (since the step `since`), through which the
+    line goes; `used` the merges that end there. With `refusals` there is no forecast.
     """
 
     rows: list[Row]
@@ -61,7 +62,9 @@ class Evidence:
 
 
 def choose_rows(rows: Sequence[Row], metric: str | None) -> tuple[list[Row], str, list[Named]]:
-    """The rows of the latest evaluator that have `metric` (or its main one), that metric, and warnings. Raises UsageError."""
+    """The rows of the latest evaluator that have `metric` (or its main one), that metric, and
+    warnings. Raises UsageError.
+    """
     if not rows:
         raise UsageError("the ledger has no rows", hint="pmerge evaluate RUN_FOLDER --text FILE")
     latest = rows[-1].evaluator
@@ -77,7 +80,9 @@ def choose_rows(rows: Sequence[Row], metric: str | None) -> tuple[list[Row], str
 
 
 def collect(rows: Sequence[Row], metric: str | None = None, analysis: Analysis | None = None) -> Evidence:
-    """The evidence in `rows`, and what the `analysis` of the run says against using it. Raises UsageError for no row at all."""
+    """The evidence in `rows`, and what the `analysis` of the run says against using it. Raises
+    UsageError for no row at all.
+    """
     chosen, metric, warnings = choose_rows(rows, metric)
     usable = [(row, row.steps) for row in chosen if row.annealed_from is None]
     everything = [Measured(row.key, tuple(known), tuple(row.coefficients), row.metrics[metric]) for row, known in usable if known]
@@ -123,7 +128,9 @@ def _choose_window(found: Evidence) -> list[Named]:
 
 
 def _against(found: Evidence, analysis: Analysis | None) -> list[Named]:
-    """What the analysis found in the window that is used: reasons to refuse; what only informs becomes a warning."""
+    """What the analysis found in the window that is used: reasons to refuse; what only informs
+    becomes a warning.
+    """
     if analysis is None:
         found.warnings.append(Named("no analysis", "decays, warm-ups and spikes were not looked for:  pmerge analyze RUN"))
         return []

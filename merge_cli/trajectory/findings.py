@@ -1,4 +1,6 @@
-"""What is odd about a window of checkpoints, by name: found in the log, or in the geometry of the weights."""
+"""What is odd about a window of checkpoints, by name: found in the log, or in the geometry of the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ STOPS_FORECAST = {
 
 
 class Finding(NamedTuple):
-    """Something about a window of checkpoints that a merge should not span, or that makes a number mean less.
+    """Something about a window of checkpoints that a merge should not span, or that makes a number
+    mean less.
 
-    `name` is a key of `STOPS_FORECAST`. It lies between the steps `first` and `last`, where those are known.
+    `name` is a key of `STOPS_FORECAST`. It lies between the steps `first` and `last`, where those
+    are known.
     """
 
     name: str
@@ -62,7 +66,9 @@ def findings_of(shape: Geometry, names: Sequence[str], places: Sequence[float]) 
 
 
 def router_findings(biases: Mapping[str, Gram], names: Sequence[str], places: Sequence[float]) -> Iterator[Finding]:
-    """Routers' biases, by group, that jump, or still drift in one direction: the average of them then lags behind."""
+    """Routers' biases, by group, that jump, or still drift in one direction: the average of them
+    then lags behind.
+    """
     n = len(names)
     for group, gram in biases.items():
         shape = geometry(gram, places)
@@ -77,7 +83,9 @@ def router_findings(biases: Mapping[str, Gram], names: Sequence[str], places: Se
 
 
 def _spikes(lengths: Sequence[float], names: Sequence[str], places: Sequence[float], of: str) -> Iterator[Finding]:
-    """Increments over three times the median; one over a wider gap is compared by its share of the gap."""
+    """Increments over three times the median; one over a wider gap is compared by its share of the
+    gap.
+    """
     gaps = [newer - older for older, newer in pairwise(places)]
     if len(lengths) < 3:
         return

@@ -1,4 +1,5 @@
-"""The folder in which everything about a run is kept, and what lies in it: ledger, analysis, the list of checkpoints.
+"""The folder in which everything about a run is kept, and what lies in it: ledger, analysis, the
+list of checkpoints.
 
     RUN.pmerge/ledger.jsonl     rows of this rank; ledger-N.jsonl those of rank N
     RUN.pmerge/run.json         the run's path, names and steps of its checkpoints
@@ -6,7 +7,8 @@
     RUN.pmerge/outputs/         what evaluations printed and wrote
     RUN.pmerge/merges/          merges that are kept
 
-It is made in the current folder, or beside the run when the current folder lies in it: a run is never written to.
+It is made in the current folder, or beside the run when the current folder lies in it: a run is
+never written to.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Run:
 
 
 def folder_of(paths: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """The folder for the run at `paths` (one run folder, or the checkpoints of one). Raises UsageError for an empty `output`."""
+    """The folder for the run at `paths` (one run folder, or the checkpoints of one). Raises
+    UsageError for an empty `output`.
+    """
     if output is not None:
         if not str(output):
             raise UsageError("-o is empty", hint="name the folder of the results:  -o evals")

@@ -1,11 +1,13 @@
-"""What a ledger foretells: the annealed loss now and ahead, which merge to make, and everything that forbids to say so.
+"""What a ledger foretells: the annealed loss now and ahead, which merge to make, and everything
+that forbids to say so.
 
     now     the loss at equal tokens of a run that had decayed over its last 10 to 25 %, ending at the newest step T:  l(T) - a
     ahead   the loss after a decay that starts at T and ends at T + W:  l extrapolated in the logarithm of the step, minus a
 
-l is the line through single checkpoints of the last tenth of the run (ahead: of the last 40 %), a the noise loss (see `model.py`).
-The band around a value is the range seen in 21 real annealing runs of two miniatures (0.5M and 26M parameters), 15 % of a now and
-35 % ahead, combined with the standard errors of l, s and a. No confidence level is claimed, and the length of the decay is not
+l is the line through single checkpoints of the last tenth of the run (ahead: of the last 40 %), a
+the noise loss (see `model.py`). The band around a value is the range seen in 21 real annealing runs
+of two miniatures (0.5M and 26M parameters), 15 % of a now and 35 % ahead, combined with the
+standard errors of l, s and a. No confidence level is claimed, and the length of the decay is not
 modeled.
 
 A forecast that cannot be made is refused by name, and measured values are all that is left.
@@ -45,7 +47,8 @@ CONDITIONS = (
 
 
 class Quantity(NamedTuple):
-    """A number, its standard error by the scatter of checkpoints around the line, and that by the sampling of the text.
+    """A number, its standard error by the scatter of checkpoints around the line, and that by the
+    sampling of the text.
 
     `rows` holds the weight of each row's loss, by key: the value is the weighted sum.
     """
@@ -73,7 +76,9 @@ class NoiseAt(NamedTuple):
 
 @dataclass(frozen=True)
 class Band:
-    """A forecast: `value` between `low` and `high` at a step, its definition, and the parts of the half width."""
+    """A forecast: `value` between `low` and `high` at a step, its definition, and the parts of the
+    half width.
+    """
 
     value: float
     low: float
@@ -86,7 +91,9 @@ class Band:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A real annealing in the ledger: its loss, the drop it made over a, and the forecast `now` with that factor in place of 1."""
+    """A real annealing in the ledger: its loss, the drop it made over a, and the forecast `now`
+    with that factor in place of 1.
+    """
 
     name: str
     step: float
@@ -96,7 +103,8 @@ class Calibration:
 
 
 class Result(NamedTuple):
-    """A measured row: its gain over the newest checkpoint (positive: better), and whether that may be chance.
+    """A measured row: its gain over the newest checkpoint (positive: better), and whether that may
+    be chance.
 
     `is_annealed`: the end of a real annealing, which is no choice.
     """
@@ -114,10 +122,11 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Forecast:
-    """Everything that a ledger supports. A part that is refused is None, and `refusals` give the reasons.
+    """Everything that a ledger supports. A part that is refused is None, and `refusals` give the
+    reasons.
 
-    `best_sma` and `best_wma` are N* at the finest spacing (None: as many as there are); `flat` is the range of N within 5 % of the
-    best gain; `helps` is whether any merge is predicted to gain.
+    `best_sma` and `best_wma` are N* at the finest spacing (None: as many as there are); `flat` is
+    the range of N within 5 % of the best gain; `helps` is whether any merge is predicted to gain.
     """
 
     metric: str
@@ -155,8 +164,9 @@ def forecast_rows(
 ) -> Forecast:
     """The forecast of the rows of one evaluator; of several, that of the latest row.
 
-    `steps` are those of all checkpoints of the run, for the table of choices; `anneal` is the length of a decay ahead. With
-    `assume_loss` the metric counts as a loss, whatever its name. Raises UsageError where there is no row, or none with `metric`.
+    `steps` are those of all checkpoints of the run, for the table of choices; `anneal` is the
+    length of a decay ahead. With `assume_loss` the metric counts as a loss, whatever its name.
+    Raises UsageError where there is no row, or none with `metric`.
     """
     found = collect(rows, metric, analysis)
     is_a_loss = assume_loss or is_loss(found.metric)

@@ -1,11 +1,14 @@
-"""From inner products to geometry: everything that N checkpoints' weights say without an evaluation.
+"""From inner products to geometry: everything that N checkpoints' weights say without an
+evaluation.
 
-A Gram matrix holds `<x_i - x_last, x_j - x_last>` for every pair, so squared distances are `D_ij = G_ii + G_jj - 2 G_ij`, and all
-statistics are algebra on N x N numbers, whatever the size of the model. Deviations from the newest checkpoint rather than weights
-are multiplied: checkpoints of one run differ by a few percent, and products of whole weights would lose the digits that matter.
+A Gram matrix holds `<x_i - x_last, x_j - x_last>` for every pair, so squared distances are `D_ij =
+G_ii + G_jj - 2 G_ij`, and all statistics are algebra on N x N numbers, whatever the size of the
+model. Deviations from the newest checkpoint rather than weights are multiplied: checkpoints of one
+run differ by a few percent, and products of whole weights would lose the digits that matter.
 
-None of these numbers gives the size of a gain or a best N: Euclidean distances grow on while the loss variogram saturates within
-a few dozen steps, and predictors built on distances correlate negatively with the gain (docs/trajectory.md).
+None of these numbers gives the size of a gain or a best N: Euclidean distances grow on while the
+loss variogram saturates within a few dozen steps, and predictors built on distances correlate
+negatively with the gain (docs/trajectory.md).
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ Matrix = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Gram:
-    """`products[i][j] = <x_i - x_last, x_j - x_last>`, oldest to newest, with `norm2 = |x_last|^2`, over `num_elements` weights."""
+    """`products[i][j] = <x_i - x_last, x_j - x_last>`, oldest to newest, with `norm2 = |x_last|^2`,
+    over `num_elements` weights.
+    """
 
     products: Matrix
     norm2: float
@@ -53,7 +58,9 @@ class Gram:
 
 
 def total(grams: Iterable[Gram]) -> Gram:
-    """The Gram matrix of all weights of all groups: exact sums, so the order of the groups does not matter."""
+    """The Gram matrix of all weights of all groups: exact sums, so the order of the groups does not
+    matter.
+    """
     parts = list(grams)
     size = parts[0].size
     products = [[math.fsum(part.products[i][j] for part in parts) for j in range(size)] for i in range(size)]
@@ -61,7 +68,9 @@ def total(grams: Iterable[Gram]) -> Gram:
 
 
 class Lag(NamedTuple):
-    """One point of a variogram: half the mean squared distance of the `pairs` of checkpoints that are `lag` apart."""
+    """One point of a variogram: half the mean squared distance of the `pairs` of checkpoints that
+    are `lag` apart.
+    """
 
     lag: float
     gamma: float
@@ -72,10 +81,12 @@ class Lag(NamedTuple):
 class Geometry:
     """The path that checkpoints take through weight space; None where there are too few of them.
 
-    `increments` are the lengths `|x_{i+1} - x_i|`, `cosines` those between increments, `cos1` and `cos2` their means one and two
-    apart. `exponent` is the slope of log gamma over log lag: 1 for a random walk, 2 for a straight line, 0 where distances have
-    saturated. `straightness` is `|x_last - x_0|^2 / sum of squared increments`: 1 for a random walk, N-1 for a straight line, less
-    than 1 for an oscillation. `shrink` is the last increment over the first, which falls with the learning rate.
+    `increments` are the lengths `|x_{i+1} - x_i|`, `cosines` those between increments, `cos1` and
+    `cos2` their means one and two apart. `exponent` is the slope of log gamma over log lag: 1 for a
+    random walk, 2 for a straight line, 0 where distances have saturated. `straightness` is `|x_last
+    - x_0|^2 / sum of squared increments`: 1 for a random walk, N-1 for a straight line, less than 1
+    for an oscillation. `shrink` is the last increment over the first, which falls with the learning
+    rate.
     """
 
     distances: tuple[tuple[float, ...], ...]
@@ -90,7 +101,9 @@ class Geometry:
 
 
 def geometry(gram: Gram, places: Sequence[float]) -> Geometry:
-    """The geometry of checkpoints at `places`: steps, tokens or mere positions, oldest to newest. Lags are in their unit."""
+    """The geometry of checkpoints at `places`: steps, tokens or mere positions, oldest to newest.
+    Lags are in their unit.
+    """
     n = gram.size
     squares = [gram.increment(i, i) for i in range(n - 1)]
     lengths = tuple(math.sqrt(max(0.0, square)) for square in squares)

@@ -1,6 +1,8 @@
-"""From the name of a tensor to its layer and its kind: attention, MLP, experts and so on, by the words that frameworks use.
+"""From the name of a tensor to its layer and its kind: attention, MLP, experts and so on, by the
+words that frameworks use.
 
-A name that fits nothing is of the kind "other": a wrong guess moves a number from one row of a table into another, no more.
+A name that fits nothing is of the kind "other": a wrong guess moves a number from one row of a
+table into another, no more.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _WORDS = {  # the first that fits; each is matched against one part of the name 
 
 
 class Group(NamedTuple):
-    """The tensors of one kind in one layer; `layer` is None outside the layers (embedding, head, the last norm)."""
+    """The tensors of one kind in one layer; `layer` is None outside the layers (embedding, head,
+    the last norm).
+    """
 
     layer: int | None
     kind: str

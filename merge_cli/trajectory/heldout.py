@@ -1,13 +1,16 @@
-"""The built-in evaluator: the loss of any transformers causal model on a held-out text, per token and per byte.
+"""The built-in evaluator: the loss of any transformers causal model on a held-out text, per token
+and per byte.
 
-The text is cut into windows of `context` tokens, each of which scores the tokens that no earlier window has scored, but never its
-first; with a `stride` below the context a window begins with tokens that are context only. The sum of the loss is kept by document
-(for plain text: by window), so that two models can be compared document by document.
+The text is cut into windows of `context` tokens, each of which scores the tokens that no earlier
+window has scored, but never its first; with a `stride` below the context a window begins with
+tokens that are context only. The sum of the loss is kept by document (for plain text: by window),
+so that two models can be compared document by document.
 
-Safetensors weights only, local files only, never code of the checkpoint. torch and transformers are imported when the first model
-is loaded (`pip install pmerge[eval]`).
+Safetensors weights only, local files only, never code of the checkpoint. torch and transformers are
+imported when the first model is loaded (`pip install pmerge[eval]`).
 
-Not guaranteed: that the text is no part of the training data, which makes every number here too good.
+Not guaranteed: that the text is no part of the training data, which makes every number here too
+good.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Window(NamedTuple):
-    """Tokens of one pass of the model; those from `first` on are scored. `num_bytes` is their share of the document."""
+    """Tokens of one pass of the model; those from `first` on are scored. `num_bytes` is their share
+    of the document.
+    """
 
     document: int
     tokens: list[int]
@@ -61,10 +66,11 @@ class _Library:
 
 
 class TextEvaluator:
-    """The loss on the text in `text` (.txt, .jsonl with a "text" in each line, .parquet with a column text, where pyarrow is).
+    """The loss on the text in `text` (.txt, .jsonl with a "text" in each line, .parquet with a
+    column text, where pyarrow is).
 
-    Context, tokenizer and config are those of `model`, a checkpoint of the run, for all of them; `tokenizer` is another folder, or
-    "bytes". `device` is auto, cpu or cuda[:K].
+    Context, tokenizer and config are those of `model`, a checkpoint of the run, for all of them;
+    `tokenizer` is another folder, or "bytes". `device` is auto, cpu or cuda[:K].
     """
 
     warnings: Sequence[str] = ()
@@ -231,7 +237,8 @@ class TextEvaluator:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text: the whole of a .txt, the `text` of each line of a .jsonl, of each row of a .parquet.
+    """The documents of a text: the whole of a .txt, the `text` of each line of a .jsonl, of each
+    row of a .parquet.
 
     Raises InputError or UsageError.
     """
@@ -276,7 +283,9 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def _tokenizer_of(model: Path, config: Any) -> str:
-    """The checkpoint's own tokenizer; bytes where it has none and a vocabulary of 256. Raises UsageError."""
+    """The checkpoint's own tokenizer; bytes where it has none and a vocabulary of 256. Raises
+    UsageError.
+    """
     if any((model / name).is_file() for name in _VOCABULARIES):
         return str(model)
     if config.get("vocab_size") == 256:

@@ -1,10 +1,13 @@
-"""The ledger: every claim about a run is a row, coefficients over named checkpoints -> measured numbers.
+"""The ledger: every claim about a run is a row, coefficients over named checkpoints -> measured
+numbers.
 
-One JSON line a row, appended and synced, so a row is there whole or not at all. Each rank appends to a file of its own
-(`ledger.jsonl`, `ledger-1.jsonl`, ...) and reads all of them. A row is found by its key: the versions of the checkpoints, the
-coefficients, the dtype and the evaluator. Rows are never changed; a later one with the same key replaces the earlier one.
+One JSON line a row, appended and synced, so a row is there whole or not at all. Each rank appends
+to a file of its own (`ledger.jsonl`, `ledger-1.jsonl`, ...) and reads all of them. A row is found
+by its key: the versions of the checkpoints, the coefficients, the dtype and the evaluator. Rows are
+never changed; a later one with the same key replaces the earlier one.
 
-Not promised: that a row is right when weights change without a new size, modification time or header.
+Not promised: that a row is right when weights change without a new size, modification time or
+header.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ SCHEMA = 1
 
 
 class Part(NamedTuple):
-    """One checkpoint of a claim: its name, its step where known, the version of its files, its coefficient."""
+    """One checkpoint of a claim: its name, its step where known, the version of its files, its
+    coefficient.
+    """
 
     name: str
     step: int | None
@@ -47,11 +52,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A claim: the merge of `parts`, oldest to newest, written as `dtype`, has these `metrics` by `evaluator`.
+    """A claim: the merge of `parts`, oldest to newest, written as `dtype`, has these `metrics` by
+    `evaluator`.
 
-    `errors` are standard errors of metrics of the same name, as the evaluator reports them. `documents` hold the loss by document,
-    always the same ones for one evaluator, so that differences can be paired. `annealed_from` is set for a checkpoint of a real
-    annealing that began at this step. `weights` are the sha256 of the weight files by name, where they are known.
+    `errors` are standard errors of metrics of the same name, as the evaluator reports them.
+    `documents` hold the loss by document, always the same ones for one evaluator, so that
+    differences can be paired. `annealed_from` is set for a checkpoint of a real annealing that
+    began at this step. `weights` are the sha256 of the weight files by name, where they are known.
     """
 
     key: str
@@ -82,7 +89,9 @@ class Row:
 
     @property
     def subject(self) -> object:
-        """What the row is about, whatever the version of the weights: two rows of one subject are about older and newer ones."""
+        """What the row is about, whatever the version of the weights: two rows of one subject are
+        about older and newer ones.
+        """
         parts = tuple((part.name, part.step, part.coefficient) for part in self.parts)
         return parts, self.dtype, self.evaluator, self.annealed_from
 
@@ -92,13 +101,17 @@ class Row:
 
 
 def key_of(parts: Sequence[Part], dtype: str, evaluator: str) -> str:
-    """The sha256 of everything that decides a result, as far as it can be seen without reading the weights."""
+    """The sha256 of everything that decides a result, as far as it can be seen without reading the
+    weights.
+    """
     described = [[[part.name, part.step, part.version, part.coefficient.hex()] for part in parts], dtype, evaluator]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def current(rows: Sequence[Row]) -> list[Row]:
-    """The latest row about each subject: earlier ones are about weights that have been replaced since."""
+    """The latest row about each subject: earlier ones are about weights that have been replaced
+    since.
+    """
     latest = {row.subject: row for row in rows}
     return [row for row in rows if latest[row.subject] is row]
 
@@ -111,7 +124,9 @@ class Ledger:
         self.path = folder / ("ledger.jsonl" if rank == 0 else f"ledger-{rank}.jsonl")
 
     def rows(self) -> list[Row]:
-        """All rows of all ranks, the latest of each key, in the order in which they were made. Raises InputError."""
+        """All rows of all ranks, the latest of each key, in the order in which they were made.
+        Raises InputError.
+        """
         latest: dict[str, Row] = {}
         for path in sorted(self.folder.glob("ledger*.jsonl")):
             for row in _read(path):
@@ -120,7 +135,9 @@ class Ledger:
         return sorted(latest.values(), key=lambda row: (row.time, row.key))
 
     def append(self, row: Row) -> None:
-        """Add a row and make it durable. Raises OutputError; the file then ends where it ended before."""
+        """Add a row and make it durable. Raises OutputError; the file then ends where it ended
+        before.
+        """
         line = json.dumps(encode(row), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         fd = -1
         try:
@@ -147,7 +164,9 @@ class Ledger:
 
 
 def _read(path: Path) -> Iterator[Row]:
-    """The rows of one file. A last line without its end was being written when its process died, and is no row."""
+    """The rows of one file. A last line without its end was being written when its process died,
+    and is no row.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

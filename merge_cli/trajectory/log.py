@@ -1,7 +1,9 @@
-"""The training log: learning rate, loss and tokens by step, and whether the run did anything that a merge must not span.
+"""The training log: learning rate, loss and tokens by step, and whether the run did anything that a
+merge must not span.
 
-Read from `log_history` of a `trainer_state.json` (transformers), or from a CSV file with a header line. Only rows with a step
-count; without learning rates in the log the schedule is simply not known.
+Read from `log_history` of a `trainer_state.json` (transformers), or from a CSV file with a header
+line. Only rows with a step count; without learning rates in the log the schedule is simply not
+known.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class LogRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the log says of a window of steps: what it touches, and since which step the learning rate is that of the newest.
+    """What the log says of a window of steps: what it touches, and since which step the learning
+    rate is that of the newest.
 
     `constant_since` is None where the log has no learning rates.
     """
@@ -51,7 +54,9 @@ class Schedule:
 
 
 def read_log(path: Path) -> list[LogRow]:
-    """The rows of a `trainer_state.json` or a CSV file, as they are ordered there. Raises InputError or UsageError."""
+    """The rows of a `trainer_state.json` or a CSV file, as they are ordered there. Raises
+    InputError or UsageError.
+    """
     text = read_file(str(path), MAX_LOG_BYTES).decode("utf-8", "replace")
     if path.suffix == ".json":
         try:
@@ -93,7 +98,9 @@ def schedule_of(rows: Sequence[LogRow], first: float, last: float) -> Schedule:
 
 
 def tokens_at(rows: Sequence[LogRow], steps: Sequence[float]) -> list[float] | None:
-    """The tokens seen at `steps`, interpolated; None where the log does not reach that far or counts none."""
+    """The tokens seen at `steps`, interpolated; None where the log does not reach that far or
+    counts none.
+    """
     known = sorted({(row.step, row.tokens) for row in rows if row.tokens is not None})
     if len(known) < 2 or any(b[1] < a[1] or b[0] == a[0] for a, b in pairwise(known)):
         return None
@@ -135,7 +142,9 @@ def _restarts(rows: Sequence[LogRow]) -> Iterator[Finding]:
 
 
 def _ramp(rows: Sequence[LogRow], first: float, last: float) -> Iterator[Finding]:
-    """A batch size or a sequence length that grows inside the window: tokens a step are not constant."""
+    """A batch size or a sequence length that grows inside the window: tokens a step are not
+    constant.
+    """
     counted = [(row.step, row.tokens) for row in rows if row.tokens is not None and first <= row.step <= last]
     rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(counted) if b[0] > a[0]]
     if rates and min(rates) > 0 and not _same(min(rates), max(rates), 0.05):

@@ -1,4 +1,6 @@
-"""Measure claims, several at once, and add a row to the ledger for each as soon as its numbers are known."""
+"""Measure claims, several at once, and add a row to the ledger for each as soon as its numbers are
+known.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ _ENOUGH_DIGITS = 8  # of all numbers of a result: two equal ones are then no cha
 
 
 class Measuring:
-    """Rows without numbers become rows of the ledger. `on_row` gets each, how many are done, and how many there are.
+    """Rows without numbers become rows of the ledger. `on_row` gets each, how many are done, and
+    how many there are.
 
     `measured` are the rows made so far, `failures` the errors of those that could not be, by name.
     """
@@ -49,7 +52,9 @@ class Measuring:
         self.failures: dict[str, PmergeError] = {}
 
     def measure(self, claims: Sequence[tuple[Row, Subject]]) -> None:
-        """Measure all claims. An error stops the others only if it is the first thing that happens, or makes all doubtful."""
+        """Measure all claims. An error stops the others only if it is the first thing that happens,
+        or makes all doubtful.
+        """
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(self._evaluator.at_once):
             slots.put(slot)
@@ -102,9 +107,11 @@ class Measuring:
 
 
 def check_different(row: Row, others: Sequence[Row]) -> None:
-    """Raise EvaluationError where other weights gave exactly these numbers: the evaluation does not depend on the weights.
+    """Raise EvaluationError where other weights gave exactly these numbers: the evaluation does not
+    depend on the weights.
 
-    With few digits, as of an accuracy on a hundred questions, two equal results may be chance, and three are not believed.
+    With few digits, as of an accuracy on a hundred questions, two equal results may be chance, and
+    three are not believed.
     """
     same = [
         other.name
@@ -122,13 +129,17 @@ def check_different(row: Row, others: Sequence[Row]) -> None:
 
 
 def version_of(checkpoint: Checkpoint) -> str:
-    """The version of a checkpoint's weights, as far as it can be seen without reading them: names, sizes, times, headers."""
+    """The version of a checkpoint's weights, as far as it can be seen without reading them: names,
+    sizes, times, headers.
+    """
     files = [(file.name, file.fingerprint) for file in checkpoint.files]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
 
 
 def _weights(path: Path) -> dict[str, str]:
-    """The sha256 of the weight files of a merge, which its pmerge.json has; none of another checkpoint."""
+    """The sha256 of the weight files of a merge, which its pmerge.json has; none of another
+    checkpoint.
+    """
     manifest = path / MANIFEST
     if not manifest.exists():
         return {}

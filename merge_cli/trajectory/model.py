@@ -1,18 +1,21 @@
 """The loss model: what averaging removes, `a (1 - sum c^2)`, against what age costs, `s x age`.
 
-Checkpoints at a constant learning rate scatter around a path that slowly descends. `a` is the loss that the scatter costs (half the
-trace of Hessian times covariance), `s` the fall of the loss per step along the path. For white noise between checkpoints and a
-straight path the gain of a merge over l(T), the line at the newest step, is
+Checkpoints at a constant learning rate scatter around a path that slowly descends. `a` is the loss
+that the scatter costs (half the trace of Hessian times covariance), `s` the fall of the loss per
+step along the path. For white noise between checkpoints and a straight path the gain of a merge
+over l(T), the line at the newest step, is
 
     gain(c) = a (1 - sum c_i^2) - s sum c_i (T_last - T_i)
 
-so one evaluated merge gives `a`, and with it the gain of every other. The best simple merge has N* = sqrt(a/b) checkpoints,
-b = s V/2 at spacing V; the best non-negative shape is linear in age, which is wma, with sqrt(2) N*.
+so one evaluated merge gives `a`, and with it the gain of every other. The best simple merge has N*
+= sqrt(a/b) checkpoints, b = s V/2 at spacing V; the best non-negative shape is linear in age, which
+is wma, with sqrt(2) N*.
 
-Every estimate is a weighted sum of measured losses and carries its weights, so each number can be traced to its rows.
+Every estimate is a weighted sum of measured losses and carries its weights, so each number can be
+traced to its rows.
 
-Not covered: noise that is correlated between checkpoints (`a` from close checkpoints is then too small), a curved path (`a` from
-wide spacings is too large), other metrics than losses.
+Not covered: noise that is correlated between checkpoints (`a` from close checkpoints is then too
+small), a curved path (`a` from wide spacings is too large), other metrics than losses.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from typing import NamedTuple
 
 
 class Measured(NamedTuple):
-    """The measured loss of a merge of checkpoints at `steps`, oldest to newest; `key` names its row."""
+    """The measured loss of a merge of checkpoints at `steps`, oldest to newest; `key` names its
+    row.
+    """
 
     key: str
     steps: tuple[float, ...]
@@ -72,9 +77,11 @@ def measured(one: Measured) -> Estimate:
 
 @dataclass(frozen=True)
 class Line:
-    """Least squares through losses of single checkpoints, over steps or over `place` of a step (the logarithm, to extrapolate).
+    """Least squares through losses of single checkpoints, over steps or over `place` of a step (the
+    logarithm, to extrapolate).
 
-    `deviation` is the standard deviation of the residuals; None for two points, through which every line goes exactly.
+    `deviation` is the standard deviation of the residuals; None for two points, through which every
+    line goes exactly.
     """
 
     points: tuple[Measured, ...]
@@ -116,9 +123,11 @@ class Noise(NamedTuple):
 
 
 def noise_of(merges: Sequence[Measured], line: Line, singles: Sequence[Measured]) -> list[Noise]:
-    """The noise loss at each spacing, finest first: `a = sum o d / sum o^2`, o = 1 - sum c^2, d = sum c_i l_i - L(merge).
+    """The noise loss at each spacing, finest first: `a = sum o d / sum o^2`, o = 1 - sum c^2, d =
+    sum c_i l_i - L(merge).
 
-    The l_i are the measured losses of a merge's checkpoints where all of them were evaluated, else those of the line.
+    The l_i are the measured losses of a merge's checkpoints where all of them were evaluated, else
+    those of the line.
     """
     known = {one.steps[0]: one for one in singles}
     groups: list[list[Measured]] = []
@@ -142,7 +151,9 @@ def noise_of(merges: Sequence[Measured], line: Line, singles: Sequence[Measured]
 
 
 def fit_error(estimate: Estimate, everything: Mapping[str, Measured], deviation: float | None) -> float | None:
-    """The standard error of an estimate by the scatter of single checkpoints around the line; a merge scatters by sqrt(sum c^2)."""
+    """The standard error of an estimate by the scatter of single checkpoints around the line; a
+    merge scatters by sqrt(sum c^2).
+    """
     if deviation is None:
         return None
     parts = (weight**2 * (1.0 - everything[key].removes) for key, weight in estimate.weights.items())
@@ -150,7 +161,9 @@ def fit_error(estimate: Estimate, everything: Mapping[str, Measured], deviation:
 
 
 def gain(a: float, s: float, removes: float, age: float) -> float:
-    """What a merge gains over l(T), the loss of the newest step on the line: `a (1 - sum c^2) - s age`."""
+    """What a merge gains over l(T), the loss of the newest step on the line: `a (1 - sum c^2) - s
+    age`.
+    """
     return a * removes - s * age
 
 
@@ -160,7 +173,9 @@ def best_count(a: float, s: float, spacing: float) -> float:
 
 
 def pair_noise(pair: Measured, older: Measured, newer: Measured) -> float:
-    """`Q / 4 = 2 [(l_i + l_j) / 2 - L(midpoint)]` of a pair merge: the loss variogram, which rises with the lag to `a`."""
+    """`Q / 4 = 2 [(l_i + l_j) / 2 - L(midpoint)]` of a pair merge: the loss variogram, which rises
+    with the lag to `a`.
+    """
     return 2.0 * ((older.loss + newer.loss) / 2 - pair.loss)
 
 

@@ -1,4 +1,5 @@
-"""The report as one HTML file: no network, no library, nothing to run; the numbers behind it are embedded as JSON.
+"""The report as one HTML file: no network, no library, nothing to run; the numbers behind it are
+embedded as JSON.
 
 The same rows and the same analysis give the same bytes: there is no clock and no chance in it.
 """
@@ -32,7 +33,9 @@ def page(
     sources: Mapping[str, bytes],
     command: str,
 ) -> str:
-    """The report of a run. `sources` are the files that it was made from, `command` makes the proposed merge ("" for none)."""
+    """The report of a run. `sources` are the files that it was made from, `command` makes the
+    proposed merge ("" for none).
+    """
     shown = [*panels(found, forecast, analysis), *filter(None, [plane(found)])]
     title = f"Merging {run.path.rstrip('/').rpartition('/')[2] or run.path}"
     body = [

@@ -1,4 +1,6 @@
-"""The panels of the report: each a chart, the numbers behind it, and a sentence on what it does not show."""
+"""The panels of the report: each a chart, the numbers behind it, and a sentence on what it does not
+show.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The loss over the plane through three checkpoints, from seven evaluations: corners, midpoints, centroid.
+"""The loss over the plane through three checkpoints, from seven evaluations: corners, midpoints,
+centroid.
 
-A quadratic through these seven reproduced a measured 7 x 7 grid inside the triangle's box with an error of .002 of a range of .54
-(a pilot of 0.5M parameters). Its contours are ellipses.
+A quadratic through these seven reproduced a measured 7 x 7 grid inside the triangle's box with an
+error of .002 of a range of .54 (a pilot of 0.5M parameters). Its contours are ellipses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _LEVELS = 6
 
 @dataclass(frozen=True)
 class Quadratic:
-    """`f(x, y) = low + ((x, y) - center)' H ((x, y) - center) / 2`, H = ((xx, xy), (xy, yy)) positive definite."""
+    """`f(x, y) = low + ((x, y) - center)' H ((x, y) - center) / 2`, H = ((xx, xy), (xy, yy))
+    positive definite.
+    """
 
     low: float
     center: tuple[float, float]

@@ -1,7 +1,9 @@
-"""Which merges to evaluate: plans over the steps of a run, as entries with the options of `pmerge average`.
+"""Which merges to evaluate: plans over the steps of a run, as entries with the options of `pmerge
+average`.
 
     auto      4 checkpoints over the last 10 % of the run, and merges of 8 at the finest spacing V and at 2V: all that a forecast
-              needs (in the pilots 5 evaluations missed the annealed loss by 5 % of the drop on average, more merges added nothing)
+              needs (in the pilots 5 evaluations missed the annealed loss by 5 % of the drop on
+              average, more merges added nothing)
     rolling   every checkpoint, and a merge of 8 that ends at each
     grid      merges of 2, 4, 8 and 16 at V, 2V and 4V, by sma and wma
     pairs     merges of two at lags V, 2V, 4V, ...: the loss variogram
@@ -30,7 +32,8 @@ Entry = dict[str, Any]
 
 
 def make_plan(kind: str, steps: Sequence[int], since: float = 0.0) -> list[Entry]:
-    """The entries of a plan for checkpoints at `steps`, ascending. Checkpoints before `since` are of another phase.
+    """The entries of a plan for checkpoints at `steps`, ascending. Checkpoints before `since` are
+    of another phase.
 
     Raises UsageError for an unknown plan or too few checkpoints.
     """
@@ -56,7 +59,9 @@ def finest(steps: Sequence[int]) -> int:
 
 
 def spread_out(steps: Sequence[int], since: float = 0.0) -> list[int]:
-    """Four checkpoints, evenly over the last tenth of the run, the newest among them; the newest four where fewer lie there."""
+    """Four checkpoints, evenly over the last tenth of the run, the newest among them; the newest
+    four where fewer lie there.
+    """
     newest = steps[-1]
     recent = [step for step in steps if step >= newest - RECENT * (newest - since)]
     if len(recent) < SINGLES:
@@ -75,7 +80,9 @@ def merge(method: str, last: int, every: int, at: int) -> Entry:
 
 
 def window(steps: Sequence[float], every: float, at: float) -> int:
-    """How many checkpoints there are one `every` steps back from `at`, each within a tenth of that; `steps` ascend."""
+    """How many checkpoints there are one `every` steps back from `at`, each within a tenth of that;
+    `steps` ascend.
+    """
     count = 0
     while True:
         place = at - count * every

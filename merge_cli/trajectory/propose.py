@@ -9,7 +9,9 @@ from merge_cli.trajectory.forecast import Forecast
 
 
 def command_of(found: Forecast, checkpoints: Sequence[str]) -> str:
-    """The command line for the proposed merge of the run at `checkpoints`; "" if there is no proposal."""
+    """The command line for the proposed merge of the run at `checkpoints`; "" if there is no
+    proposal.
+    """
     if found.choice is None or found.newest is None:
         return ""
     parts = ["pmerge", "average", *checkpoints, "--method", found.choice.method, "--last", str(found.choice.n)]

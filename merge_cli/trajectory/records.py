@@ -1,4 +1,6 @@
-"""Dataclasses of numbers to JSON and back, checked field by field: files come from other versions, hands and machines."""
+"""Dataclasses of numbers to JSON and back, checked field by field: files come from other versions,
+hands and machines.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ def encode(value: Any) -> Any:
 def decode(kind: type[T], value: object, where: str) -> T:
     """The dataclass, named tuple or plain value of type `kind` that `encode` made `value` of.
 
-    Fields that are missing take their default; unknown ones are left out, so a newer file can be read. Raises InputError, naming
-    `where` and the field.
+    Fields that are missing take their default; unknown ones are left out, so a newer file can be
+    read. Raises InputError, naming `where` and the field.
     """
     return typing.cast("T", _decode(kind, value, where))
 

@@ -1,8 +1,9 @@
 """What an evaluation command leaves behind, as numbers by name.
 
-Taken from the first of: the file PMERGE_RESULT (a JSON object); the newest `results*.json` below the output folder, as lm-eval
-writes it; the last line of stdout that is a JSON object or a number. Nested objects become names with dots (`hellaswag.acc,none`);
-a number under a name with `_stderr` is the standard error of the metric without it.
+Taken from the first of: the file PMERGE_RESULT (a JSON object); the newest `results*.json` below
+the output folder, as lm-eval writes it; the last line of stdout that is a JSON object or a number.
+Nested objects become names with dots (`hellaswag.acc,none`); a number under a name with `_stderr`
+is the standard error of the metric without it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class ResultError(PmergeError):
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics and their standard errors by name, the losses by document where there are any, and where they come from."""
+    """Metrics and their standard errors by name, the losses by document where there are any, and
+    where they come from.
+    """
 
     metrics: Mapping[str, float]
     errors: Mapping[str, float]
@@ -60,7 +63,9 @@ def read_result(result_file: Path, out: Path, stdout: str) -> Result:
 
 
 def pick(metrics: Mapping[str, float], wanted: Sequence[str]) -> list[str]:
-    """The names in `metrics` that `wanted` mean, with or without lm-eval's `results.` in front. Raises ResultError."""
+    """The names in `metrics` that `wanted` mean, with or without lm-eval's `results.` in front.
+    Raises ResultError.
+    """
     found = []
     for path in wanted:
         name = next((name for name in (path, path.removeprefix("results.")) if name in metrics), None)
@@ -76,17 +81,23 @@ def is_loss(name: str) -> bool:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether smaller values of a metric of this name are better: losses, perplexities, error rates."""
+    """Whether smaller values of a metric of this name are better: losses, perplexities, error
+    rates.
+    """
     return bool(_LOWER.search(name))
 
 
 def main_metric(names: Sequence[str]) -> str:
-    """The metric that is shown unless another is asked for: the first that is a loss, else the first."""
+    """The metric that is shown unless another is asked for: the first that is a loss, else the
+    first.
+    """
     return next((name for name in names if is_loss(name)), names[0])
 
 
 def digits(metrics: Mapping[str, float]) -> int:
-    """How many significant digits all numbers of a result have together: with few, equal results may be chance."""
+    """How many significant digits all numbers of a result have together: with few, equal results
+    may be chance.
+    """
     return sum(len(repr(abs(value)).split("e")[0].replace(".", "").strip("0")) for value in metrics.values())
 
 
@@ -117,7 +128,9 @@ def _result(value: Any, source: str) -> Result:
 
 
 def _value_of(line: str) -> Any:
-    """The object or number that a line of stdout is; None for any other line. `nan` is a number, and an error later on."""
+    """The object or number that a line of stdout is; None for any other line. `nan` is a number,
+    and an error later on.
+    """
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

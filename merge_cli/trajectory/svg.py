@@ -1,7 +1,9 @@
-"""Charts as SVG text: axes, lines, dots, bands, bars and grids of cells, with a title and a description for readers.
+"""Charts as SVG text: axes, lines, dots, bands, bars and grids of cells, with a title and a
+description for readers.
 
-One decimal of a pixel and a fixed order of attributes make the text the same for the same numbers. Colors come from classes, which
-the page defines once; every mark has a `<title>`, which browsers show when the pointer rests on it.
+One decimal of a pixel and a fixed order of attributes make the text the same for the same numbers.
+Colors come from classes, which the page defines once; every mark has a `<title>`, which browsers
+show when the pointer rests on it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Shade = Callable[[float], str]
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers between `low` and `high`: at most `most`, steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers between `low` and `high`: at most `most`, steps of 1, 2 or 5 times a power of
+    ten.
+    """
     if not high > low:
         return [low]
     raw = (high - low) / max(most - 1, 1)
@@ -96,7 +100,9 @@ class Plot:
         self._marks.append(f'<line class="{kind}" x1="{x - width / 2:.1f}" y1="{y:.1f}" x2="{x + width / 2:.1f}" y2="{y:.1f}"/>')
 
     def ellipse(self, center: Point, axis: Point, other: Point, kind: str) -> None:
-        """An ellipse around `center`, its half axes the vectors `axis` and `other` in the coordinates of the chart."""
+        """An ellipse around `center`, its half axes the vectors `axis` and `other` in the
+        coordinates of the chart.
+        """
         steps = [2 * math.pi * i / 72 for i in range(73)]
         points = [
             (

@@ -1,9 +1,12 @@
-"""Which device a job runs on. "auto" takes an accelerator only where it is measured to be faster for this very job.
+"""Which device a job runs on. "auto" takes an accelerator only where it is measured to be faster
+for this very job.
 
-Storage, cores and bus decide which is faster, not the device: plain sums are cheap anywhere. So both paths work on the first bytes
-of the job, as they would in the extent, hashing included, only that nothing is written. The first pass of each is not counted: it
-starts CUDA, pins memory, and reads what then lies in the page cache for both. Where the storage is the limit both are equally fast,
-and the CPU is taken. Small jobs are over before a device has been started, and are not measured.
+Storage, cores and bus decide which is faster, not the device: plain sums are cheap anywhere. So
+both paths work on the first bytes of the job, as they would in the extent, hashing included, only
+that nothing is written. The first pass of each is not counted: it starts CUDA, pins memory, and
+reads what then lies in the page cache for both. Where the storage is the limit both are equally
+fast, and the CPU is taken. Small jobs are over before a device has been started, and are not
+measured.
 """
 
 from __future__ import annotations
@@ -49,9 +52,11 @@ class Rate(NamedTuple):
 
 
 def settle(name: str, plan: MergePlan, fit: Callable[[Device], Budget], local_rank: int = 0) -> Settled:
-    """The device for `plan` under the name "auto", "cpu", "cuda" or "cuda:K"; only "auto" is decided here.
+    """The device for `plan` under the name "auto", "cpu", "cuda" or "cuda:K"; only "auto" is
+    decided here.
 
-    `fit` gives the budget on a device. Raises what it raises, and UsageError for a device that is not there.
+    `fit` gives the budget on a device. Raises what it raises, and UsageError for a device that is
+    not there.
     """
     device = choose_device(name, local_rank)
     if name != "auto" or not device.is_accelerator:
@@ -69,7 +74,9 @@ def settle(name: str, plan: MergePlan, fit: Callable[[Device], Budget], local_ra
 
 
 def compare(cpu: Callable[[], Rate], accelerator: Callable[[], Rate], name: str) -> tuple[bool, str]:
-    """Whether the accelerator called `name` is clearly faster, and a line that says so. Both paths are run twice, in turn."""
+    """Whether the accelerator called `name` is clearly faster, and a line that says so. Both paths
+    are run twice, in turn.
+    """
     for path in (cpu, accelerator):
         path()
     first, second = cpu(), accelerator()
@@ -80,10 +87,11 @@ def compare(cpu: Callable[[], Rate], accelerator: Callable[[], Rate], name: str)
 
 
 def sample(plan: MergePlan, budget: Budget, num_bytes: int = SAMPLE_BYTES, seconds: float = SAMPLE_S) -> Rate:
-    """Work on the first bytes of `plan`, until that many bytes were counted or that much time has passed. Writes nothing.
+    """Work on the first bytes of `plan`, until that many bytes were counted or that much time has
+    passed. Writes nothing.
 
-    The first round, in which every worker finishes a chunk, is not counted: until then bytes are read that
-    nobody has finished. After that they flow, in rounds of one chunk a worker.
+    The first round, in which every worker finishes a chunk, is not counted: until then bytes are
+    read that nobody has finished. After that they flow, in rounds of one chunk a worker.
     """
     outputs = tuple(range(len(plan.outputs)))
     kinds = ("average", "coded")

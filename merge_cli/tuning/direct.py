@@ -1,7 +1,8 @@
 """Decide whether inputs are read with O_DIRECT. Reads up to 128 MiB of one input to time both ways.
 
-O_DIRECT saves the copy through the page cache, but loses its readahead; which of the two is faster differs from machine to machine,
-so it is timed, and only where the inputs are too large to stay in the cache anyway.
+O_DIRECT saves the copy through the page cache, but loses its readahead; which of the two is faster
+differs from machine to machine, so it is timed, and only where the inputs are too large to stay in
+the cache anyway.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Direct(NamedTuple):
 def choose_direct(plan: MergePlan, setting: str) -> Direct:
     """Decide about O_DIRECT for `setting` "auto", "on" or "off". Raises UsageError for another one.
 
-    "auto" times both ways on the first bytes of the largest file, and wants a gain of a tenth. Where O_DIRECT cannot be had, reads
-    are buffered whatever was asked.
+    "auto" times both ways on the first bytes of the largest file, and wants a gain of a tenth.
+    Where O_DIRECT cannot be had, reads are buffered whatever was asked.
     """
     if setting not in ("auto", "on", "off"):
         raise UsageError(f"--direct cannot be {setting!r}", details=["expected  auto, on, off"], hint="--direct auto")
@@ -69,7 +70,9 @@ def _probe(source: LocalSource) -> None:
 
 
 def _bytes_per_s(source: LocalSource, begin: int, size: int, flags: int) -> float:
-    """Time `size` bytes from `begin`, read by several threads; what the page cache holds of them is dropped first."""
+    """Time `size` bytes from `begin`, read by several threads; what the page cache holds of them is
+    dropped first.
+    """
     request, begin = LARGE_REQUEST_BYTES, begin // LARGE_REQUEST_BYTES * LARGE_REQUEST_BYTES
     with closing(source):
         fd = source.descriptor(flags)

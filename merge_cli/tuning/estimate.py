@@ -5,10 +5,11 @@
     PCIe      bytes read / P, on a GPU; results come back in the other direction
     memory    (bytes read x 4 + bytes written x 5) / M: into the page cache, out of it (two), to the sum; or as many and the sha256
 
-R is measured by reading a little, or given; P is measured. M counts only where given (`parts_of`): no short measurement by one
-thread shows what the memory of a machine can do. The costs of a byte are measured figures of one core (docs/benchmarks.md): copying
-it from the page cache and, on the CPU, adding it up; hashing it and copying it to the page cache. What a GPU itself does takes a
-tenth of PCIe's time or less, and is left out.
+R is measured by reading a little, or given; P is measured. M counts only where given (`parts_of`):
+no short measurement by one thread shows what the memory of a machine can do. The costs of a byte
+are measured figures of one core (docs/benchmarks.md): copying it from the page cache and, on the
+CPU, adding it up; hashing it and copying it to the page cache. What a GPU itself does takes a tenth
+of PCIe's time or less, and is left out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SAMPLE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, the part that decides them, the storage bandwidth (bytes/s) that they rest on, and the seconds of all parts."""
+    """Seconds, the part that decides them, the storage bandwidth (bytes/s) that they rest on, and
+    the seconds of all parts.
+    """
 
     seconds: float
     bottleneck: str
@@ -49,7 +52,9 @@ def parts_of(
     pcie_bandwidth: float | None = None,
     memory_bandwidth: float | None = None,
 ) -> dict[str, float]:
-    """The seconds that each part needs by itself; `read_s` is the work of one core on all that is read, bandwidths in bytes/s."""
+    """The seconds that each part needs by itself; `read_s` is the work of one core on all that is
+    read, bandwidths in bytes/s.
+    """
     parts = {
         "storage": (bytes_read + bytes_written) / storage_bandwidth,
         "computing": (read_s + bytes_written * WRITE_S_PER_BYTE) / cores,
@@ -69,9 +74,11 @@ def estimate(
     device: Device = Device("cpu"),  # noqa: B008 (it is frozen)
     pcie_bandwidth: float | None = None,
 ) -> Estimate:
-    """Estimate the time of `plan`; without `storage_bandwidth` (bytes/s) the first bytes of the newest input are timed.
+    """Estimate the time of `plan`; without `storage_bandwidth` (bytes/s) the first bytes of the
+    newest input are timed.
 
-    What is in the page cache already is read faster than the rest will be: give the bandwidth where you know it.
+    What is in the page cache already is read faster than the rest will be: give the bandwidth where
+    you know it.
     """
     bandwidth = storage_bandwidth or measure_bandwidth(plan)
     coded = sum(extent.bytes_read for file in plan.files for extent in file.extents if isinstance(extent, QuantizedExtent))

@@ -1,4 +1,6 @@
-"""The device, memory and kind of reads for a planned merge, from what RunConfig leaves open. May time some reads."""
+"""The device, memory and kind of reads for a planned merge, from what RunConfig leaves open. May
+time some reads.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from merge_cli.tuning.direct import choose_direct
 
 
 class Tuning(NamedTuple):
-    """The device, the reasons for it, and the use of memory there for this merge or others of its inputs."""
+    """The device, the reasons for it, and the use of memory there for this merge or others of its
+    inputs.
+    """
 
     device: Device
     notes: tuple[str, ...]
@@ -26,7 +30,9 @@ class Tuning(NamedTuple):
 
 
 def tune(merge: MergePlan, run: RunConfig, rank: Rank | None = None) -> Tuning:
-    """Settle how `rank` carries out `merge`. Raises UsageError for a missing device or too little memory."""
+    """Settle how `rank` carries out `merge`. Raises UsageError for a missing device or too little
+    memory.
+    """
     rank = rank or Rank()
     direct = choose_direct(merge, run.direct)
     at_once = requests_at_once(merge)

@@ -1,4 +1,6 @@
-"""Sizes as people write them, read as pmerge's own `--memory` is: `1.7GB` is decimal, `256MiB` is binary."""
+"""Sizes as people write them, read as pmerge's own `--memory` is: `1.7GB` is decimal, `256MiB` is
+binary.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Elsewhere than on Linux pmerge ends with one error, before it imports or calls anything that only Linux has."""
+"""Elsewhere than on Linux pmerge ends with one error, before it imports or calls anything that only
+Linux has.
+"""
 
 from __future__ import annotations
 

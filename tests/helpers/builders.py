@@ -1,9 +1,11 @@
-"""Small checkpoints for the tests: tensors like those of a training run, and the files that hold them.
+"""Small checkpoints for the tests: tensors like those of a training run, and the files that hold
+them.
 
-`write_safetensors` writes at the level of the header, so that a test decides the physical order, the
-padding and the whitespace; `write_checkpoint` makes a whole folder with it. `nasty_run` makes the
-checkpoints that the engine must survive: a 0-d scalar, an empty tensor, integer and bool buffers, odd
-shapes, four float dtypes in one checkpoint, a non-ASCII name, negative zeros, and subnormals. All is seeded.
+`write_safetensors` writes at the level of the header, so that a test decides the physical order,
+the padding and the whitespace; `write_checkpoint` makes a whole folder with it. `nasty_run` makes
+the checkpoints that the engine must survive: a 0-d scalar, an empty tensor, integer and bool
+buffers, odd shapes, four float dtypes in one checkpoint, a non-ASCII name, negative zeros, and
+subnormals. All is seeded.
 """
 
 from __future__ import annotations
@@ -54,10 +56,11 @@ def write_safetensors(
     after: str = "",
     multiple: int = 8,
 ) -> None:
-    """Write a safetensors file: the data in the order of `tensors`, the header's entries in `header_order`.
+    """Write a safetensors file: the data in the order of `tensors`, the header's entries in
+    `header_order`.
 
-    `before` and `after` are put around the header's JSON; the whole is padded with spaces to a `multiple`
-    of bytes, which 1 turns off (the length of the header may then be odd).
+    `before` and `after` are put around the header's JSON; the whole is padded with spaces to a
+    `multiple` of bytes, which 1 turns off (the length of the header may then be odd).
     """
     entries: dict[str, Any] = {}
     data = []
@@ -98,9 +101,9 @@ def write_checkpoint(
 ) -> Path:
     """Make the checkpoint folder `folder` and return it.
 
-    `shards` is a number of shards, or the names of the tensors of each shard in physical order. Without
-    `index` there is one `model.safetensors`. `side_files` adds what a checkpoint of the hub carries beside
-    weights and `config`. `file_options` go to `write_safetensors`.
+    `shards` is a number of shards, or the names of the tensors of each shard in physical order.
+    Without `index` there is one `model.safetensors`. `side_files` adds what a checkpoint of the hub
+    carries beside weights and `config`. `file_options` go to `write_safetensors`.
     """
     folder.mkdir(parents=True)
     parts = split(tensors, shards) if isinstance(shards, int) else [list(part) for part in shards]
@@ -129,7 +132,9 @@ def write_checkpoint(
 
 
 def write_trained(folder: Path, step: int, *, rows: int = 40) -> None:
-    """A checkpoint in two shards as a trainer leaves it: with its state, an optimizer, and 3 tensors drawn from `step`."""
+    """A checkpoint in two shards as a trainer leaves it: with its state, an optimizer, and 3
+    tensors drawn from `step`.
+    """
     generator = torch.Generator().manual_seed(step)
     tensors = {
         "model.embed.weight": torch.randn(rows, 7, generator=generator).bfloat16(),
@@ -166,14 +171,18 @@ def training_run(tensors: Mapping[str, Tensor], count: int, seed: int = 0) -> li
 
 
 def write_run(folder: Path, run: Sequence[Mapping[str, Tensor]], *, spacing: int = 100, **options: Any) -> list[Path]:
-    """Write each checkpoint of `run` as `checkpoint-<step>`, `spacing` steps apart; paths, oldest first."""
+    """Write each checkpoint of `run` as `checkpoint-<step>`, `spacing` steps apart; paths, oldest
+    first.
+    """
     return [
         write_checkpoint(folder / f"checkpoint-{spacing * number}", tensors, **options) for number, tensors in enumerate(run, 1)
     ]
 
 
 def random_bits(dtype: torch.dtype, count: int, seed: int) -> Tensor:
-    """Finite values of `dtype` drawn evenly from its bit patterns: all exponents, subnormals included."""
+    """Finite values of `dtype` drawn evenly from its bit patterns: all exponents, subnormals
+    included.
+    """
     generator = torch.Generator().manual_seed(seed)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     raw = torch.randint(-(2**15), 2**15, (count, dtype.itemsize // 2), generator=generator).to(torch.int16)
@@ -182,7 +191,9 @@ def random_bits(dtype: torch.dtype, count: int, seed: int) -> Tensor:
 
 
 def nasty_tensors(seed: int = 0) -> dict[str, Tensor]:
-    """One checkpoint of what goes wrong in mergers, in an order that is neither sorted nor by dtype."""
+    """One checkpoint of what goes wrong in mergers, in an order that is neither sorted nor by
+    dtype.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 0.02) -> Tensor:
@@ -221,8 +232,9 @@ def nasty_tensors(seed: int = 0) -> dict[str, Tensor]:
 def nasty_run(folder: Path, count: int = 4, *, layout: str = "mixed", seed: int = 0) -> list[Path]:
     """`count` nasty checkpoints, oldest first, in one of three layouts.
 
-    "single": one `model.safetensors` each. "sharded": the same three shards each. "mixed": shards, physical
-    order and the length of the header differ from checkpoint to checkpoint, and one is a single file.
+    "single": one `model.safetensors` each. "sharded": the same three shards each. "mixed": shards,
+    physical order and the length of the header differ from checkpoint to checkpoint, and one is a
+    single file.
     """
     run = training_run(nasty_tensors(seed), count, seed + 1)
     paths = []
@@ -240,7 +252,9 @@ def nasty_run(folder: Path, count: int = 4, *, layout: str = "mixed", seed: int 
 
 
 def read_layout(folder: Path) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
-    """Weight file -> (name, dtype, shape) of its tensors in physical order, for the files that count."""
+    """Weight file -> (name, dtype, shape) of its tensors in physical order, for the files that
+    count.
+    """
     index = folder / INDEX
     files = ["model.safetensors"]
     if index.exists():

@@ -1,8 +1,10 @@
-"""What the engine may answer: for every element the smallest and the largest value that a correct run can give.
+"""What the engine may answer: for every element the smallest and the largest value that a correct
+run can give.
 
-Most of these intervals are a single value. sma and wma: the exact mean, rounded once, wherever the integer sum is exact in the
-accumulator. Other coefficients: the float64 sum, rounded once, unless it lies so close to the midpoint of two neighbors that the
-rounding errors of the accumulator decide. Outside these cases an interval follows from the usual bound on a sum's error.
+Most of these intervals are a single value. sma and wma: the exact mean, rounded once, wherever the
+integer sum is exact in the accumulator. Other coefficients: the float64 sum, rounded once, unless
+it lies so close to the midpoint of two neighbors that the rounding errors of the accumulator
+decide. Outside these cases an interval follows from the usual bound on a sum's error.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def interval(
     dtype: torch.dtype,
     accumulate: str = "auto",
 ) -> Interval:
-    """The smallest and the largest average of `tensors` (one tensor's values, oldest first) that a correct engine can give."""
+    """The smallest and the largest average of `tensors` (one tensor's values, oldest first) that a
+    correct engine can give.
+    """
     count = len(tensors)
     integers = numerators(method, count, options)
     weights = coefficients(method, steps, **options) if count > 1 else [1.0]
@@ -79,7 +83,9 @@ def interval(
 
 
 def sum_is_exact(tensors: Sequence[Tensor], integers: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Where `sum(integers[i] * tensors[i])`, added from oldest to newest in `dtype`, is exact at every step."""
+    """Where `sum(integers[i] * tensors[i])`, added from oldest to newest in `dtype`, is exact at
+    every step.
+    """
     total, exact = exact_sum(tensors, integers)
     if dtype == torch.float64:
         return exact
@@ -100,7 +106,9 @@ def outside(found: Tensor, allowed: Interval) -> Tensor:
 
 
 def assert_within(found: Mapping[str, Tensor], expected: Mapping[str, Interval | Tensor]) -> None:
-    """Every tensor of `found` lies in its interval, or equals, bit for bit, the tensor that is expected in its place."""
+    """Every tensor of `found` lies in its interval, or equals, bit for bit, the tensor that is
+    expected in its place.
+    """
     assert found.keys() == expected.keys()
     for name, allowed in expected.items():
         if isinstance(allowed, Tensor):
@@ -124,7 +132,8 @@ def expect(
     dtype: torch.dtype | None = None,
     accumulate: str = "auto",
 ) -> dict[str, Interval | Tensor]:
-    """What the average of whole checkpoints must be: intervals for floats, the tensor itself for integers.
+    """What the average of whole checkpoints must be: intervals for floats, the tensor itself for
+    integers.
 
     `dtype` None keeps the dtypes of the newest checkpoint.
     """

@@ -1,7 +1,8 @@
 """The command `pmerge` as a user runs it, without what a start costs.
 
-Each run is a process of its own, forked from a server that has imported everything (scripts/lib/faults/server.py): 0.1 s
-instead of the 2 s of an import of torch. The examples of the README start the installed command itself.
+Each run is a process of its own, forked from a server that has imported everything
+(scripts/lib/faults/server.py): 0.1 s instead of the 2 s of an import of torch. The examples of the
+README start the installed command itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _at_the_end = ExitStack()
 
 @cache
 def server() -> FaultRuns:
-    """The server of this process of the tests, which conftest.py stops. It carries out one run at a time."""
+    """The server of this process of the tests, which conftest.py stops. It carries out one run at a
+    time.
+    """
     return _at_the_end.enter_context(FaultRuns())
 
 
@@ -29,13 +32,17 @@ def stop_server() -> None:
 
 
 def start(*arguments: object, cwd: Path, **setting: Unpack[Setting]) -> Run:
-    """Start `pmerge arguments` in `cwd`, with the variables of this process unless `setting` has others."""
+    """Start `pmerge arguments` in `cwd`, with the variables of this process unless `setting` has
+    others.
+    """
     setting.setdefault("environment", dict(os.environ))
     return server().start(arguments, cwd, timeout_s=120, **setting)
 
 
 def pmerge(*arguments: object, cwd: Path, expect: int = 0, **setting: Unpack[Setting]) -> Ended:
-    """Run `pmerge arguments` in `cwd`, which must end with the exit code that is expected and without a traceback."""
+    """Run `pmerge arguments` in `cwd`, which must end with the exit code that is expected and
+    without a traceback.
+    """
     done = start(*arguments, cwd=cwd, **setting).end()
     assert done.code == expect, done.stderr + done.stdout
     assert "Traceback" not in done.stderr

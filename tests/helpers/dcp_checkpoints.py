@@ -1,7 +1,8 @@
-"""Torch distributed checkpoints for the tests, written by torch's own writer; and a clone written by a simple loop.
+"""Torch distributed checkpoints for the tests, written by torch's own writer; and a clone written
+by a simple loop.
 
-A tensor is cut into boxes by a planner that splits it as ranks would have, so that one process is enough: the writer, the
-metadata and the checks of the plan are torch's.
+A tensor is cut into boxes by a planner that splits it as ranks would have, so that one process is
+enough: the writer, the metadata and the checks of the plan are torch's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ Transform = Callable[[str, bytes], bytes]
 
 
 def grid(shape: Sequence[int], parts: Sequence[int]) -> list[Box]:
-    """The boxes (offsets, sizes) of a tensor of `shape` cut into `parts[d]` nearly equal parts along each dimension `d`."""
+    """The boxes (offsets, sizes) of a tensor of `shape` cut into `parts[d]` nearly equal parts
+    along each dimension `d`.
+    """
     cuts = [[(n * i // k, n * (i + 1) // k - n * i // k) for i in range(k)] for n, k in zip(shape, parts, strict=True)]
     return [(tuple(at for at, _ in box), tuple(n for _, n in box)) for box in itertools.product(*cuts)]
 
@@ -88,7 +91,9 @@ def save_dcp(folder: Path, state: Mapping[str, Any], cuts: Mapping[str, Sequence
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Without the warnings that a single process is meant, and that torch still makes typed storages."""
+    """Without the warnings that a single process is meant, and that torch still makes typed
+    storages.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
@@ -128,7 +133,9 @@ def read_values(folder: DcpFolder, payload: Payload) -> bytes:
 
 
 def write_clone(folder: DcpFolder, out: Path, training_state: str, change: Transform) -> Clone:
-    """Write the clone whose values are those that `change(name, values)` makes of the base's, file by file, part by part."""
+    """Write the clone whose values are those that `change(name, values)` makes of the base's, file
+    by file, part by part.
+    """
     kept = treat(folder.metadata, training_state)
     merged = [name for name, treatment in kept.items() if treatment == "merge"]
     clone = lay_out(folder.metadata, kept, payloads_of(folder, merged))

@@ -1,12 +1,15 @@
-"""A device whose operations run late and out of order, as far as the events that were declared allow. For tests only.
+"""A device whose operations run late and out of order, as far as the events that were declared
+allow. For tests only.
 
-Nothing that is submitted runs at once. At every call seeded random numbers decide which of the operations that may run now do:
-those whose queue has come to them and whose `after` are done. A wait runs no more than it must, in any order. So whatever forgets
-an event, or overwrites a buffer too early, computes wrong bytes here, and the same wrong bytes for the same seed; with a thread
-that sleeps such mistakes would show only sometimes.
+Nothing that is submitted runs at once. At every call seeded random numbers decide which of the
+operations that may run now do: those whose queue has come to them and whose `after` are done. A
+wait runs no more than it must, in any order. So whatever forgets an event, or overwrites a buffer
+too early, computes wrong bytes here, and the same wrong bytes for the same seed; with a thread that
+sleeps such mistakes would show only sometimes.
 
-Memory of the device is CPU memory, counted against `capacity`. `failure` raises at a chosen submission: when it is submitted, and
-then the operation may run nevertheless, as a part of it would on CUDA; or when it runs, and then every later wait fails.
+Memory of the device is CPU memory, counted against `capacity`. `failure` raises at a chosen
+submission: when it is submitted, and then the operation may run nevertheless, as a part of it would
+on CUDA; or when it runs, and then every later wait fails.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class Failure:
 
 @dataclass
 class World:
-    """What the queues of all workers share, and what tests look at. `seems`: the memory that is said to be free.
+    """What the queues of all workers share, and what tests look at. `seems`: the memory that is
+    said to be free.
 
     `eagerness`: how likely operations run before they are waited for.
     """

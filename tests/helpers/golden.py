@@ -1,10 +1,12 @@
-"""The bytes that pmerge writes, frozen: a sha256 of every output file for a matrix of requests, in `golden.json`.
+"""The bytes that pmerge writes, frozen: a sha256 of every output file for a matrix of requests, in
+`golden.json`.
 
     scripts/golden           make all rows again, print the rows that change, write golden.json and flags.json
     scripts/golden --check   the same, and write nothing; exit status 1 if a row changes
 
-`pmerge.json` and `sweep.json` go in as the fields that do not depend on the place and the time of a run. Averages by several ranks
-and outputs of a sweep have no rows of their own where they must equal those of a lone average: the test compares them with it.
+`pmerge.json` and `sweep.json` go in as the fields that do not depend on the place and the time of a
+run. Averages by several ranks and outputs of a sweep have no rows of their own where they must
+equal those of a lone average: the test compares them with it.
 
 `one_average`, `by_ranks` and `one_sweep` are the only code here that calls pmerge.
 """
@@ -29,12 +31,15 @@ INPUTS = "inputs"  # the row of the runs themselves: a generator that has change
 
 Digests = dict[str, str]  # file name -> sha256
 
-# fields of pmerge.json and sweep.json that are another thing in another place, at another time or in another version
+# fields of pmerge.json and sweep.json that are another thing in another place, at another time or
+# in another version
 _VOLATILE = frozenset({"path", "base", "version", "command", "pmerge", "schema", "versions", "reason"})
 
 
 class Row(NamedTuple):
-    """One request: the `run` of golden_inputs.py that it averages, and the options of `average` or `sweep`."""
+    """One request: the `run` of golden_inputs.py that it averages, and the options of `average` or
+    `sweep`.
+    """
 
     run: str
     options: Mapping[str, Any]
@@ -112,7 +117,9 @@ def one_average(paths: Sequence[Path], out: Path, options: Mapping[str, Any]) ->
 
 
 def by_ranks(paths: Sequence[Path], out: Path, options: Mapping[str, Any], world_size: int = 3) -> None:
-    """Average by several ranks, the last one first, files cut into pieces of some hundred bytes and chunks of some thousand."""
+    """Average by several ranks, the last one first, files cut into pieces of some hundred bytes and
+    chunks of some thousand.
+    """
     from merge_cli import Rank, plan_average, run_average
 
     with mock.patch("merge_cli.ranks.shares.MIN_PIECE_BYTES", 512):
@@ -129,7 +136,9 @@ def one_sweep(paths: Sequence[Path], out: Path, options: Mapping[str, Any]) -> N
 
 
 def flags() -> dict[str, list[str]]:
-    """The options of every command, as they are typed, in alphabetical order; arguments by their name."""
+    """The options of every command, as they are typed, in alphabetical order; arguments by their
+    name.
+    """
     import typer
 
     from merge_cli.cli.app import app
@@ -142,12 +151,16 @@ def flags() -> dict[str, list[str]]:
 
 
 def digests(folder: Path) -> Digests:
-    """The sha256 of every file below `folder`, by its path there; of pmerge's own records, of the fields that last."""
+    """The sha256 of every file below `folder`, by its path there; of pmerge's own records, of the
+    fields that last.
+    """
     return {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def digests_of_folders(folder: Path) -> Digests:
-    """The sha256 of every file in `folder`, and of every folder in it one over the digests of its files."""
+    """The sha256 of every file in `folder`, and of every folder in it one over the digests of its
+    files.
+    """
     return {path.name: _digest(path) for path in sorted(folder.iterdir())}
 
 

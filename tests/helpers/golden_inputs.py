@@ -1,9 +1,12 @@
-"""The training runs whose averages are frozen in golden.json: the same bytes on every machine and with every version of torch.
+"""The training runs whose averages are frozen in golden.json: the same bytes on every machine and
+with every version of torch.
 
-Every byte comes from SHAKE-128 over the name of its tensor, and a table then moves the exponent into a range, so that no value is
-NaN or infinite. No generator of torch or numpy and no floating-point operation takes part.
+Every byte comes from SHAKE-128 over the name of its tensor, and a table then moves the exponent
+into a range, so that no value is NaN or infinite. No generator of torch or numpy and no
+floating-point operation takes part.
 
-Not guaranteed: that the values look like a trained model. They fill all mantissas, which is harder on a sum.
+Not guaranteed: that the values look like a trained model. They fill all mantissas, which is harder
+on a sum.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ _TABLES = {  # of the highest byte of an element: sign and most of the exponent
 
 
 def random_tensor(name: str, dtype: str, shape: tuple[int, ...], table: str = "") -> Tensor:
-    """A tensor of the safetensors dtype `dtype` whose bytes follow from `name`; `table` names the range of its values."""
+    """A tensor of the safetensors dtype `dtype` whose bytes follow from `name`; `table` names the
+    range of its values.
+    """
     width, count = _TORCH[dtype].itemsize, math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=_TORCH[dtype])
@@ -75,7 +80,9 @@ def _dense(step: int) -> Tensors:
 
 
 def _long(step: int) -> Tensors:
-    """One tensor that is longer than a block of the sums (2^18 elements), a scalar and an empty one."""
+    """One tensor that is longer than a block of the sums (2^18 elements), a scalar and an empty
+    one.
+    """
     return {
         "long.weight": random_tensor(f"{step} long", "BF16", (257, 1031)),
         "scalar": random_tensor(f"{step} scalar", "F32", ()),
@@ -140,7 +147,9 @@ def _single(folder: Path) -> list[Path]:
 
 
 def _mixed_layouts(folder: Path) -> list[Path]:
-    """Shards, their order and the length of the header differ between the checkpoints, and one is a single file."""
+    """Shards, their order and the length of the header differ between the checkpoints, and one is a
+    single file.
+    """
     paths = []
     for number, step in enumerate(STEPS, 1):
         names = sorted(_mixed(step), key=lambda name: hashlib.sha256(f"{step} {name}".encode()).digest())

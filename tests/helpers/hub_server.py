@@ -1,11 +1,13 @@
-"""A Hub on loopback: repositories of commits in memory, ranges, links to a "CDN" on another host name, and faults on demand.
+"""A Hub on loopback: repositories of commits in memory, ranges, links to a "CDN" on another host
+name, and faults on demand.
 
     with HubServer(token="hf_x") as hub:
         hub.commit("org/model", "step1000", {"config.json": b"{}", "model.safetensors": data})
 
-Large files (`LARGE`) are redirected, as the Hub does with LFS; the real CDN has another host name, so this one has too (`localhost`
-for `127.0.0.1`): clients treat a redirect to another host otherwise. It is also an HTTP proxy: a request for a whole URL is
-answered as one for its path. huggingface_hub accepts it as a Hub.
+Large files (`LARGE`) are redirected, as the Hub does with LFS; the real CDN has another host name,
+so this one has too (`localhost` for `127.0.0.1`): clients treat a redirect to another host
+otherwise. It is also an HTTP proxy: a request for a whole URL is answered as one for its path.
+huggingface_hub accepts it as a Hub.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Request(NamedTuple):
 
 
 class HubServer:
-    """`faults` are taken one a request for bytes: "503", "429", "truncate", "norange", "shift", "drop", "slow", "403"."""
+    """`faults` are taken one a request for bytes: "503", "429", "truncate", "norange", "shift",
+    "drop", "slow", "403".
+    """
 
     def __init__(
         self, token: str = "", link_seconds: float = 3600.0, certificate: Path | None = None, key: Path | None = None

@@ -1,4 +1,6 @@
-"""Files in a dictionary, as a store: `memory://run/step_1/model.safetensors`. `stores.STORES["memory"]` makes pmerge read them."""
+"""Files in a dictionary, as a store: `memory://run/step_1/model.safetensors`.
+`stores.STORES["memory"]` makes pmerge read them.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A device that can be watched where there is no GPU: torch's "meta", on which tensors have a shape and no values.
+"""A device that can be watched where there is no GPU: torch's "meta", on which tensors have a shape
+and no values.
 
-Looking at a value there is an error, as is mixing it with the CPU in most operations; `OneDevice` makes it one in all of them.
+Looking at a value there is an error, as is mixing it with the CPU in most operations; `OneDevice`
+makes it one in all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails at an operation of which a tensor is on the CPU. Single numbers, and tables while they are uploaded, may be."""
+    """Fails at an operation of which a tensor is on the CPU. Single numbers, and tables while they
+    are uploaded, may be.
+    """
 
     def __torch_dispatch__(
         self, operation: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -66,7 +66,9 @@ def roles(codec: Codec) -> tuple[str, ...]:
 
 
 def random_parts(codec: Codec, shape: Shape, seed: int = 0) -> dict[str, Tensor]:
-    """Stored bytes with every finite code, block after block of zeros, and scales of a few magnitudes."""
+    """Stored bytes with every finite code, block after block of zeros, and scales of a few
+    magnitudes.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = num_rows(shape)
     parts = {}
@@ -105,7 +107,9 @@ def random_scales(codec: Codec, size: int, generator: torch.Generator) -> Tensor
 
 
 def clean(codec: Codec, shape: Shape, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Padding bits as a writer leaves them (zero), and for Kimi no code -8: both are lost in decoding."""
+    """Padding bits as a writer leaves them (zero), and for Kimi no code -8: both are lost in
+    decoding.
+    """
     if isinstance(codec, Integer) and codec.packed:
         per_byte = 8 // codec.num_bits
         row_bytes = parts["codes"].numel() // max(1, num_rows(shape))

@@ -1,11 +1,12 @@
-"""The oracle that pmerge is held against: all in memory, float64 or exact, one rounding, no care for speed.
+"""The oracle that pmerge is held against: all in memory, float64 or exact, one rounding, no care
+for speed.
 
-`exact_mean` is the true answer for integer numerators (sma, wma): the rational mean of the stored values,
-rounded once to nearest even. The integer sum is taken in float64 with an error-free check of every
-addition, the quotient is compared with the midpoint of two neighbors without rounding, and elements that
-fail the check are redone with `fractions`. (Multiplying by a rounded 1/N, even in float64, breaks exact
-ties: up to 3 % of the elements of a bf16 mean of six.) `weighted_sum` is for real coefficients: a float64
-sum, rounded once and directly, not by way of float32.
+`exact_mean` is the true answer for integer numerators (sma, wma): the rational mean of the stored
+values, rounded once to nearest even. The integer sum is taken in float64 with an error-free check
+of every addition, the quotient is compared with the midpoint of two neighbors without rounding, and
+elements that fail the check are redone with `fractions`. (Multiplying by a rounded 1/N, even in
+float64, breaks exact ties: up to 3 % of the elements of a bf16 mean of six.) `weighted_sum` is for
+real coefficients: a float64 sum, rounded once and directly, not by way of float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ FORMATS = {  # dtype: significant bits, exponent of the smallest normal number
 
 
 def load(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, by safetensors' own loader; only files that the index names."""
+    """All tensors of a checkpoint folder, by safetensors' own loader; only files that the index
+    names.
+    """
     index = checkpoint / "model.safetensors.index.json"
     if not index.exists():
         return load_file(checkpoint / "model.safetensors")
@@ -41,7 +44,9 @@ def load(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def round_quotient(total: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
-    """The exact `total / divisor` (float64 over a small integer) rounded once to `dtype`, to nearest even."""
+    """The exact `total / divisor` (float64 over a small integer) rounded once to `dtype`, to
+    nearest even.
+    """
     quotient = total / divisor
     if dtype == torch.float64:
         return quotient
@@ -65,7 +70,9 @@ def round_fraction(value: Fraction, dtype: torch.dtype) -> float:
 
 
 def exact_sum(tensors: Sequence[Tensor], numerators: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`sum(numerators[i] * tensors[i])` in float64, oldest first, and where every step of it is exact."""
+    """`sum(numerators[i] * tensors[i])` in float64, oldest first, and where every step of it is
+    exact.
+    """
     total = numerators[0] * tensors[0].double()
     exact = torch.full(total.shape, tensors[0].dtype != torch.float64 or numerators[0] == 1)
     for numerator, tensor in zip(numerators[1:], tensors[1:], strict=True):
@@ -79,7 +86,9 @@ def exact_sum(tensors: Sequence[Tensor], numerators: Sequence[int]) -> tuple[Ten
 
 
 def exact_mean(tensors: Sequence[Tensor], numerators: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`sum(numerators[i] * tensors[i]) / sum(numerators)` as a rational number, rounded once to `dtype`."""
+    """`sum(numerators[i] * tensors[i]) / sum(numerators)` as a rational number, rounded once to
+    `dtype`.
+    """
     total, exact = exact_sum(tensors, numerators)
     mean = round_quotient(total, sum(numerators), dtype)
     redo = ~exact & total.isfinite()
@@ -100,7 +109,9 @@ def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float], dtype
 
 
 def coefficients(method: str, steps: Sequence[float], **options: Any) -> list[float]:
-    """The coefficients of `method`, oldest first, from the definitions rather than from closed forms."""
+    """The coefficients of `method`, oldest first, from the definitions rather than from closed
+    forms.
+    """
     n = len(steps)
     unit = [[float(i == j) for i in range(n)] for j in range(n)]
     gaps = [after - before for before, after in pairwise(steps)]

@@ -1,4 +1,6 @@
-"""An S3 server on loopback, as far as reading needs it: objects in memory, ranges, If-Match, listing with a delimiter, faults."""
+"""An S3 server on loopback, as far as reading needs it: objects in memory, ranges, If-Match,
+listing with a delimiter, faults.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _TIME = "2026-11-26T15:00:00.000Z"
 
 
 class S3Server:
-    """`objects` maps "bucket/key" to bytes. `faults` are taken one a request for an object: "503", "403", "truncate", "norange"."""
+    """`objects` maps "bucket/key" to bytes. `faults` are taken one a request for an object: "503",
+    "403", "truncate", "norange".
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}

@@ -180,7 +180,9 @@ def write_quantized(folder: Path, tensors: dict[str, Tensor], config: dict[str, 
 
 
 def quantized_run(folder: Path, case: str, count: int = 3) -> tuple[list[Path], list[Tensor], str, Codec]:
-    """Checkpoints with the scale in another shard than the codes; the decoded values of each, the tensor's name."""
+    """Checkpoints with the scale in another shard than the codes; the decoded values of each, the
+    tensor's name.
+    """
     tensors, config, shape, codec = READ[case]
     paths, values = [], []
     for number in range(count):

@@ -1,7 +1,8 @@
-"""An option is one field of a spec, and a method one entry of METHODS: flags, Python calls and records follow.
+"""An option is one field of a spec, and a method one entry of METHODS: flags, Python calls and
+records follow.
 
-A copy of the package gets a made-up option and a made-up method, each in the one place where it belongs, and is used in a
-process of its own. That process imports torch once.
+A copy of the package gets a made-up option and a made-up method, each in the one place where it
+belongs, and is used in a process of its own. That process imports torch once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A Hub and an S3 server on loopback that `hf://` and `s3://` read from, with nothing of the machine's own: cache, tokens, keys."""
+"""A Hub and an S3 server on loopback that `hf://` and `s3://` read from, with nothing of the
+machine's own: cache, tokens, keys.
+"""
 
 from __future__ import annotations
 

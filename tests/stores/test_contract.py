@@ -1,4 +1,6 @@
-"""The promises of `Store` and `Source`, which every store keeps: one class of tests, run on each of them."""
+"""The promises of `Store` and `Source`, which every store keeps: one class of tests, run on each of
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`hf://` against a Hub on loopback: patterns over revisions, pins, links that expire, faults, tokens, proxies, the local cache."""
+"""`hf://` against a Hub on loopback: patterns over revisions, pins, links that expire, faults,
+tokens, proxies, the local cache.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ def content(folder: Path) -> dict[str, Any]:
     return {**found, "coefficients": [each["coefficient"] for each in record["inputs"]], "files": record["files"]}
 
 
-# -- the whole job ------------------------------------------------------------------------------------------------------------
+# -- the whole job
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_revisions_are_averaged_by_a_pattern(local: list[Path], published: HubServer, tmp_path: Path) -> None:
@@ -119,7 +122,8 @@ def test_two_names_of_one_commit_count_once(hub_server: HubServer) -> None:
     assert skipped == ["hf://org/model@step2-copy is left out: it is the same as hf://org/model@step2"]
 
 
-# -- what is not there --------------------------------------------------------------------------------------------------------
+# -- what is not there
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,8 @@ def test_a_token_is_asked_for_and_sent_to_the_hub_alone(
     store.client.close()
 
 
-# -- answers that are wrong ---------------------------------------------------------------------------------------------------
+# -- answers that are wrong
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["503", "429", "truncate", "norange", "shift", "drop", "slow", "403"])
@@ -264,7 +269,8 @@ def test_random_ranges_by_many_threads_under_faults(hub_server: HubServer, sourc
     assert len(hub_server.asked) >= 100
 
 
-# -- proxies, certificates, the cache -----------------------------------------------------------------------------------------
+# -- proxies, certificates, the cache
+# -----------------------------------------------------------------------------------------
 
 
 def test_proxies_are_honored(hub_server: HubServer, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +352,9 @@ def put_in_cache(cache: Path, repo: str, ref: str, commit: str, files: dict[str,
 def test_huggingface_hub_takes_the_server_for_a_hub(
     published: HubServer, local: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that what pmerge asks is what the Hub answers: the same routes, fields and headers as its own client uses."""
+    """So that what pmerge asks is what the Hub answers: the same routes, fields and headers as its
+    own client uses.
+    """
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the tests are offline, but for this server

@@ -1,4 +1,6 @@
-"""Files of this machine: what makes a file another one, across opens, runs and mounts, and what does not."""
+"""Files of this machine: what makes a file another one, across opens, runs and mounts, and what
+does not.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def run(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Gives the files of the run other inodes, as FUSE mounts do: `mount("once")` others than so far, "always" at each look."""
+    """Gives the files of the run other inodes, as FUSE mounts do: `mount("once")` others than so
+    far, "always" at each look.
+    """
     below, offsets = str((tmp_path / "run").resolve()), itertools.count(1)
     offset: Callable[[], int] = lambda: 0  # noqa: E731
 
@@ -89,7 +93,8 @@ def test_ranks_on_other_mounts_agree(run: list[Path], mount: Callable[[str], Non
     assert finalize(tmp_path / "out") == tmp_path / "out" and verify(tmp_path / "out").ok
 
 
-# -- files that change --------------------------------------------------------------------------------------------------------
+# -- files that change
+# --------------------------------------------------------------------------------------------------------
 
 
 def descriptors() -> int:

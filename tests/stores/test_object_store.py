@@ -1,4 +1,6 @@
-"""`s3://` against a server on loopback: prefixes, replaced objects, faults, profiles. Needs obstore, but for two tests."""
+"""`s3://` against a server on loopback: prefixes, replaced objects, faults, profiles. Needs
+obstore, but for two tests.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +144,8 @@ def test_requester_pays_and_profiles(s3_server: S3Server, tmp_path: Path, monkey
     assert headers["x-amz-request-payer"] == "requester"
 
 
-# -- without obstore ----------------------------------------------------------------------------------------------------------
+# -- without obstore
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_without_obstore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

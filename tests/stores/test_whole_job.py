@@ -1,4 +1,6 @@
-"""The whole job reads through the seam: from a store that is a dictionary come the same bytes as from files."""
+"""The whole job reads through the seam: from a store that is a dictionary come the same bytes as
+from files.
+"""
 
 from __future__ import annotations
 

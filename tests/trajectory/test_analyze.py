@@ -1,4 +1,6 @@
-"""The analysis of real checkpoints, from their files to analysis.json, against numpy on the same weights."""
+"""The analysis of real checkpoints, from their files to analysis.json, against numpy on the same
+weights.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""Every example of docs/trajectory.md runs as it stands, and its tables name every plan and finding."""
+"""Every example of docs/trajectory.md runs as it stands, and its tables name every plan and
+finding.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a tiny model that reads bytes: noise around trained weights, and a path that comes nearer to them."""
+    """A run of a tiny model that reads bytes: noise around trained weights, and a path that comes
+    nearer to them.
+    """
     import torch
     import transformers
 

@@ -1,4 +1,6 @@
-"""Evaluations with real commands over real checkpoints: exact numbers, resumed after a kill, never believed when constant."""
+"""Evaluations with real commands over real checkpoints: exact numbers, resumed after a kill, never
+believed when constant.
+"""
 
 import json
 import os
@@ -21,7 +23,8 @@ from merge_cli.trajectory.folder import folder_of, read_run
 from merge_cli.trajectory.ledger import Ledger
 
 STEPS = range(100, 2001, 100)
-# The loss is quadratic in the weights: sum of squares. Reads the file by hand: a process that imports numpy takes .1 s.
+# The loss is quadratic in the weights: sum of squares. Reads the file by hand: a process that
+# imports numpy takes .1 s.
 QUADRATIC = """
 import json, os, struct, array
 path = os.environ["PMERGE_PATH"] + "/model.safetensors"
@@ -37,7 +40,9 @@ with open(os.environ["PMERGE_RESULT"], "w") as out:
 
 
 def weights_at(step: int) -> np.ndarray:
-    """A path that falls towards 0 with noise around it; small integers over 64, so that sums are exact."""
+    """A path that falls towards 0 with noise around it; small integers over 64, so that sums are
+    exact.
+    """
     noise = np.random.default_rng(step).integers(-8, 9, size=32)
     return ((noise + 64 - step // 40) / 64).astype(np.float32)
 
@@ -106,7 +111,9 @@ def test_what_is_known_is_not_measured_again_and_changed_weights_are(run: Path, 
     reason="kills processes again and again; test_what_is_known_is_not_measured_again, and the torn lines of test_ledger"
 )
 def test_a_killed_evaluation_goes_on_where_it_was(run: Path, tmp_path: Path) -> None:
-    """Killed processes, which is the point: SIGKILL in the middle of an evaluation, again and again until all is done."""
+    """Killed processes, which is the point: SIGKILL in the middle of an evaluation, again and again
+    until all is done.
+    """
     slow = QUADRATIC + "\nimport time; time.sleep(0.25)\n"
     arguments = [sys.executable, "-m", "merge_cli", "evaluate", "my run", "--command", command(tmp_path, slow), "-o", "evals", "-q"]
     kills = 0

@@ -36,7 +36,9 @@ def row(steps: Sequence[int | None], values: Sequence[float], loss: float, metri
 def rows_of(
     loss: Loss, newest: int, spacing: int, *, singles: Sequence[int], merges: Sequence[tuple[int, int]] = ((8, 1), (8, 2))
 ) -> list[Row]:
-    """The rows of a plan like `auto`: singles at these distances from the newest, merges (N, multiple of the spacing)."""
+    """The rows of a plan like `auto`: singles at these distances from the newest, merges (N,
+    multiple of the spacing).
+    """
     rows = [row([newest - d], [1.0], loss([newest - d], [1.0])) for d in singles]
     for n, multiple in merges:
         steps = [newest - multiple * spacing * i for i in reversed(range(n))]
@@ -82,9 +84,11 @@ def test_white_noise_and_drift_are_recovered_exactly() -> None:
 
 @pytest.mark.parametrize(("spacing", "off"), [(10, 4), (40, 1), (160, 1)])
 def test_optimal_n_of_autoregressive_noise_with_a_river_is_that_of_brute_force(spacing: int, off: int) -> None:
-    """AR(1) modes of 8 curvatures that forget within a few dozen steps, and a steady descent; N* against all N.
+    """AR(1) modes of 8 curvatures that forget within a few dozen steps, and a steady descent; N*
+    against all N.
 
-    Checkpoints 10 steps apart are still correlated: N* is then too small, which costs next to nothing.
+    Checkpoints 10 steps apart are still correlated: N* is then too small, which costs next to
+    nothing.
     """
     h = np.geomspace(3, 30, 8)
     rate, slope = 0.02, 2e-5
@@ -117,7 +121,9 @@ def test_drift_only_has_no_noise_and_noise_only_takes_all() -> None:
 
 
 def test_a_quadratic_loss_is_predicted_exactly_where_its_checkpoints_are_measured() -> None:
-    """F1: L(merge) = sum c l - 1/2 sum c c Q; with the l_i measured, d is half the spread and no line enters."""
+    """F1: L(merge) = sum c l - 1/2 sum c c Q; with the l_i measured, d is half the spread and no
+    line enters.
+    """
     rng = np.random.default_rng(2)
     root = rng.normal(size=(6, 6))
     hessian = root @ root.T
@@ -283,7 +289,9 @@ def test_the_band_spans_both_values_of_a_where_spacings_differ() -> None:
 
 
 def test_each_spacing_is_judged_by_its_own_noise() -> None:
-    """Noise that is correlated over a hundred steps: at one spacing for all, close checkpoints would look as good as far ones."""
+    """Noise that is correlated over a hundred steps: at one spacing for all, close checkpoints
+    would look as good as far ones.
+    """
 
     def loss(steps: Sequence[int], values: Sequence[float]) -> float:
         lag = np.abs(np.subtract.outer(steps, steps))

@@ -24,7 +24,9 @@ def gram_of(weights: np.ndarray) -> Gram:
 
 
 def ou(n: int, retention: float, variance: float, drift: float) -> Gram:
-    """The expected Gram matrix of an isotropic Ornstein-Uhlenbeck process with a drift of squared length `drift` an interval."""
+    """The expected Gram matrix of an isotropic Ornstein-Uhlenbeck process with a drift of squared
+    length `drift` an interval.
+    """
     last = n - 1
     products = [
         [

@@ -46,7 +46,9 @@ def measure(model: Path, text: Path, **options: Any) -> Result:
 
 
 def by_hand(model: Path, tokens: list[int], context: int, stride: int) -> tuple[float, int]:
-    """The summed loss: every token from the window that first reaches it, never the first of a window."""
+    """The summed loss: every token from the window that first reaches it, never the first of a
+    window.
+    """
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
     nats, count, done = 0.0, 0, 0
     for begin in range(0, len(tokens), stride):

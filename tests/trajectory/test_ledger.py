@@ -1,4 +1,6 @@
-"""The ledger's rows on disk: appended whole or not at all, found again by key, read by several ranks."""
+"""The ledger's rows on disk: appended whole or not at all, found again by key, read by several
+ranks.
+"""
 
 import json
 import multiprocessing

@@ -10,7 +10,9 @@ from merge_cli.trajectory.log import LogRow, read_log, schedule_of, tokens_at
 
 
 def rows(*pieces: tuple[int, int, float, float]) -> list[LogRow]:
-    """A learning rate that goes linearly from one value to another in each piece (first, end, from, to)."""
+    """A learning rate that goes linearly from one value to another in each piece (first, end, from,
+    to).
+    """
     return [
         LogRow(step, start + (stop - start) * (step - first) / (end - first), step * 100.0)
         for first, end, start, stop in pieces

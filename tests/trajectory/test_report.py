@@ -1,4 +1,6 @@
-"""The report: one file, the same bytes for the same ledger, well-formed, and with the ledger's numbers in it."""
+"""The report: one file, the same bytes for the same ledger, well-formed, and with the ledger's
+numbers in it.
+"""
 
 import html.parser
 import json

@@ -3,8 +3,8 @@
     python merge_cli/engine/kernels/build.py
 
 One C file is compiled for several instruction sets. Fused multiply-add is switched on in none of
-them, and `-ffp-contract=off` comes after CFLAGS, so that products are rounded before they are added.
-The library carries the digest of its sources, and a library of other sources is not loaded.
+them, and `-ffp-contract=off` comes after CFLAGS, so that products are rounded before they are
+added. The library carries the digest of its sources, and a library of other sources is not loaded.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class Layout(NamedTuple):
     """How a tensor is quantized, as rows of its last dimension.
 
     `codes`: E4M3, E2M1, I8, the bits of packed integers with an offset, or "E2M1 transposed", whose
-    stored rows are the columns. `below` and `beside` count the blocks of a matrix. `zeros`: "", "I8" or
-    "packed". `global_scale`: "", "multiplies", "divides".
+    stored rows are the columns. `below` and `beside` count the blocks of a matrix. `zeros`: "",
+    "I8" or "packed". `global_scale`: "", "multiplies", "divides".
     """
 
     codes: str
@@ -38,7 +38,9 @@ class Layout(NamedTuple):
 
 
 def layout_of(codec: Codec, shape: Shape) -> Layout | None:
-    """The layout of a tensor of `shape`, none of whose dimensions is 0; None where torch has to decode it."""
+    """The layout of a tensor of `shape`, none of whose dimensions is 0; None where torch has to
+    decode it.
+    """
     cols = shape[-1]
     if isinstance(codec, Fp8):
         return _on_grid(codec.grid, shape, "E4M3", cols, codec.scale_dtype)

@@ -1,7 +1,9 @@
-"""Weighted sums by the native kernel, one call for a chunk, which gives up the interpreter's lock (no torch, no numpy).
+"""Weighted sums by the native kernel, one call for a chunk, which gives up the interpreter's lock
+(no torch, no numpy).
 
     kernel = load()                                     # None without a built library: the torch path gives the same bytes
-    job = kernel.prepare(["BF16"] * 4, [WeightedSum((0, 1, 2, 3), (1.0,) * 4, 4.0, "F32")], ["BF16"])
+    sums = [WeightedSum((0, 1, 2, 3), (1.0,) * 4, 4.0, "F32")]
+    job = kernel.prepare(["BF16"] * 4, sums, ["BF16"])
     bad = job.run(inputs, outputs, count)               # addresses of memory; outputs whose results are not all finite
 
 The bits are those of the reference in torch, on every processor and in whatever state its
@@ -35,7 +37,9 @@ _ZEROS = {"": 0, "I8": 1, "packed": 2}
 
 
 class Parts(NamedTuple):
-    """A quantized input: addresses of its parts, each of which begins with what row `first_row` of the tensor needs."""
+    """A quantized input: addresses of its parts, each of which begins with what row `first_row` of
+    the tensor needs.
+    """
 
     codes: int
     scales: int
@@ -83,7 +87,9 @@ class _Output(ctypes.Structure):
 
 
 class Job:
-    """Sums of inputs of given dtypes, ready to be run on any number of chunks. For one thread at a time."""
+    """Sums of inputs of given dtypes, ready to be run on any number of chunks. For one thread at a
+    time.
+    """
 
     def __init__(
         self, kernel: Kernel, dtypes: Sequence[str | Layout], sums: Sequence[WeightedSum], output_dtypes: Sequence[str]
@@ -109,8 +115,8 @@ class Job:
     def run(self, inputs: Sequence[int | Parts], outputs: Sequence[int], count: int) -> list[int]:
         """Reduce `count` elements; the outputs, by position, of which a result is NaN or infinite.
 
-        `inputs` are addresses by position in the dtypes given, `outputs` by position in the sums; at any
-        alignment. Quantized inputs are whole rows. An output may overlap nothing else.
+        `inputs` are addresses by position in the dtypes given, `outputs` by position in the sums;
+        at any alignment. Quantized inputs are whole rows. An output may overlap nothing else.
         """
         for record, coded, i in zip(self._inputs, self._coded, self.inputs, strict=True):
             _point(record, coded, inputs[i])
@@ -160,11 +166,15 @@ class Kernel:
         self._find_nonfinite = library.pmerge_find_nonfinite
 
     def prepare(self, dtypes: Sequence[str | Layout], sums: Sequence[WeightedSum], output_dtypes: Sequence[str]) -> Job:
-        """The job of making `sums` of inputs of `dtypes` (of a layout where they are quantized), each rounded to a dtype."""
+        """The job of making `sums` of inputs of `dtypes` (of a layout where they are quantized),
+        each rounded to a dtype.
+        """
         return Job(self, dtypes, sums, output_dtypes)
 
     def find_nonfinite(self, dtype: str | Layout, data: int | Parts, count: int, most: int = 0) -> tuple[int, list[int]]:
-        """How many of `count` elements are NaN or infinite, and the positions of the first `most` of these."""
+        """How many of `count` elements are NaN or infinite, and the positions of the first `most`
+        of these.
+        """
         record = _Input()
         _point(record, _describe(record, dtype), data)
         positions = (ctypes.c_int64 * most)()
@@ -173,7 +183,8 @@ class Kernel:
 
 
 def load() -> Kernel | None:
-    """The kernel to use here: that of PMERGE_KERNEL, or the fastest that this processor runs. None: torch.
+    """The kernel to use here: that of PMERGE_KERNEL, or the fastest that this processor runs. None:
+    torch.
 
     Raises UsageError where PMERGE_KERNEL names one that is not there.
     """
@@ -193,7 +204,9 @@ def load() -> Kernel | None:
 
 
 def kernels() -> dict[str, Kernel]:
-    """The kernels that this processor runs, slowest first, by name. Empty where the library is missing or of other sources."""
+    """The kernels that this processor runs, slowest first, by name. Empty where the library is
+    missing or of other sources.
+    """
     library = _library()
     if isinstance(library, str):
         return {}

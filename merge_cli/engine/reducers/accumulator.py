@@ -1,9 +1,9 @@
 """The sums of a whole chunk on an accelerator, in memory that is made once.
 
 The operations are those of `arithmetic.py`, in the same order; only what a CPU does better another
-way differs. Nothing here waits for the device: no value is looked at on the host, no element is picked by a condition.
-So rounding treats all elements alike, where the
-CPU looks for those on a tie. Both give the one correctly rounded result.
+way differs. Nothing here waits for the device: no value is looked at on the host, no element is
+picked by a condition. So rounding treats all elements alike, where the CPU looks for those on a
+tie. Both give the one correctly rounded result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def accumulator_bytes(elements: int, num_outputs: int) -> int:
 
 
 class Accumulator:
-    """Sums of up to `elements` elements for `num_outputs` outputs. `memory(n)` gives n bytes of the device as uint8 [n]."""
+    """Sums of up to `elements` elements for `num_outputs` outputs. `memory(n)` gives n bytes of the
+    device as uint8 [n].
+    """
 
     def __init__(self, memory: Callable[[int], Tensor], elements: int, num_outputs: int) -> None:
         self._elements = elements
@@ -44,7 +46,8 @@ class Accumulator:
                     add_term(term.operation, term.position, wide, self._sum(term.k, count, dtype), self._product(count, dtype))
 
     def finish(self, k: int, operation: WeightedSum, output: Tensor, clean: Tensor) -> None:
-        """Divide and round sum `k` into `output` [count]; `clean` (bool []) becomes whether all of it is finite.
+        """Divide and round sum `k` into `output` [count]; `clean` (bool []) becomes whether all of
+        it is finite.
 
         Afterwards the sum is no longer there.
         """
@@ -58,9 +61,11 @@ class Accumulator:
         clean.copy_(is_clean(output))
 
     def _rounded_to_odd(self, total: Tensor) -> Tensor:
-        """`total` (float64, overwritten) as float32, inexact results rounded to the neighbor with an odd last bit.
+        """`total` (float64, overwritten) as float32, inexact results rounded to the neighbor with
+        an odd last bit.
 
-        See `arithmetic.store`. The difference to the nearest float32 is exact, and its sign says on which side `total` lies.
+        See `arithmetic.store`. The difference to the nearest float32 is exact, and its sign says on
+        which side `total` lies.
         """
         count = total.numel()
         nearest = self._wide(count, torch.float32).copy_(total)

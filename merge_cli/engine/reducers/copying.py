@@ -1,4 +1,6 @@
-"""Tensors whose bytes are taken over as they are: copies, and integers that are equal in all inputs."""
+"""Tensors whose bytes are taken over as they are: copies, and integers that are equal in all
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from merge_cli.planning.plan import Extent, MergePlan
 
 
 class CopyingReducer:
-    """Reads the bytes of each output's base, and gives them on. One buffer, whatever the number of bases."""
+    """Reads the bytes of each output's base, and gives them on. One buffer, whatever the number of
+    bases.
+    """
 
     depth = 0
 

@@ -59,7 +59,9 @@ class CpuReducer:
         return Reduced(chunk, {k: [(offset, lane.outputs[k].data(size))] for k in operations}, nonfinite)
 
     def _nonfinite(self, extent: Extent, first: int, end: int, operations: Mapping[int, WeightedSum]) -> Mapping[str, int]:
-        """Raise NonFiniteError, or count the elements and give every NaN the same bits, which devices do not agree on."""
+        """Raise NonFiniteError, or count the elements and give every NaN the same bits, which
+        devices do not agree on.
+        """
         found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations, positions_of_nonfinite)
         if not self._plan.spec.allow_nonfinite:
             raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
@@ -81,7 +83,8 @@ class CpuReducer:
 
 
 class Lane:
-    """One worker's buffers on the CPU: `num_inputs` chunks in, `num_outputs` chunks out, `chunk_bytes` each.
+    """One worker's buffers on the CPU: `num_inputs` chunks in, `num_outputs` chunks out,
+    `chunk_bytes` each.
 
     Inputs have `slack_bytes` more, for reading whole blocks of the storage.
     """
@@ -95,11 +98,11 @@ class Lane:
     def reduce(self, extent: Extent, count: int, operations: Mapping[int, WeightedSum], load: Callable[[int], None]) -> bool:
         """Reduce the first `count` elements of the input buffers: operation k into output buffer k.
 
-        `load(i)` fills input buffer i. It is called just before that input is added, while its bytes are in
-        the nearest cache.
-        False when a result is NaN, infinite or too large for the output's dtype. A sum may be too large for
-        float32 where the average is not (masks are full of the smallest bfloat16): such elements, and only
-        they, are summed again in float64, unless the dtype of sums was asked for.
+        `load(i)` fills input buffer i. It is called just before that input is added, while its
+        bytes are in the nearest cache. False when a result is NaN, infinite or too large for the
+        output's dtype. A sum may be too large for float32 where the average is not (masks are full
+        of the smallest bfloat16): such elements, and only they, are summed again in float64, unless
+        the dtype of sums was asked for.
         """
         clean = self._reduce(extent, count, operations, load)
         again = {k: each.again_in_float64() for k, each in operations.items() if not clean[k] and each.retry}
@@ -143,7 +146,9 @@ class Lane:
 
 
 def _store(accumulator: torch.Tensor, output: torch.Tensor, retry_nonfinite: bool) -> bool:
-    """Round into `output` (with `retry_nonfinite`: only where that is not finite); whether all is finite."""
+    """Round into `output` (with `retry_nonfinite`: only where that is not finite); whether all is
+    finite.
+    """
     if not retry_nonfinite:
         store(accumulator, output)
         return is_finite(output)

@@ -18,8 +18,8 @@ REDONE_ELEMENTS = 1 << 16
 class WithCpu:
     """Weighted sums on an accelerator.
 
-    A chunk whose results are not finite, or for which the device had no memory, goes to the CPU. `notes`
-    say so if memory was the reason: the result is the same.
+    A chunk whose results are not finite, or for which the device had no memory, goes to the CPU.
+    `notes` say so if memory was the reason: the result is the same.
     """
 
     def __init__(self, plan: MergePlan, size: ChunkSize, device: Device, reads: Reads) -> None:

@@ -1,9 +1,11 @@
-"""Inner products of the inputs: the Gram matrix of their deviations from the newest one, tensor by tensor.
+"""Inner products of the inputs: the Gram matrix of their deviations from the newest one, tensor by
+tensor.
 
-For an extent with N inputs x_i, `G[i, j] = sum (x_i - x_last)(x_j - x_last)` and `|x_last|^2` in float64,
-over blocks of `GRAM_BLOCK_ELEMENTS` elements counted from the beginning of the extent and cut at tensors.
-Blocks do not depend on chunks, memory or threads, and the sink adds them exactly (`GramTotals`), so totals
-are bit-equal however the work was divided; sums of integers below 2^53 are exact.
+For an extent with N inputs x_i, `G[i, j] = sum (x_i - x_last)(x_j - x_last)` and `|x_last|^2` in
+float64, over blocks of `GRAM_BLOCK_ELEMENTS` elements counted from the beginning of the extent and
+cut at tensors. Blocks do not depend on chunks, memory or threads, and the sink adds them exactly
+(`GramTotals`), so totals are bit-equal however the work was divided; sums of integers below 2^53
+are exact.
 
 Not guaranteed: equal last bits on another processor, whose matrix product may add in another order.
 """
@@ -33,7 +35,9 @@ _UNIT = 1 << 1127
 
 
 class Block(NamedTuple):
-    """The inner products [N][N] of some elements of one tensor, the squared norm of the newest, and how many they are."""
+    """The inner products [N][N] of some elements of one tensor, the squared norm of the newest, and
+    how many they are.
+    """
 
     key: str
     products: list[list[float]]
@@ -92,7 +96,9 @@ class GramReducer:
 
 
 class Total(NamedTuple):
-    """The symmetric inner products [N][N] of a tensor or group, the squared norm of the newest, and the number of elements."""
+    """The symmetric inner products [N][N] of a tensor or group, the squared norm of the newest, and
+    the number of elements.
+    """
 
     products: list[list[float]]
     norm2: float
@@ -100,9 +106,11 @@ class Total(NamedTuple):
 
 
 class GramTotals(NoSink):
-    """A sink that adds up blocks tensor by tensor, exactly: so their order, which threads decide, does not matter.
+    """A sink that adds up blocks tensor by tensor, exactly: so their order, which threads decide,
+    does not matter.
 
-    Memory: N (N + 1) / 2 integers of some 1,200 bits for each tensor (or group: `group(key)` names it).
+    Memory: N (N + 1) / 2 integers of some 1,200 bits for each tensor (or group: `group(key)` names
+    it).
     """
 
     def __init__(self, group: Callable[[str], str] = lambda key: key) -> None:
@@ -138,7 +146,9 @@ def _exact(value: float) -> int:
 
 
 def _block(key: str, rows: Tensor) -> Block:
-    """The inner products of the deviations of `rows` [N, count] from the last one. Overwrites `rows`."""
+    """The inner products of the deviations of `rows` [N, count] from the last one. Overwrites
+    `rows`.
+    """
     newest = rows[-1].clone()
     rows.sub_(newest)
     return Block(key, (rows @ rows.T).tolist(), float(newest @ newest), len(newest))

@@ -1,6 +1,7 @@
 """Which reducers a plan needs, and which of them a chunk is given to.
 
-Modules are imported when their kind of work occurs: some need torch, and importing that takes seconds.
+Modules are imported when their kind of work occurs: some need torch, and importing that takes
+seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def kinds_in(plan: MergePlan, work: Sequence[WorkItem] | None = None) -> list[st
 
 
 def class_of(kind: str, device: Device) -> type[Reducer]:
-    """The class of the reducer of `kind` on `device`. All are made by `(plan, size, device, reads)`."""
+    """The class of the reducer of `kind` on `device`. All are made by `(plan, size, device,
+    reads)`.
+    """
     if kind == GRAM:
         from merge_cli.engine.reducers.gram import GramReducer
 

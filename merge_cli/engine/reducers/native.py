@@ -1,4 +1,6 @@
-"""Weighted sums of plain tensors on the CPU by the native kernel: one call for a chunk, without torch."""
+"""Weighted sums of plain tensors on the CPU by the native kernel: one call for a chunk, without
+torch.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Averages of quantized tensors, written as plain values, by the native kernel: decoded inside its tile, without torch.
+"""Averages of quantized tensors, written as plain values, by the native kernel: decoded inside its
+tile, without torch.
 
-One chunk is whole rows. Of each quantized input only the bytes of its parts are held, so memory grows
-with the number of inputs, but by the width of codes rather than of values.
+One chunk is whole rows. Of each quantized input only the bytes of its parts are held, so memory
+grows with the number of inputs, but by the width of codes rather than of values.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class NativeQuantizedReducer:
         yield Reduced(chunk, {k: [(offset, results[i].data(size))] for i, k in enumerate(outputs)}, nonfinite)
 
     def _prepared(self, extent: QuantizedExtent, outputs: tuple[int, ...]) -> tuple[list[str | Layout], Job]:
-        """How each input is stored, and the sums of these outputs; kept for the next chunk of the same tensor."""
+        """How each input is stored, and the sums of these outputs; kept for the next chunk of the
+        same tensor.
+        """
         if self._prepared_for is None or self._prepared_for[0] is not extent or self._prepared_for[1] != outputs:
             layouts = [
                 source.dtype if isinstance(source, Location) else layout_of(source.codec, extent.shape) or ""
@@ -115,7 +118,9 @@ class NativeQuantizedReducer:
         result: HostBuffer,
         count: int,
     ) -> int:
-        """The elements of a result that are NaN or infinite. Raises NonFiniteError unless that is allowed."""
+        """The elements of a result that are NaN or infinite. Raises NonFiniteError unless that is
+        allowed.
+        """
         if self._plan.spec.allow_nonfinite:
             return self._kernel.find_nonfinite(extent.dtype, result.address, count)[0]
         details = []
@@ -134,7 +139,9 @@ class NativeQuantizedReducer:
 
     @classmethod
     def memory(cls, plan: MergePlan, size: ChunkSize, device: Device) -> Memory:
-        """The parts of every input, or values of 8 bytes at most, and the outputs, of the largest chunk."""
+        """The parts of every input, or values of 8 bytes at most, and the outputs, of the largest
+        chunk.
+        """
         largest = 0
         seen: set[object] = set()
         for file in plan.files:

@@ -1,13 +1,15 @@
-"""Keep an accelerator busy: read, upload, add, round, copy back and write at the same time, in memory that is made once.
+"""Keep an accelerator busy: read, upload, add, round, copy back and write at the same time, in
+memory that is made once.
 
     worker thread   reads an input into a stage  . . . . . . . . . . . . . . . . . . . waits for a slot's results, writes them
     upload queue         host stage -> device stage
     compute queue             widen, multiply, add; after the last input divide and round
     download queue                                                 device slot -> host slot
 
-A `Ring` belongs to one worker. `STAGES` buffers, shared by all inputs in turn, carry bytes to the device, so pinned memory does not
-grow with the number of checkpoints; `DEPTH` slots carry results back, so that one chunk is read while the one before is finished.
-The sums are one set: the compute queue runs in order. What may not be overwritten before it was used:
+A `Ring` belongs to one worker. `STAGES` buffers, shared by all inputs in turn, carry bytes to the
+device, so pinned memory does not grow with the number of checkpoints; `DEPTH` slots carry results
+back, so that one chunk is read while the one before is finished. The sums are one set: the compute
+queue runs in order. What may not be overwritten before it was used:
 
     host stage      by the next read    until its upload is done               the worker waits
     device stage    by the next upload  until it was added                     the upload queue waits
@@ -16,10 +18,12 @@ The sums are one set: the compute queue runs in order. What may not be overwritt
     host slot       is written          only after it was copied back          the worker waits
     both slots      by a later chunk    until the results were written         `take` refuses
 
-Every wait has a test that fails without it (tests/test_pipeline.py). Chunks with a non-finite result or
-an out-of-memory error are reported (NotReducedError); the CPU does them again, because the inputs are gone.
+Every wait has a test that fails without it (tests/test_pipeline.py). Chunks with a non-finite
+result or an out-of-memory error are reported (NotReducedError); the CPU does them again, because
+the inputs are gone.
 
-`Queues` is all that is asked of a device. Not promised: that it is faster than the CPU (see `tuning/backend.py`).
+`Queues` is all that is asked of a device. Not promised: that it is faster than the CPU (see
+`tuning/backend.py`).
 """
 
 from __future__ import annotations
@@ -70,9 +74,11 @@ class _Stage:
 
 
 class Ring:
-    """What one worker needs to reduce chunks of up to `chunk_elements` elements of at most `chunk_bytes` on a device.
+    """What one worker needs to reduce chunks of up to `chunk_elements` elements of at most
+    `chunk_bytes` on a device.
 
-    Chunks are started and finished in the same order: `take`, `start`, then later `finish` and `give_back`.
+    Chunks are started and finished in the same order: `take`, `start`, then later `finish` and
+    `give_back`.
     """
 
     def __init__(self, queues: Queues, num_outputs: int, chunk_elements: int, chunk_bytes: int, slack_bytes: int = 0) -> None:
@@ -102,7 +108,9 @@ class Ring:
         operations: Mapping[int, WeightedSum],
         read: Callable[[int, HostBuffer], None],
     ) -> None:
-        """Read `count` elements of every input that the operations use, by `read(i, buffer)`, and have the device reduce them."""
+        """Read `count` elements of every input that the operations use, by `read(i, buffer)`, and
+        have the device reduce them.
+        """
         slot.operations = tuple(operations)
         try:
             for i, terms in terms_by_input(operations).items():
@@ -115,7 +123,9 @@ class Ring:
             self._give_up(slot)
 
     def finish(self, slot: Slot) -> bool:
-        """Wait for the results of a chunk. False where the CPU must make them: not finite, or the device was out of memory."""
+        """Wait for the results of a chunk. False where the CPU must make them: not finite, or the
+        device was out of memory.
+        """
         if slot.copied_back is not None:
             self._queues.wait(slot.copied_back)
         return not slot.ran_out_of_memory and all(bool(slot.clean[k]) for k in slot.operations)

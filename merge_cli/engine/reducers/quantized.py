@@ -1,12 +1,13 @@
-"""Tensors that are quantized in an input or in the output: decode, average, round or encode, some rows at a time.
+"""Tensors that are quantized in an input or in the output: decode, average, round or encode, some
+rows at a time.
 
 One input after the other is read, decoded to float32 and added, so memory does not depend on their
-number: `BYTES_PER_VALUE` and 8 for each output, times the values of a chunk. The arithmetic is that of
-`arithmetic.py`, the codecs are in `formats/quantization`.
+number: `BYTES_PER_VALUE` and 8 for each output, times the values of a chunk. The arithmetic is that
+of `arithmetic.py`, the codecs are in `formats/quantization`.
 
-On an accelerator all but the reading runs on a stream of the worker's own: parts are read into one of
-two pinned buffers while the device decodes the one before. Rows for which the device has no memory are
-halved, and halved again, before the CPU does them.
+On an accelerator all but the reading runs on a stream of the worker's own: parts are read into one
+of two pinned buffers while the device decodes the one before. Rows for which the device has no
+memory are halved, and halved again, before the CPU does them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Rows:
 
 
 class QuantizedReducer:
-    """One worker's reducer of quantized tensors. `notes` say so where the CPU did work of the device."""
+    """One worker's reducer of quantized tensors. `notes` say so where the CPU did work of the
+    device.
+    """
 
     depth = 0
 
@@ -90,7 +93,9 @@ class QuantizedReducer:
     def _rows(
         self, extent: QuantizedExtent, first: int, end: int, operations: Operations, stats: Mapping[int, Tensor]
     ) -> Iterator[Rows]:
-        """Rows `first` to `end` in one part, or in halves of halves where the device is out of memory."""
+        """Rows `first` to `end` in one part, or in halves of halves where the device is out of
+        memory.
+        """
         try:
             rows = self._first.reduce(extent, first, end, operations, stats)
         except torch.OutOfMemoryError:
@@ -122,7 +127,9 @@ class QuantizedReducer:
 
 
 class QuantizedSums:
-    """Sums of rows of quantized tensors on one device. May raise torch.OutOfMemoryError; the same can be asked again."""
+    """Sums of rows of quantized tensors on one device. May raise torch.OutOfMemoryError; the same
+    can be asked again.
+    """
 
     def __init__(self, device: Device, reads: Reads, slack_bytes: int = 0, allow_nonfinite: bool = False) -> None:
         self._device = device
@@ -132,7 +139,9 @@ class QuantizedSums:
         self._stream = device.stream()
 
     def stats(self, extent: QuantizedExtent, chunks: Iterable[tuple[int, int]], operations: Operations) -> dict[int, Tensor]:
-        """The facts about the whole tensor that its codec needs before it encodes any value, for each operation."""
+        """The facts about the whole tensor that its codec needs before it encodes any value, for
+        each operation.
+        """
         found: dict[int, Tensor] = {}
         assert extent.codec is not None
         with self._active():
@@ -159,7 +168,9 @@ class QuantizedSums:
         return rows
 
     def values(self, source: Location | QuantizedSource, shape: tuple[int, ...], first: int, end: int) -> tuple[Tensor, Parts]:
-        """The values [count] of rows of one input, in float32 or as stored, and the parts they were decoded from."""
+        """The values [count] of rows of one input, in float32 or as stored, and the parts they were
+        decoded from.
+        """
         if isinstance(source, Location):
             item_bytes = DTYPES[source.dtype].bits // 8
             row_bytes = item_bytes * shape[-1]
@@ -174,7 +185,9 @@ class QuantizedSums:
     def _sums(
         self, extent: QuantizedExtent, first: int, end: int, operations: Operations
     ) -> tuple[dict[int, Tensor], Parts | None]:
-        """The weighted sums [values], and the base's own parts where the output is quantized like it."""
+        """The weighted sums [values], and the base's own parts where the output is quantized like
+        it.
+        """
         count = (end - first) * extent.shape[-1]
         device = self._device.torch
         sums = {k: torch.empty(count, dtype=torch_dtype(each.dtype), device=device) for k, each in operations.items()}
@@ -194,7 +207,9 @@ class QuantizedSums:
         return sums, base
 
     def _read(self, place: Location | PartLocation, begin: int, end: int, item_bytes: int = 1) -> Tensor:
-        """Bytes `begin` to `end` of a tensor; on the CPU they begin at a multiple of `item_bytes` in memory (codecs need none)."""
+        """Bytes `begin` to `end` of a tensor; on the CPU they begin at a multiple of `item_bytes`
+        in memory (codecs need none).
+        """
         size = end - begin
         if self._stream is not None:
             return self._stream.upload(
@@ -205,7 +220,9 @@ class QuantizedSums:
         return buffer.tensor[buffer.begin : buffer.begin + size]
 
     def _rounded(self, extent: QuantizedExtent, operation: WeightedSum, total: Tensor, first: int, end: int) -> Tensor:
-        """`total` in the dtype of the output; elements whose sum is too large for float32 from a sum in float64 (see `Lane`)."""
+        """`total` in the dtype of the output; elements whose sum is too large for float32 from a
+        sum in float64 (see `Lane`).
+        """
         rounded = torch.empty(total.shape, dtype=torch_dtype(extent.dtype), device=total.device)
         store(total, rounded)
         if operation.retry and not bool(is_clean(rounded)):
@@ -224,7 +241,9 @@ class QuantizedSums:
         return extent.sinks[0].offset + first * extent.shape[-1] * rounded.itemsize, memory_of(rounded.cpu())
 
     def _finite(self, extent: QuantizedExtent, sums: Mapping[int, Tensor], first: int, end: int) -> dict[int, Tensor]:
-        """The sums as float32 [rows, columns]; raises NonFiniteError, since codes cannot hold NaN or Inf."""
+        """The sums as float32 [rows, columns]; raises NonFiniteError, since codes cannot hold NaN
+        or Inf.
+        """
         values = {k: total.float().view(end - first, extent.shape[-1]) for k, total in sums.items()}
         if not all(bool(is_clean(each)) for each in values.values() if each.numel()):
             raise self._nonfinite(extent, first, end)
@@ -287,7 +306,9 @@ def memory_of(data: Tensor) -> memoryview:
 
 
 def rows_of(extent: QuantizedExtent, values: int, first: int = 0, end: int | None = None) -> list[tuple[int, int]]:
-    """The chunks (first row, end) of rows `first` to `end` of an extent, of about `values` values each."""
+    """The chunks (first row, end) of rows `first` to `end` of an extent, of about `values` values
+    each.
+    """
     step, end = extent.rows_at_once(values), extent.num_rows if end is None else end
     return [(row, min(row + step, end)) for row in range(first, end, step)]
 

@@ -1,4 +1,5 @@
-"""Torch distributed checkpoints (DCP): a folder with `.metadata` and `*.distcp` files, as torchtitan, OLMo-core and Megatron write.
+"""Torch distributed checkpoints (DCP): a folder with `.metadata` and `*.distcp` files, as
+torchtitan, OLMo-core and Megatron write.
 
 metadata   `.metadata`: tensors and the chunks that they are cut into, and the bytes of each chunk's item
 item       one item: a torch.save archive of one tensor, whose values are plain bytes at an offset

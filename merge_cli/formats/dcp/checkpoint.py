@@ -1,8 +1,10 @@
-"""A torch distributed checkpoint as a `Checkpoint`: each chunk of a kept tensor is a tensor by itself, raw bytes at an offset.
+"""A torch distributed checkpoint as a `Checkpoint`: each chunk of a kept tensor is a tensor by
+itself, raw bytes at an offset.
 
-A chunk's key is the tensor's name, with the box if there are several (`wq.weight[0:64, 0:128]`) and the strides if its values are
-not in C order (`w strides (1, 12)`). So checkpoints of one layout have the same keys, and nothing has to be gathered; those of a
-run that changed its parallelism have other keys, and do not fit together.
+A chunk's key is the tensor's name, with the box if there are several (`wq.weight[0:64, 0:128]`) and
+the strides if its values are not in C order (`w strides (1, 12)`). So checkpoints of one layout
+have the same keys, and nothing has to be gathered; those of a run that changed its parallelism have
+other keys, and do not fit together.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _NOTHING = hashlib.sha256().hexdigest()
 
 
 def open_dcp(path: StrPath, place: DcpPlace | None, training_state: str, envelopes: Envelopes) -> Checkpoint:
-    """Open the distributed checkpoint at `place`; without one, say what is missing at `path`. Raises InputError."""
+    """Open the distributed checkpoint at `place`; without one, say what is missing at `path`.
+    Raises InputError.
+    """
     path = as_path(path)
     if place is None:
         open_folder(path)
@@ -106,7 +110,9 @@ def _kept_items(parts: DcpParts) -> list[Item]:
 
 
 def _side_files(parts: DcpParts) -> SideFiles:
-    """Small files beside the weights, by the rule of all checkpoints, and those that the trainer's loader needs."""
+    """Small files beside the weights, by the rule of all checkpoints, and those that the trainer's
+    loader needs.
+    """
     place, inside = parts.place, parts.place.inside
     own = {METADATA_FILE, *parts.folder.files}
     listed = list_side_files(place.path, {join(inside, name) if inside else name for name in own})

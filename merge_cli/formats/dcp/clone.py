@@ -1,10 +1,12 @@
-"""A checkpoint of the base's layout around other values: the same files, names and chunks, without what is left out.
+"""A checkpoint of the base's layout around other values: the same files, names and chunks, without
+what is left out.
 
     lay_out          where everything lies in the new files: a pure function of the base's metadata
     write_metadata   the bytes of the new `.metadata`
 
-A file is a row of parts without holes: values between the `head` and `trailer(crc)` of their envelope, and items that are copied.
-What the base's `.metadata` holds beside entries is not taken over: the trainer's absolute path and the plans of its ranks.
+A file is a row of parts without holes: values between the `head` and `trailer(crc)` of their
+envelope, and items that are copied. What the base's `.metadata` holds beside entries is not taken
+over: the trainer's absolute path and the plans of its ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _TRAINERS = {"torch": "torch distributed checkpoint", "olmo-core": "OLMo-core", 
 
 
 class Values(NamedTuple):
-    """New values of a chunk: they go to `offset` in the file, behind `payload.envelope.head` and before its `trailer(crc)`."""
+    """New values of a chunk: they go to `offset` in the file, behind `payload.envelope.head` and
+    before its `trailer(crc)`.
+    """
 
     fqn: str
     chunk: Chunk
@@ -72,7 +76,9 @@ class Clone:
 
 @dataclass(frozen=True, eq=False)
 class DcpParts:
-    """An opened checkpoint of which the entries in `kept` are kept (see `entries.treat`); payloads are of those to be merged."""
+    """An opened checkpoint of which the entries in `kept` are kept (see `entries.treat`); payloads
+    are of those to be merged.
+    """
 
     place: DcpPlace
     folder: DcpFolder
@@ -103,7 +109,8 @@ class DcpParts:
 
 
 def lay_out(base: Metadata, kept: Mapping[str, str], payloads: Mapping[Item, Payload]) -> Clone:
-    """Lay out a clone of `base` with the entries of `kept` (see `entries.treat`); `payloads` locates the items to be merged.
+    """Lay out a clone of `base` with the entries of `kept` (see `entries.treat`); `payloads`
+    locates the items to be merged.
 
     Entries keep their file and their order in it. A file of which nothing is kept is not written.
     """
@@ -146,7 +153,9 @@ def _moved(base: Metadata, moved: Mapping[Item, Item]) -> Metadata:
 
 
 def write_metadata(metadata: Metadata) -> bytes:
-    """The bytes of `.metadata`, as torch's own loader reads them. It records no path of whoever wrote it."""
+    """The bytes of `.metadata`, as torch's own loader reads them. It records no path of whoever
+    wrote it.
+    """
     entries: dict[str, Inert] = {fqn: _new(METADATA, "TensorStorageMetadata", _tensor(t)) for fqn, t in metadata.tensors.items()}
     entries |= {fqn: Inert(Global(METADATA, "BytesStorageMetadata"), (), None, is_new=True) for fqn in metadata.blobs}
     storage: dict[Inert, Inert] = {}
@@ -191,5 +200,7 @@ def _size(values: tuple[int, ...]) -> Inert:
 
 
 def _storage(item: Item) -> Inert:
-    """torch's own class, also where the base has OLMo-core's: OLMo-core reads both, torch only its own."""
+    """torch's own class, also where the base has OLMo-core's: OLMo-core reads both, torch only its
+    own.
+    """
     return _new(FILESYSTEM, "_StorageInfo", {"relative_path": item.file, "offset": item.offset, "length": item.length})

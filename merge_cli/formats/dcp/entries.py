@@ -1,9 +1,11 @@
-"""Sort the entries of a checkpoint by name: weights of the model, and state of the training, some of which are weights too.
+"""Sort the entries of a checkpoint by name: weights of the model, and state of the training, some
+of which are weights too.
 
-Trainers flatten their state into names: `optimizer.state.layers.0.wq.weight.exp_avg` (torchtitan), `optim.state. ...` (OLMo-core),
-`chained_0.optimizer.state.exp_avg.decoder. ...` and `optimizer.state.fp32_param. ...` (Megatron). The model's names have no prefix,
-or `model.`, so the state is found by its own names. The main copies of 16-bit weights that an optimizer keeps in float32 are
-weights too: a trainer that resumes from them overwrites the model's own.
+Trainers flatten their state into names: `optimizer.state.layers.0.wq.weight.exp_avg` (torchtitan),
+`optim.state. ...` (OLMo-core), `chained_0.optimizer.state.exp_avg.decoder. ...` and
+`optimizer.state.fp32_param. ...` (Megatron). The model's names have no prefix, or `model.`, so the
+state is found by its own names. The main copies of 16-bit weights that an optimizer keeps in
+float32 are weights too: a trainer that resumes from them overwrites the model's own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from merge_cli.formats.safetensors import DTYPES
 
 DROP, BASE, AVERAGE = "drop", "base", "average"
 TRAINING_STATES = (DROP, BASE, AVERAGE)
-"""What becomes of the training state: left out; copied from the base; copied, but for moments, which are averaged like weights."""
+"""What becomes of the training state: left out; copied from the base; copied, but for moments,
+which are averaged like weights.
+"""
 
 _WRAPPERS = r"(?:(?:app|state|checkpoint|ckpt|trainer|chained_\d+)\.)*"
 _STATE = re.compile(
@@ -42,14 +46,18 @@ def is_main_weight(fqn: str) -> bool:
 
 
 def is_moment(fqn: str) -> bool:
-    """Whether the entry is a moment of an optimizer: a mean over gradients, of the shape of the weights."""
+    """Whether the entry is a moment of an optimizer: a mean over gradients, of the shape of the
+    weights.
+    """
     return _OPTIMIZER.match(fqn) is not None and _MOMENTS.search(fqn) is not None and not is_main_weight(fqn)
 
 
 def treat(metadata: Metadata, training_state: str) -> Mapping[str, str]:
-    """What happens to each entry that is kept: "merge" (its chunks are tensors of the plan) or "copy" (from the base, unopened).
+    """What happens to each entry that is kept: "merge" (its chunks are tensors of the plan) or
+    "copy" (from the base, unopened).
 
-    With `drop` the model's tensors are kept, and of what is no tensor only `_extra_state` (scales of fp8 layers).
+    With `drop` the model's tensors are kept, and of what is no tensor only `_extra_state` (scales
+    of fp8 layers).
     """
     if training_state not in TRAINING_STATES:
         raise UsageError(f"--training-state cannot be {training_state!r}", hint=f"--training-state {DROP}")

@@ -1,6 +1,8 @@
-"""An opened folder of a torch distributed checkpoint: its metadata, its files, and where the values of each chunk lie.
+"""An opened folder of a torch distributed checkpoint: its metadata, its files, and where the values
+of each chunk lie.
 
-`.metadata` is the last file that a save writes, so a folder without one is unfinished. Only metadata and envelopes are read here.
+`.metadata` is the last file that a save writes, so a folder without one is unfinished. Only
+metadata and envelopes are read here.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class DcpFile(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """Where the values of a chunk lie: `num_bytes` bytes from `offset` in `file`, in the order of `strides` (elements)."""
+    """Where the values of a chunk lie: `num_bytes` bytes from `offset` in `file`, in the order of
+    `strides` (elements).
+    """
 
     file: str
     offset: int
@@ -46,7 +50,9 @@ class Payload(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DcpFolder:
-    """A checked folder. `sha256` is that of `.metadata`; `notes` name files that the metadata does not know."""
+    """A checked folder. `sha256` is that of `.metadata`; `notes` name files that the metadata does
+    not know.
+    """
 
     path: str
     metadata: Metadata
@@ -57,7 +63,8 @@ class DcpFolder:
 
 
 def open_folder(path: StrPath) -> DcpFolder:
-    """Open the folder that holds `.metadata` and its files, and check that all of them are there and long enough.
+    """Open the folder that holds `.metadata` and its files, and check that all of them are there
+    and long enough.
 
     Raises InputError or UnsupportedError.
     """
@@ -138,7 +145,9 @@ def _open_files(path: str, metadata: Metadata) -> dict[str, DcpFile]:
 def locate(
     folder: DcpFolder, wanted: Iterable[tuple[str, Tensor, Chunk]], envelopes: Envelopes
 ) -> Iterator[tuple[str, Chunk, Payload]]:
-    """The payload of each wanted (name, tensor, chunk), file by file. `envelopes` may be shared between checkpoints."""
+    """The payload of each wanted (name, tensor, chunk), file by file. `envelopes` may be shared
+    between checkpoints.
+    """
     by_file: dict[str, list[tuple[str, Tensor, Chunk]]] = {}
     for each in wanted:
         by_file.setdefault(each[2].item.file, []).append(each)

@@ -1,13 +1,16 @@
-"""One item of a `.distcp` file: a whole `torch.save` archive of one tensor, whose values are plain bytes inside it.
+"""One item of a `.distcp` file: a whole `torch.save` archive of one tensor, whose values are plain
+bytes inside it.
 
-An `Envelope` is all of an item but those values: the bytes before them, and the bytes behind them, which depend on the values by
-their CRC-32 alone. So the item of other values is `head`, the values, `trailer(crc)`; it is what torch.save writes for them, byte
-for byte. Items of equal dtype and shape have equal envelopes; `Envelopes` parses each kind once and compares the others with it.
+An `Envelope` is all of an item but those values: the bytes before them, and the bytes behind them,
+which depend on the values by their CRC-32 alone. So the item of other values is `head`, the values,
+`trailer(crc)`; it is what torch.save writes for them, byte for byte. Items of equal dtype and shape
+have equal envelopes; `Envelopes` parses each kind once and compares the others with it.
 
-Refused: what is not one plain tensor (subclasses, sparse, quantized, conjugated or negated views, values that share elements),
-big-endian values, archives that compress.
+Refused: what is not one plain tensor (subclasses, sparse, quantized, conjugated or negated views,
+values that share elements), big-endian values, archives that compress.
 
-Source: caffe2/serialize/inline_container.cc of torch 2.13 (PyTorchStreamWriter) for the members and the serialization id.
+Source: caffe2/serialize/inline_container.cc of torch 2.13 (PyTorchStreamWriter) for the members and
+the serialization id.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ _ENTRY_CRC, _DESCRIPTOR_CRC = 16, 4  # where the CRC is, in an entry of the dire
 
 
 class _Id(NamedTuple):
-    """The serialization id in the bytes behind the values: 40 digits, of which the last 20 hash the CRCs of all members."""
+    """The serialization id in the bytes behind the values: 40 digits, of which the last 20 hash the
+    CRCs of all members.
+    """
 
     at: int
     names_hash: bytes
@@ -42,7 +47,9 @@ class _Id(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Envelope:
-    """The bytes around the values of an item; `tensor` is what its pickle says. The values have `num_bytes` bytes."""
+    """The bytes around the values of an item; `tensor` is what its pickle says. The values have
+    `num_bytes` bytes.
+    """
 
     tensor: PickledTensor
     head: bytes
@@ -57,7 +64,9 @@ class Envelope:
         return len(self._tail)
 
     def crc_in(self, tail: bytes) -> int:
-        """The CRC-32 that the bytes behind other values of this envelope record; 0 if there are no values."""
+        """The CRC-32 that the bytes behind other values of this envelope record; 0 if there are no
+        values.
+        """
         return int(_U4.unpack_from(tail, self._crc_at[0])[0]) if self._crc_at else 0
 
     def trailer(self, crc: int) -> bytes:
@@ -83,7 +92,9 @@ def _combined(crcs: Sequence[int | None], crc: int) -> int:
 
 
 def parse_item(read: Read, length: int, what: str) -> Envelope:
-    """Parse the item `what` of `length` bytes; `read` gives ranges of it. Raises InputError or UnsupportedError."""
+    """Parse the item `what` of `length` bytes; `read` gives ranges of it. Raises InputError or
+    UnsupportedError.
+    """
     read = _windowed(read, length)
     members = list_members(read, length, what)
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
@@ -133,7 +144,9 @@ def _check_plain(tensor: PickledTensor, values: Member, what: str) -> None:
 
 
 def _find_id(serial: Member, values: Member, members: Sequence[Member], tail: bytes) -> _Id | None:
-    """Where the serialization id is to be renewed; None if it was made in another way, and stays as it is."""
+    """Where the serialization id is to be renewed; None if it was made in another way, and stays as
+    it is.
+    """
     at = serial.data - values.end
     crc_at = (at + 40 + _DESCRIPTOR_CRC, serial.entry + _ENTRY_CRC - values.end)
     crcs = tuple(None if member is values else member.crc for member in members if member.header < serial.header)
@@ -167,7 +180,9 @@ class Envelopes:
         self._seen: dict[tuple[int, str, tuple[int, ...]], Envelope] = {}
 
     def find(self, read: Read, length: int, dtype: str, shape: tuple[int, ...], what: str) -> Envelope:
-        """The envelope of the item `what` of `length` bytes, which has to be a tensor of this dtype and shape."""
+        """The envelope of the item `what` of `length` bytes, which has to be a tensor of this dtype
+        and shape.
+        """
         like = self._seen.get((length, dtype, shape))
         if like is not None and read(0, len(like.head)) == like.head:
             tail = read(length - like.tail_bytes, like.tail_bytes)

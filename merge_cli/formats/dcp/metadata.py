@@ -1,10 +1,13 @@
-"""The `.metadata` of a torch distributed checkpoint: its tensors, the chunks that they are cut into, and the bytes that hold them.
+"""The `.metadata` of a torch distributed checkpoint: its tensors, the chunks that they are cut
+into, and the bytes that hold them.
 
-The file is a pickle; it is read as inert values (`inert_pickle`), and each of them is checked before anything relies on it: sizes
-are integers, chunks cover their tensor exactly once, every chunk and every other entry has bytes of its own in a file of the
-checkpoint. Streams behind an extension (compression) and dtypes without a name in safetensors are refused.
+The file is a pickle; it is read as inert values (`inert_pickle`), and each of them is checked
+before anything relies on it: sizes are integers, chunks cover their tensor exactly once, every
+chunk and every other entry has bytes of its own in a file of the checkpoint. Streams behind an
+extension (compression) and dtypes without a name in safetensors are refused.
 
-Not read: `storage_meta` (the trainer's own path) and `all_local_plans` (the saving ranks' plans, in Megatron's).
+Not read: `storage_meta` (the trainer's own path) and `all_local_plans` (the saving ranks' plans, in
+Megatron's).
 
 Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13.
 """
@@ -103,10 +106,11 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """A checked `.metadata`: tensors, and `blobs`, which are entries that are no tensors (numbers, strings, pickles of a trainer).
+    """A checked `.metadata`: tensors, and `blobs`, which are entries that are no tensors (numbers,
+    strings, pickles of a trainer).
 
-    `paths` gives where entries lie in the trainer's nested state, None if it is not recorded. `megatron` is what older versions of
-    Megatron add, `kind` the class of the whole.
+    `paths` gives where entries lie in the trainer's nested state, None if it is not recorded.
+    `megatron` is what older versions of Megatron add, `kind` the class of the whole.
     """
 
     tensors: Mapping[str, Tensor]
@@ -121,7 +125,9 @@ class Metadata:
 
 
 def parse_metadata(raw: bytes, what: str) -> Metadata:
-    """Parse the `.metadata` file `what`, whose bytes are `raw`. Raises InputError or UnsupportedError, naming file and entry."""
+    """Parse the `.metadata` file `what`, whose bytes are `raw`. Raises InputError or
+    UnsupportedError, naming file and entry.
+    """
     top = loads(raw, ALLOWED, what)
     try:
         return _metadata(top)
@@ -131,7 +137,9 @@ def parse_metadata(raw: bytes, what: str) -> Metadata:
 
 
 class _Wrong(Exception):
-    """A part of the metadata that is not as it has to be; `refused` where it is understood and cannot be averaged."""
+    """A part of the metadata that is not as it has to be; `refused` where it is understood and
+    cannot be averaged.
+    """
 
     def __init__(self, message: str, refused: bool = False, hint: str = "") -> None:
         super().__init__(message)
@@ -265,8 +273,9 @@ def _dtype(what: str, properties: Inert) -> str:
 def check_cover(what: str, shape: Size, chunks: Sequence[Chunk]) -> None:
     """Raise unless the chunks, each inside `shape`, hold every element exactly once.
 
-    The indicator of a box is determined by its corners with alternating signs; a set of boxes is one box, each point counted once,
-    exactly if all other corners cancel. That takes time in proportion to the chunks, however they are arranged.
+    The indicator of a box is determined by its corners with alternating signs; a set of boxes is
+    one box, each point counted once, exactly if all other corners cancel. That takes time in
+    proportion to the chunks, however they are arranged.
     """
     full = [chunk for chunk in chunks if math.prod(chunk.sizes)]
     cut = [d for d, n in enumerate(shape) if any(chunk.sizes[d] != n for chunk in full)]
@@ -291,7 +300,9 @@ def check_apart(items: Iterable[tuple[str, Item]]) -> None:
 
 
 def _paths(value: Any) -> dict[str, tuple[str | int, ...]] | None:
-    """`planner_data`: entry -> path in the nested state. Other planners' data mean nothing here, and are left out."""
+    """`planner_data`: entry -> path in the nested state. Other planners' data mean nothing here,
+    and are left out.
+    """
     if type(value) is not dict:
         return None
     for fqn, path in value.items():

@@ -1,11 +1,13 @@
-"""Whose folder it is: where a trainer keeps `.metadata`, which files beside it its loader wants, and the step that it recorded.
+"""Whose folder it is: where a trainer keeps `.metadata`, which files beside it its loader wants,
+and the step that it recorded.
 
     torch       step-1000/.metadata                       torchtitan, torch's own writer
     olmo-core   step1000/model_and_optim/.metadata        beside: .metadata.json, config.json, train/rank0.pt
     megatron    iter_0001000/.metadata, metadata.json     beside: common.pt; above: latest_checkpointed_iteration.txt
     nemo        .../weights/.metadata, metadata.json      beside: context/
 
-No pickle is opened: files that hold one are copied as bytes, and only where the trainer's loader needs them.
+No pickle is opened: files that hold one are copied as bytes, and only where the trainer's loader
+needs them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _STEP_ENTRIES = ("train_state.step",)
 
 @dataclass(frozen=True)
 class DcpPlace:
-    """A checkpoint: `folder` holds `.metadata`, and is `inside` of `path` ("" if it is `path` itself)."""
+    """A checkpoint: `folder` holds `.metadata`, and is `inside` of `path` ("" if it is `path`
+    itself).
+    """
 
     path: str
     inside: str
@@ -52,7 +56,9 @@ def find_dcp(path: StrPath) -> DcpPlace | None:
 
 
 def _is_described(entries: Sequence[Entry]) -> bool:
-    """Whether there is a `.metadata`, and it is not the training state beside weights in safetensors."""
+    """Whether there is a `.metadata`, and it is not the training state beside weights in
+    safetensors.
+    """
     names = [entry.name for entry in entries]
     beside_weights = any(name.endswith(".safetensors") for name in names) and not any(name.endswith(".distcp") for name in names)
     return Entry(METADATA_FILE, "file") in entries and not beside_weights
@@ -64,13 +70,17 @@ def is_dcp(path: StrPath) -> bool:
 
 
 def is_unfinished(path: StrPath) -> bool:
-    """Whether `path` has files of a distributed checkpoint and no metadata: a save that is under way, or broke off."""
+    """Whether `path` has files of a distributed checkpoint and no metadata: a save that is under
+    way, or broke off.
+    """
     names = [entry.name for entries in _folders(as_path(path)).values() for entry in entries]
     return METADATA_FILE not in names and any(name.endswith(".distcp") for name in names)
 
 
 def _folders(path: str) -> dict[str, Sequence[Entry]]:
-    """The entries of the folder `path` (under "") and of those folders in it that may hold a checkpoint."""
+    """The entries of the folder `path` (under "") and of those folders in it that may hold a
+    checkpoint.
+    """
     store = open_store(path)
     if not _is(path, "folder"):
         return {}
@@ -97,10 +107,12 @@ def _is_megatron(path: str) -> bool:
 
 
 def files_beside(place: DcpPlace, training_state: str) -> list[str]:
-    """The files that the trainer's loader needs beside the checkpoint's own, as paths relative to `place.path`.
+    """The files that the trainer's loader needs beside the checkpoint's own, as paths relative to
+    `place.path`.
 
-    Megatron's `common.pt` has the arguments and the iteration of the base, and nothing loads without it. OLMo-core resumes with
-    `train/`, the pickles of its trainer: with `drop` they are left out, and it begins anew with these weights.
+    Megatron's `common.pt` has the arguments and the iteration of the base, and nothing loads
+    without it. OLMo-core resumes with `train/`, the pickles of its trainer: with `drop` they are
+    left out, and it begins anew with these weights.
     """
     wanted: dict[str, tuple[str, ...]] = {
         "torch": (),
@@ -127,7 +139,9 @@ def _below(root: str, folder: str) -> Iterator[str]:
 
 
 def latest_iteration(run: StrPath) -> int | None:
-    """The last complete iteration of Megatron's run folder, by its own record; None if there is none."""
+    """The last complete iteration of Megatron's run folder, by its own record; None if there is
+    none.
+    """
     path = join(as_path(run), "latest_checkpointed_iteration.txt")
     if not _is(path, "file"):
         return None
@@ -136,7 +150,9 @@ def latest_iteration(run: StrPath) -> int | None:
 
 
 def recorded_step(folder: DcpFolder) -> int | None:
-    """The step in torchtitan's `train_state.step`, an integer tensor without dimensions; None if there is none."""
+    """The step in torchtitan's `train_state.step`, an integer tensor without dimensions; None if
+    there is none.
+    """
     for name in _STEP_ENTRIES:
         tensor = folder.metadata.tensors.get(name)
         if tensor is None or tensor.shape or tensor.dtype not in ("I32", "I64"):

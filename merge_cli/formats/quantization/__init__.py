@@ -1,7 +1,8 @@
 """Quantized checkpoints: stored tensors to float32 and back, a codec per scheme.
 
-`find_quantized` pairs codes with their scales from headers alone and imports no torch; a `Codec` turns bytes
-into float32 rows and rows into bytes. A scale is never averaged by itself. See `codec.py` for the contract.
+`find_quantized` pairs codes with their scales from headers alone and imports no torch; a `Codec`
+turns bytes into float32 rows and rows into bytes. A scale is never averaged by itself. See
+`codec.py` for the contract.
 """
 
 from merge_cli.formats.quantization.codec import Codec, Found, QuantizedTensor, Stored, StoredLike

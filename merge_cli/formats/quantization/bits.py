@@ -1,12 +1,13 @@
 """Bytes to float32 and back for the number formats inside quantized checkpoints (torch).
 
-Only table look-ups, integer operations and IEEE 754 single operations, so that CPU and CUDA give the same
-bits: divisions are tensor by tensor (CUDA multiplies by the reciprocal where the divisor is a Python number),
-powers of two are made from their bit patterns.
+Only table look-ups, integer operations and IEEE 754 single operations, so that CPU and CUDA give
+the same bits: divisions are tensor by tensor (CUDA multiplies by the reciprocal where the divisor
+is a Python number), powers of two are made from their bit patterns.
 
-Formats: E4M3 (OCP FP8, torch.float8_e4m3fn: largest 448, 0x7F and 0xFF are NaN), E8M0 (OCP MX: 2^(byte -
-127), 255 is NaN), E2M1 (FP4: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; two in a byte, low nibble first),
-integers of 2, 4 or 8 bits stored with an offset of 2^(bits - 1), lowest bits first, in little-endian words.
+Formats: E4M3 (OCP FP8, torch.float8_e4m3fn: largest 448, 0x7F and 0xFF are NaN), E8M0 (OCP MX:
+2^(byte - 127), 255 is NaN), E2M1 (FP4: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; two in a
+byte, low nibble first), integers of 2, 4 or 8 bits stored with an offset of 2^(bits - 1), lowest
+bits first, in little-endian words.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "
 
 @functools.cache
 def _table(kind: str, device: torch.device) -> Tensor:
-    """What each of the 256 bytes means: int32 [256] or int64 [256] bit patterns, or float32 [256, 4]."""
+    """What each of the 256 bytes means: int32 [256] or int64 [256] bit patterns, or float32 [256,
+    4].
+    """
     byte = torch.arange(256, dtype=torch.int32)
     if kind == "e4m3":
         values = byte.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
@@ -44,13 +47,17 @@ def _table(kind: str, device: torch.device) -> Tensor:
 
 
 def look_up(codes: Tensor, kind: str) -> Tensor:
-    """float32 values of uint8 `codes` (1-D), in order; `kind` is e4m3, fp4 (two a byte), int2 (four), int4, int8."""
+    """float32 values of uint8 `codes` (1-D), in order; `kind` is e4m3, fp4 (two a byte), int2
+    (four), int4, int8.
+    """
     found = torch.index_select(_table(kind, codes.device), 0, codes.to(torch.int32))
     return found.view(torch.float32).flatten()
 
 
 def read_floats(data: Tensor, dtype: str) -> Tensor:
-    """float32 [n] from the bytes (1-D uint8) of n scales of safetensors dtype `dtype`; U8 means E8M0."""
+    """float32 [n] from the bytes (1-D uint8) of n scales of safetensors dtype `dtype`; U8 means
+    E8M0.
+    """
     if dtype in ("F8_E8M0", "U8"):
         byte = data.to(torch.int32)
         bits = torch.where(byte == 0, 0x00400000, byte << 23)
@@ -87,7 +94,9 @@ def write_integers(values: Sequence[int], dtype: str, device: torch.device) -> T
 
 
 def as_stored(values: Tensor, dtype: str) -> Tensor:
-    """Scales `values` as they will be read back from `dtype`; 0 (all-zero block, underflow) becomes 1."""
+    """Scales `values` as they will be read back from `dtype`; 0 (all-zero block, underflow) becomes
+    1.
+    """
     stored = read_floats(write_floats(torch.where(values == 0, 1.0, values), dtype), dtype).view(values.shape)
     return torch.where(stored == 0, 1.0, stored)
 
@@ -103,10 +112,12 @@ def power_of_two_at_least(values: Tensor) -> Tensor:
 
 
 def shared_exponent(amax: Tensor, element_exponent: int, *, round_up: bool = False) -> Tensor:
-    """The MX scale 2^(floor(log2 amax) - element_exponent) of blocks with largest magnitude `amax`, as float32.
+    """The MX scale 2^(floor(log2 amax) - element_exponent) of blocks with largest magnitude `amax`,
+    as float32.
 
-    OCP Microscaling Formats 1.0, section 6.3, with `element_exponent` 2 for E2M1 and 8 for E4M3. `round_up`:
-    amax of 1.75 * 2^n and more counts as 2^(n + 1), which is what compressed-tensors does. At least 2^-127.
+    OCP Microscaling Formats 1.0, section 6.3, with `element_exponent` 2 for E2M1 and 8 for E4M3.
+    `round_up`: amax of 1.75 * 2^n and more counts as 2^(n + 1), which is what compressed-tensors
+    does. At least 2^-127.
     """
     bits = amax.contiguous().view(torch.int32) + (1 << 21 if round_up else 0)
     byte = ((bits >> 23) - element_exponent).clamp_(0, 254)
@@ -114,7 +125,8 @@ def shared_exponent(amax: Tensor, element_exponent: int, *, round_up: bool = Fal
 
 
 def to_fp8(values: Tensor) -> Tensor:
-    """E4M3 codes (uint8) of float32 `values`: clamped to +-448, since the cast makes NaN of what is too large.
+    """E4M3 codes (uint8) of float32 `values`: clamped to +-448, since the cast makes NaN of what is
+    too large.
 
     Overwrites `values`.
     """
@@ -122,10 +134,11 @@ def to_fp8(values: Tensor) -> Tensor:
 
 
 def to_fp4(values: Tensor) -> Tensor:
-    """E2M1 codes (uint8, 0..15) of float32 `values`: clamped to +-6, rounded to nearest, ties to the even code.
+    """E2M1 codes (uint8, 0..15) of float32 `values`: clamped to +-6, rounded to nearest, ties to
+    the even code.
 
-    The code of a magnitude is the least of round(2x), round(x) + 2 and round(x / 2) + 4: the three step
-    widths. Overwrites `values`.
+    The code of a magnitude is the least of round(2x), round(x) + 2 and round(x / 2) + 4: the three
+    step widths. Overwrites `values`.
     """
     negative = torch.signbit(values)
     x = values.abs_().clamp_(max=FP4_MAX)
@@ -136,7 +149,9 @@ def to_fp4(values: Tensor) -> Tensor:
 
 
 def pack(fields: Tensor, num_bits: int) -> Tensor:
-    """Bytes of uint8 `fields` of `num_bits` bits, lowest bits first; the last dimension shrinks by 8 / num_bits."""
+    """Bytes of uint8 `fields` of `num_bits` bits, lowest bits first; the last dimension shrinks by
+    8 / num_bits.
+    """
     packed = fields[..., 0 :: 8 // num_bits].clone()
     for place in range(1, 8 // num_bits):
         packed |= fields[..., place :: 8 // num_bits] << (place * num_bits)

@@ -1,7 +1,8 @@
-"""Scales meet values: vectorised over the blocks of a `Grid`, without a padded copy of the values (torch).
+"""Scales meet values: vectorised over the blocks of a `Grid`, without a padded copy of the values
+(torch).
 
-`values` are float32 [rows, columns], the rows of a `Cut`. Per block: [rows of blocks, blocks beside each
-other]; per row: the same, repeated for each row of values.
+`values` are float32 [rows, columns], the rows of a `Cut`. Per block: [rows of blocks, blocks beside
+each other]; per row: the same, repeated for each row of values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from merge_cli.formats.quantization.bits import look_up, pack, to_fp4
 from merge_cli.formats.quantization.layout import Cut, matrix
 
 SAME = 2.0**-18
-"""Relative difference up to which a value lies on a grid: what rounding the float32 mean of many inputs may do."""
+"""Relative difference up to which a value lies on a grid: what rounding the float32 mean of many
+inputs may do.
+"""
 
 _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mul": Tensor.mul_,
@@ -32,7 +35,9 @@ def row_numbers(cut: Cut, device: torch.device) -> Tensor:
 
 
 def per_row(per_block: Tensor, cut: Cut) -> Tensor:
-    """[rows, blocks] from [rows of blocks, blocks]; unchanged where a row has its own, or one is for all."""
+    """[rows, blocks] from [rows of blocks, blocks]; unchanged where a row has its own, or one is
+    for all.
+    """
     height = cut.grid.block(cut.shape)[0]
     if cut.grid.whole or height == 1:
         return per_block
@@ -81,13 +86,17 @@ def block_max(values: Tensor, cut: Cut) -> Tensor:
 
 
 def on_grid(values: Tensor, decoded: Tensor, cut: Cut) -> Tensor:
-    """bool per block: whether `decoded` equals `values` up to rounding everywhere. Overwrites `decoded`."""
+    """bool per block: whether `decoded` equals `values` up to rounding everywhere. Overwrites
+    `decoded`.
+    """
     excess = decoded.sub_(values).abs_().sub_(values.abs().mul_(SAME))
     return block_max(excess, cut) == 0
 
 
 def tensor_stats(values: Tensor, off_grid: Tensor | None = None) -> Tensor:
-    """float32 [3]: largest value, largest negated value (both at least 0), 1 if a block is off the base's grid."""
+    """float32 [3]: largest value, largest negated value (both at least 0), 1 if a block is off the
+    base's grid.
+    """
     stats = values.new_zeros(3)
     if values.numel():
         low, high = torch.aminmax(values)

@@ -1,7 +1,9 @@
-"""What config.json says about quantization, and what a config of a dequantized checkpoint must no longer say.
+"""What config.json says about quantization, and what a config of a dequantized checkpoint must no
+longer say.
 
-Names and dtypes in the headers decide what a tensor is; the config adds what they cannot show: block sizes,
-bit widths, whether scales are powers of two. A method that pmerge does not read is refused here, by its name.
+Names and dtypes in the headers decide what a tensor is; the config adds what they cannot show:
+block sizes, bit widths, whether scales are powers of two. A method that pmerge does not read is
+refused here, by its name.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from typing import Any
 from merge_cli.errors import UnsupportedError
 
 QUANTIZATION_SIDE_FILES = ("hf_quant_config.json",)
-"""Files beside the weights that describe the quantized form; a dequantized checkpoint must not carry them."""
+"""Files beside the weights that describe the quantized form; a dequantized checkpoint must not
+carry them.
+"""
 
 TO_BF16 = (
     "average the BF16 checkpoints that these were quantized from, or convert each to BF16 "
@@ -46,8 +50,9 @@ class Group:
 class Settings:
     """The quantization config, as far as pairing needs it. `method` is empty if there is none.
 
-    block: FP8 block size; ue8m0: scales are powers of two; groups: those of compressed-tensors; kv_cache: the
-    KV cache has calibrated scales; restricted_int4: Kimi's codes -7..7 (its config does not say so).
+    block: FP8 block size; ue8m0: scales are powers of two; groups: those of compressed-tensors;
+    kv_cache: the KV cache has calibrated scales; restricted_int4: Kimi's codes -7..7 (its config
+    does not say so).
     """
 
     method: str = ""
@@ -59,7 +64,9 @@ class Settings:
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
-    """Settings from a parsed config.json; raises UnsupportedError naming a method that cannot be read."""
+    """Settings from a parsed config.json; raises UnsupportedError naming a method that cannot be
+    read.
+    """
     found = [section for section in _sections(config) if section]
     if "quantization" in config and not found:
         raise _refused("MLX quantization (`quantization` in config.json)")
@@ -90,7 +97,9 @@ def without_declared_quantization(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of a parsed config.json without its quantization sections, at any depth (`text_config` too)."""
+    """A deep copy of a parsed config.json without its quantization sections, at any depth
+    (`text_config` too).
+    """
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -127,7 +136,9 @@ def _method(section: Mapping[str, Any]) -> str:
 
 
 def _groups(section: Mapping[str, Any]) -> Iterator[Group]:
-    """The config groups that quantize weights; raises UnsupportedError for formats and transforms that are not read."""
+    """The config groups that quantize weights; raises UnsupportedError for formats and transforms
+    that are not read.
+    """
     transforms = section.get("transform_config") or {}
     if transforms.get("config_groups"):
         raise _refused("compressed-tensors with rotated weights (`transform_config`)")
@@ -156,7 +167,9 @@ def _groups(section: Mapping[str, Any]) -> Iterator[Group]:
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
-    """A block size from [128, 128] or "128x128"; None if there is none; raises UnsupportedError if it is no pair."""
+    """A block size from [128, 128] or "128x128"; None if there is none; raises UnsupportedError if
+    it is no pair.
+    """
     if value is None:
         return None
     parts = value.split("x") if isinstance(value, str) else value

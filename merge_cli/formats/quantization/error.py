@@ -1,8 +1,8 @@
 """How much requantizing changed: the report that goes with a requantized output.
 
-Errors are relative to the tensor's magnitudes, not value by value: a weight that rounds to 0 is wrong by 100 % of
-itself, which would make every report read 100 %. For reporting only: the sums depend on the chunking in their last
-digits.
+Errors are relative to the tensor's magnitudes, not value by value: a weight that rounds to 0 is
+wrong by 100 % of itself, which would make every report read 100 %. For reporting only: the sums
+depend on the chunking in their last digits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Totals = tuple[float, float, float, float]
-"""Of some values: largest |decoded - value|, largest |value|, sum of |decoded - value|, sum of |value|."""
+"""Of some values: largest |decoded - value|, largest |value|, sum of |decoded - value|, sum of
+|value|.
+"""
 
 
 def error_totals(values: Tensor, decoded: Tensor) -> Totals:
@@ -36,6 +38,8 @@ def combine_totals(first: Totals | None, second: Totals | None) -> Totals | None
 
 
 def relative_errors(totals: Totals) -> tuple[float, float]:
-    """Largest error relative to the largest magnitude, and mean error relative to the mean magnitude."""
+    """Largest error relative to the largest magnitude, and mean error relative to the mean
+    magnitude.
+    """
     largest, magnitude, wrong, right = totals
     return (largest / magnitude if magnitude else 0.0), (wrong / right if right else 0.0)

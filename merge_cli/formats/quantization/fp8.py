@@ -2,24 +2,25 @@
 
 value = code * scale, whatever the scale is called (`weight_scale_inv` too). Read and written:
 
-- DeepSeek-V3, Kimi-K2, Qwen, GLM: `X.weight` with `X.weight_scale_inv` F32 or BF16, blocks of 128 x 128, the
-  last ones smaller; `scale_fmt: ue8m0` makes the scales powers of two, stored as F32, as U8 exponents, or
-  (DeepSeek-V4, `X.scale`) as F8_E8M0. Fused experts: `gate_up_proj` with `gate_up_proj_scale_inv`, a stack of
-  matrices.
-- compressed-tensors float-quantized and naive-quantized, ModelOpt FP8, FBGEMM: `weight_scale` per tensor,
-  channel, group or block. mxfp8-quantized: groups of 32 with U8 exponents.
+- DeepSeek-V3, Kimi-K2, Qwen, GLM: `X.weight` with `X.weight_scale_inv` F32 or BF16, blocks of 128 x
+  128, the last ones smaller; `scale_fmt: ue8m0` makes the scales powers of two, stored as F32, as
+  U8 exponents, or (DeepSeek-V4, `X.scale`) as F8_E8M0. Fused experts: `gate_up_proj` with
+  `gate_up_proj_scale_inv`, a stack of matrices.
+- compressed-tensors float-quantized and naive-quantized, ModelOpt FP8, FBGEMM: `weight_scale` per
+  tensor, channel, group or block. mxfp8-quantized: groups of 32 with U8 exponents.
 
-New scales: amax / 448 of the block, rounded to the scale's dtype before the codes are made ("amax"; the scale
-of an all-zero block is 1); rounded up to a power of two ("ceil": DeepSeek's ue8m0); or compressed-tensors' MX
-exponent ("mx"). Codes: value / scale, clamped to +-448, rounded to nearest even.
+New scales: amax / 448 of the block, rounded to the scale's dtype before the codes are made ("amax";
+the scale of an all-zero block is 1); rounded up to a power of two ("ceil": DeepSeek's ue8m0); or
+compressed-tensors' MX exponent ("mx"). Codes: value / scale, clamped to +-448, rounded to nearest
+even.
 
-Requantizing what was just decoded gives the same codes, and with `base` the same scales. Without `base`: the
-same scales where the block's largest code is +-448 (ue8m0: above 224) and the scale has at most 21
-significant bits (BF16, powers of two); F32 scales may then differ in the last bit, and a block whose largest
-code is not 448 gets another scale, hence other values (up to 1/16 relative).
+Requantizing what was just decoded gives the same codes, and with `base` the same scales. Without
+`base`: the same scales where the block's largest code is +-448 (ue8m0: above 224) and the scale has
+at most 21 significant bits (BF16, powers of two); F32 scales may then differ in the last bit, and a
+block whose largest code is not 448 gets another scale, hence other values (up to 1/16 relative).
 
-Sources: DeepSeek-V3 `inference/kernel.py`, transformers `integrations/finegrained_fp8.py`, compressed-tensors
-`quantization/utils/helpers.py`.
+Sources: DeepSeek-V3 `inference/kernel.py`, transformers `integrations/finegrained_fp8.py`,
+compressed-tensors `quantization/utils/helpers.py`.
 """
 
 from __future__ import annotations

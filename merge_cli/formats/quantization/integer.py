@@ -1,21 +1,23 @@
 """Integer weights of compressed-tensors: int8 in bytes, or 2, 4 and 8 bits packed into int32 words.
 
-value = (code - zero point) * scale. Parts: `weight` I8 (int-quantized, naive-quantized) or `weight_packed`
-I32 with `weight_shape` (pack-quantized); `weight_scale`; for asymmetric schemes `weight_zero_point`, which
-pack-quantized packs too, down the rows. Kimi-K2-Thinking and later are pack-quantized, 4 bits, groups of 32.
+value = (code - zero point) * scale. Parts: `weight` I8 (int-quantized, naive-quantized) or
+`weight_packed` I32 with `weight_shape` (pack-quantized); `weight_scale`; for asymmetric schemes
+`weight_zero_point`, which pack-quantized packs too, down the rows. Kimi-K2-Thinking and later are
+pack-quantized, 4 bits, groups of 32.
 
-Packed: code + 2^(bits - 1), lowest bits first, each row padded to whole words with zero bits. Other widths
-than 2, 4 and 8 are refused when pairing: versions of compressed-tensors disagree on their layout.
+Packed: code + 2^(bits - 1), lowest bits first, each row padded to whole words with zero bits. Other
+widths than 2, 4 and 8 are refused when pairing: versions of compressed-tensors disagree on their
+layout.
 
 New scales: amax over half of the code range, (2^bits - 1) / 2 (7.5 for 4 bits, 127.5 for 8), as
-compressed-tensors computes it; asymmetric: (max - min) / (2^bits - 1) and zero point lowest code - min /
-scale, rounded, where 0 always lies between min and max. The scale of an all-zero block is 1. Codes: value /
-scale + zero point, clamped, rounded to nearest even. `lowest` -7 stands for the symmetric range that Kimi's
-training used: amax / 7, codes -7..7.
+compressed-tensors computes it; asymmetric: (max - min) / (2^bits - 1) and zero point lowest code -
+min / scale, rounded, where 0 always lies between min and max. The scale of an all-zero block is 1.
+Codes: value / scale + zero point, clamped, rounded to nearest even. `lowest` -7 stands for the
+symmetric range that Kimi's training used: amax / 7, codes -7..7.
 
-Requantizing what was just decoded is the identity with `base`. Without it: for `lowest` = -7 if a code of the
-group is +-7; else not, since amax / 7.5 of a group whose largest code is 7 is a smaller scale (same codes,
-values times 14/15).
+Requantizing what was just decoded is the identity with `base`. Without it: for `lowest` = -7 if a
+code of the group is +-7; else not, since amax / 7.5 of a group whose largest code is 7 is a smaller
+scale (same codes, values times 14/15).
 
 Sources: compressed-tensors `compressors/pack_quantized`, `quantization/utils/helpers.py`
 (`calculate_qparams`).
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Integer:
-    """Integer codes on `grid`; parts: codes, scale, zero (if `zero`), shape (if `shape_dtype`, I64 or I32)."""
+    """Integer codes on `grid`; parts: codes, scale, zero (if `zero`), shape (if `shape_dtype`, I64
+    or I32).
+    """
 
     grid: Grid
     scale_dtype: str
@@ -85,7 +89,9 @@ class Integer:
         return self._zero_words.byte_range(self._zero_shape(shape), r0, r1, 4)
 
     def decode(self, parts: Parts, shape: Shape, r0: int, r1: int) -> Tensor:
-        """(code - zero point) * scale; raises InputError if the stored shape is not the one that was planned for."""
+        """(code - zero point) * scale; raises InputError if the stored shape is not the one that
+        was planned for.
+        """
         if self.shape_dtype:
             self.check_stored_shape(bytes(parts["shape"].tolist()), shape)
         cut = Cut(self.grid, shape, r0, r1)
@@ -102,7 +108,9 @@ class Integer:
             )
 
     def stats(self, values: Tensor, shape: Shape, r0: int, r1: int, *, base: Parts | None = None) -> Tensor:
-        """Largest value, largest negated value, and whether `values` leave the grid of the base's scale."""
+        """Largest value, largest negated value, and whether `values` leave the grid of the base's
+        scale.
+        """
         from merge_cli.formats.quantization.blocks import tensor_stats
 
         cut = Cut(self.grid, shape, r0, r1)
@@ -118,7 +126,9 @@ class Integer:
         stats: Tensor | None = None,
         base: Parts | None = None,
     ) -> dict[str, Tensor]:
-        """Codes, scales and zero points of rows r0..r1, and the shape; `base` needs scale and zero only."""
+        """Codes, scales and zero points of rows r0..r1, and the shape; `base` needs scale and zero
+        only.
+        """
         from merge_cli.formats.quantization import bits, blocks
 
         cut = Cut(self.grid, shape, r0, r1)
@@ -173,7 +183,9 @@ class Integer:
         return self._row_bytes(shape) * 8 // self.num_bits if self.packed else shape[-1]
 
     def _new_scales(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and zero points per block from its largest value and largest negated value (both at least 0)."""
+        """Scales and zero points per block from its largest value and largest negated value (both
+        at least 0).
+        """
         from merge_cli.formats.quantization.bits import as_stored, divide
 
         if not self.zero:
@@ -221,7 +233,9 @@ class Integer:
         return scales, self._read_zeros(parts["zero"], cut)
 
     def _read_zeros(self, data: Tensor, cut: Cut) -> Tensor:
-        """float32 [rows, groups] from words that each hold the zero points of `_in_word` rows of one group."""
+        """float32 [rows, groups] from words that each hold the zero points of `_in_word` rows of
+        one group.
+        """
         from merge_cli.formats.quantization import bits, blocks
 
         words = Cut(self._zero_words, self._zero_shape(cut.shape), cut.r0, cut.r1)

@@ -1,8 +1,9 @@
 """Which scale belongs to which value, and where its bytes are: plain integers, no torch.
 
-A `Grid` lays blocks of `block_rows` x `block_cols` over each matrix of a tensor (the last two dimensions;
-leading ones, such as experts, are a stack of matrices). The last block of a row or column may be smaller.
-Scales are stored as [..., ceil(M / block_rows), ceil(K / block_cols)], row-major.
+A `Grid` lays blocks of `block_rows` x `block_cols` over each matrix of a tensor (the last two
+dimensions; leading ones, such as experts, are a stack of matrices). The last block of a row or
+column may be smaller. Scales are stored as [..., ceil(M / block_rows), ceil(K / block_cols)],
+row-major.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def num_rows(shape: Shape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Blocks that share a scale. 0 rows or columns: all of the matrix. `whole`: one scale for the whole tensor."""
+    """Blocks that share a scale. 0 rows or columns: all of the matrix. `whole`: one scale for the
+    whole tensor.
+    """
 
     block_rows: int = 0
     block_cols: int = 0
@@ -61,7 +64,9 @@ class Grid:
         return ceil_div(rows, block_rows), ceil_div(cols, block_cols)
 
     def ragged(self, shape: Shape) -> bool:
-        """Whether blocks end early inside a stack, so that only whole matrices can be cut out of it."""
+        """Whether blocks end early inside a stack, so that only whole matrices can be cut out of
+        it.
+        """
         rows, _ = matrix(shape)
         return not self.whole and num_rows(shape) > rows and rows % self.block(shape)[0] != 0
 
@@ -92,7 +97,9 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Rows r0..r1 of the 2-D view of a tensor of shape `shape` under `grid`, cut at multiples of its row step."""
+    """Rows r0..r1 of the 2-D view of a tensor of shape `shape` under `grid`, cut at multiples of
+    its row step.
+    """
 
     grid: Grid
     shape: Shape

@@ -3,21 +3,22 @@
 value = E2M1(nibble) * 2^(exponent - 127), low nibble first; every such value is exact in float32.
 
 - compressed-tensors mxfp4-pack-quantized: `weight_packed` U8 [M, K/2], `weight_scale` U8 [M, K/32].
-- DeepSeek-V4 experts: `weight` I8 [M, K/2], `scale` (or `weight_scale_inv`) F8_E8M0 [M, K/32]; also fused,
-  3-D.
-- gpt-oss: `gate_up_proj_blocks` U8 [E, 2I, H/32, 16] and `_scales` [E, 2I, H/32]; likewise `down_proj`. The
-  model holds the transposed matrices, `gate_up_proj` [E, H, 2I], and that is what a BF16 checkpoint must
-  contain, so `MxFp4Transposed` decodes to it. A row of the result needs bytes from every stored row of its
-  expert: the step is an expert, worked through in slabs of stored rows.
+- DeepSeek-V4 experts: `weight` I8 [M, K/2], `scale` (or `weight_scale_inv`) F8_E8M0 [M, K/32]; also
+  fused, 3-D.
+- gpt-oss: `gate_up_proj_blocks` U8 [E, 2I, H/32, 16] and `_scales` [E, 2I, H/32]; likewise
+  `down_proj`. The model holds the transposed matrices, `gate_up_proj` [E, H, 2I], and that is what
+  a BF16 checkpoint must contain, so `MxFp4Transposed` decodes to it. A row of the result needs
+  bytes from every stored row of its expert: the step is an expert, worked through in slabs of
+  stored rows.
 
-New exponents, by `rule`: "floor" floor(log2 amax) - 2 (OCP Microscaling Formats 1.0; values above 6 times the
-scale are clamped), "round" the same with amax of 1.75 * 2^n rounded up to the next power of two
-(compressed-tensors), "ceil" the smallest with amax <= 6 times the scale (DeepSeek). Codes: nearest, ties to
-the even code.
+New exponents, by `rule`: "floor" floor(log2 amax) - 2 (OCP Microscaling Formats 1.0; values above 6
+times the scale are clamped), "round" the same with amax of 1.75 * 2^n rounded up to the next power
+of two (compressed-tensors), "ceil" the smallest with amax <= 6 times the scale (DeepSeek). Codes:
+nearest, ties to the even code.
 
-Requantizing what was just decoded gives the same values by any of the rules, with `base` also the same bytes;
-without `base` a group whose largest code is below 4 gets a smaller exponent and larger codes for the same
-values.
+Requantizing what was just decoded gives the same values by any of the rules, with `base` also the
+same bytes; without `base` a group whose largest code is below 4 gets a smaller exponent and larger
+codes for the same values.
 """
 
 from __future__ import annotations
@@ -172,7 +173,9 @@ class MxFp4Transposed:
         stats: Tensor | None = None,
         base: Parts | None = None,
     ) -> dict[str, Tensor]:
-        """Codes and exponents of the experts that rows r0..r1 are; `base` needs the role scale only."""
+        """Codes and exponents of the experts that rows r0..r1 are; `base` needs the role scale
+        only.
+        """
         import torch
 
         sizes = {role: self.part_range(role, shape, r0, r1) for role in ("codes", "scale")}
@@ -189,7 +192,9 @@ class MxFp4Transposed:
         return out
 
     def _slabs(self, parts: Parts, shape: Shape, r0: int, r1: int) -> list[tuple[int, int, int, dict[str, Tensor]]]:
-        """(expert, first stored row, end, views of the parts' bytes) for slabs of at most `SLAB_ROWS` stored rows."""
+        """(expert, first stored row, end, views of the parts' bytes) for slabs of at most
+        `SLAB_ROWS` stored rows.
+        """
         num_m = shape[-1]
         stored = _stored(shape)
         slabs = []

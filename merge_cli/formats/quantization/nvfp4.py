@@ -1,21 +1,24 @@
-"""NVFP4 weights: two E2M1 codes a byte, an E4M3 scale for each group of 16, one float32 scale for the tensor.
+"""NVFP4 weights: two E2M1 codes a byte, an E4M3 scale for each group of 16, one float32 scale for
+the tensor.
 
-- compressed-tensors nvfp4-pack-quantized: `weight_packed` U8 [M, K/2], `weight_scale` F8_E4M3 [M, K/16],
-  `weight_global_scale` F32 [1]; value = E2M1 * (scale / global scale).
-- ModelOpt: `weight` U8, `weight_scale` F8_E4M3, `weight_scale_2` F32; value = E2M1 * (scale * scale_2).
+- compressed-tensors nvfp4-pack-quantized: `weight_packed` U8 [M, K/2], `weight_scale` F8_E4M3 [M,
+  K/16], `weight_global_scale` F32 [1]; value = E2M1 * (scale / global scale).
+- ModelOpt: `weight` U8, `weight_scale` F8_E4M3, `weight_scale_2` F32; value = E2M1 * (scale *
+  scale_2).
 
-New scales: global = 448 * 6 / amax of the tensor (ModelOpt: its inverse), which takes a first pass; group
-scale = amax / 6 of the group, times the global scale, clamped to 448 and rounded to E4M3; where that is 0 it
-becomes 0.125 (ModelOpt 1). Codes: value / (scale / global), clamped to +-6, nearest, ties to the even code.
+New scales: global = 448 * 6 / amax of the tensor (ModelOpt: its inverse), which takes a first pass;
+group scale = amax / 6 of the group, times the global scale, clamped to 448 and rounded to E4M3;
+where that is 0 it becomes 0.125 (ModelOpt 1). Codes: value / (scale / global), clamped to +-6,
+nearest, ties to the even code.
 
-With `base`, the base's global scale stays as long as it covers the merged tensor. Engines read the layers
-that they fuse (q, k, v; gate, up) with one global scale, so checkpoints are written with equal ones, and
-averaging must not tell them apart. Requantizing what was just decoded is then the identity. Without `base` it
-is not: the global scale is recomputed from a rounded maximum, which can move group scales by one step of
-E4M3.
+With `base`, the base's global scale stays as long as it covers the merged tensor. Engines read the
+layers that they fuse (q, k, v; gate, up) with one global scale, so checkpoints are written with
+equal ones, and averaging must not tell them apart. Requantizing what was just decoded is then the
+identity. Without `base` it is not: the global scale is recomputed from a rounded maximum, which can
+move group scales by one step of E4M3.
 
-Sources: compressed-tensors `compressors/nvfp4`, `quantization/utils/helpers.py` (`generate_gparam`) and
-`entrypoints/convert/converters/modelopt_nvfp4.py`.
+Sources: compressed-tensors `compressors/nvfp4`, `quantization/utils/helpers.py` (`generate_gparam`)
+and `entrypoints/convert/converters/modelopt_nvfp4.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ COVERED = 448 * (1 + 2.0**-10)
 
 @dataclass(frozen=True, slots=True)
 class NvFp4:
-    """Parts: codes, scale, global_scale. `inverse`: the global scale multiplies (ModelOpt) instead of dividing."""
+    """Parts: codes, scale, global_scale. `inverse`: the global scale multiplies (ModelOpt) instead
+    of dividing.
+    """
 
     inverse: bool = False
 

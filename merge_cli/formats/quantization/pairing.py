@@ -1,12 +1,13 @@
-"""Which stored tensors make up which quantized tensor, from names, dtypes and shapes alone (no torch).
+"""Which stored tensors make up which quantized tensor, from names, dtypes and shapes alone (no
+torch).
 
-Every stored tensor ends up in one of three places: a part of a quantized tensor, an activation scale, or
-plain. What looks quantized but cannot be read, codes without a scale and scales without codes raise
-UnsupportedError with the scheme, the tensor and what to do. Names alone never make a tensor quantized:
-`logit_scale`, `attn.scale` and `layer_scale.weight` in BF16 are plain.
+Every stored tensor ends up in one of three places: a part of a quantized tensor, an activation
+scale, or plain. What looks quantized but cannot be read, codes without a scale and scales without
+codes raise UnsupportedError with the scheme, the tensor and what to do. Names alone never make a
+tensor quantized: `logit_scale`, `attn.scale` and `layer_scale.weight` in BF16 are plain.
 
-Two passes keep 150,000 tensors within about a second: one over all names with cheap tests, one over those
-that pass.
+Two passes keep 150,000 tensors within about a second: one over all names with cheap tests, one over
+those that pass.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ _LEFTOVERS = (
 
 
 def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any]) -> Found:
-    """Pair codes with scales in one checkpoint: `tensors` by stored name (over all shards), parsed config.json.
+    """Pair codes with scales in one checkpoint: `tensors` by stored name (over all shards), parsed
+    config.json.
 
     Raises UnsupportedError, naming scheme and tensor, for whatever is quantized and cannot be read.
     """
@@ -100,7 +102,9 @@ def find_quantized(tensors: Mapping[str, StoredLike], config: Mapping[str, Any])
 
 
 def _candidates(suspects: list[str], tensors: Mapping[str, StoredLike], settings: Settings) -> Iterator[Candidate]:
-    """Codes with everything stored for them; FP8 last, since F8_E4M3 tensors may be the scales of other codes."""
+    """Codes with everything stored for them; FP8 last, since F8_E4M3 tensors may be the scales of
+    other codes.
+    """
     taken: set[str] = set()
     fp8 = []
     for name in suspects:
@@ -149,7 +153,9 @@ def _add(companions: dict[str, str], role: str, name: str, logical: str) -> None
 
 
 def _pair(candidate: Candidate, settings: Settings, matches: dict[Any, Match]) -> QuantizedTensor:
-    """The quantized tensor of `candidate`; tensors that look alike in all but name are matched once."""
+    """The quantized tensor of `candidate`; tensors that look alike in all but name are matched
+    once.
+    """
     if "scale" not in candidate.companions:
         raise _refused(candidate.what, candidate.codes, "its scale is missing", scale_hint=True)
     alike: tuple[object, ...] = candidate.signature()
@@ -170,7 +176,9 @@ def _leftovers(
     found: Mapping[str, QuantizedTensor],
     owner: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """Activation scales among what no quantized tensor owns; raises for codes and scales that are left over."""
+    """Activation scales among what no quantized tensor owns; raises for codes and scales that are
+    left over.
+    """
     activations = []
     quantized = bool(owner or settings.method)
     for name in suspects:
@@ -198,9 +206,11 @@ def _is_scale(name: str) -> bool:
 
 
 def _is_activation(module: str, last: str, settings: Settings, found: Mapping[str, QuantizedTensor]) -> bool:
-    """Calibrated scale of the activations of a quantized module, or of a KV cache that the config quantizes.
+    """Calibrated scale of the activations of a quantized module, or of a KV cache that the config
+    quantizes.
 
-    Elsewhere a name such as `k_scale` may be a learned parameter, which must not be left out of an output.
+    Elsewhere a name such as `k_scale` may be a learned parameter, which must not be left out of an
+    output.
     """
     if last in _CACHES and settings.kv_cache:
         return True
@@ -210,7 +220,9 @@ def _is_activation(module: str, last: str, settings: Settings, found: Mapping[st
 
 
 def _refuse_foreign(name: str, tensors: Mapping[str, StoredLike]) -> None:
-    """Raise UnsupportedError if `name` marks a scheme that is not read (where a name is not enough: and its dtype)."""
+    """Raise UnsupportedError if `name` marks a scheme that is not read (where a name is not enough:
+    and its dtype).
+    """
     module, _, last = name.rpartition(".")
     dtype = tensors[name].dtype
     weight = tensors.get(f"{module}.weight")

@@ -1,4 +1,6 @@
-"""The codec for stored codes and their companions: what dtypes, shapes and the config together mean (no torch)."""
+"""The codec for stored codes and their companions: what dtypes, shapes and the config together mean
+(no torch).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ Match = tuple[Shape, Codec, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Codes of the tensor `logical` under the stored name `codes`, and stored names of companions by role."""
+    """Codes of the tensor `logical` under the stored name `codes`, and stored names of companions
+    by role.
+    """
 
     logical: str
     codes: str
@@ -41,7 +45,9 @@ class Candidate:
         return "MXFP4" if self.transposed else {"F8_E4M3": "FP8", "I8": "int8"}.get(dtype, f"packed {dtype}")
 
     def signature(self) -> tuple[object, ...]:
-        """All that decides the codec besides the config: roles, dtypes, shapes, and which global scale it is."""
+        """All that decides the codec besides the config: roles, dtypes, shapes, and which global
+        scale it is.
+        """
         stored = self.tensors[self.codes]
         described: list[object] = [self.transposed, stored.dtype, tuple(stored.shape)]
         for role, name in self.companions.items():
@@ -67,7 +73,9 @@ class Candidate:
 
 
 def codec_of(candidate: Candidate, settings: Settings) -> Match:
-    """How to read `candidate`, which has at least codes and a scale; raises UnsupportedError if it cannot be read."""
+    """How to read `candidate`, which has at least codes and a scale; raises UnsupportedError if it
+    cannot be read.
+    """
     dtype = candidate.dtype()
     if not candidate.shape():
         raise candidate.refused("codes without dimensions")
@@ -156,7 +164,9 @@ def _packed_integer(candidate: Candidate, settings: Settings) -> Match:
 
 
 def _packed_layout(candidate: Candidate, group: Group) -> tuple[Shape, int, Grid] | None:
-    """Logical shape, bits and grid if the packed codes and scales have the shapes that `group` gives them."""
+    """Logical shape, bits and grid if the packed codes and scales have the shapes that `group`
+    gives them.
+    """
     *lead, words = candidate.shape()
     scale = candidate.shape("scale")
     if group.symmetric == ("zero" in candidate.companions) or not 1 <= group.num_bits <= 8:
@@ -208,7 +218,9 @@ def _gpt_oss(candidate: Candidate) -> Match:
 
 
 def _scale_grid(shape: Shape, scale: Shape, settings: Settings, *, num_bits: int, is_float: bool) -> Grid | None:
-    """The grid that scales of shape `scale` form over a tensor of shape `shape`; None if there is none for sure."""
+    """The grid that scales of shape `scale` form over a tensor of shape `shape`; None if there is
+    none for sure.
+    """
     lead, (rows, cols) = shape[:-2], matrix(shape)
     tall = shape[:-1]
     if settings.block is not None and len(shape) > 1:
@@ -238,7 +250,9 @@ def _scale_grid(shape: Shape, scale: Shape, settings: Settings, *, num_bits: int
 
 
 def _allow_only(candidate: Candidate, *roles: str, zero_dtypes: tuple[str, ...] = ()) -> bool:
-    """Whether there is a zero point; raises UnsupportedError for a companion that the scheme does not have."""
+    """Whether there is a zero point; raises UnsupportedError for a companion that the scheme does
+    not have.
+    """
     for role, name in candidate.companions.items():
         if role not in roles:
             raise candidate.refused(f"`{name}` is not part of a scheme that is read")

@@ -9,8 +9,8 @@
     scripts/bench --sweep --count 10 --size 200MB              eight averages by `pmerge sweep`, against one read and eight copies
     scripts/bench -- --workers 2                               what follows -- goes to `pmerge average`
 
-Prints the machine, the versions and a table; `--json` prints everything that was measured. Measure on an
-idle machine.
+Prints the machine, the versions and a table; `--json` prints everything that was measured. Measure
+on an idle machine.
 """
 
 from __future__ import annotations

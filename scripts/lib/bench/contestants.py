@@ -1,8 +1,9 @@
-"""Who runs in `scripts/bench`: for each contestant the command that averages checkpoints into a new folder.
+"""Who runs in `scripts/bench`: for each contestant the command that averages checkpoints into a new
+folder.
 
-Everyone is a process of its own, so that start-up counts for all. `floor` averages nothing: it reads
-every input once and copies one checkpoint, which is the least that any tool has to move, and makes it durable (in RAM that takes
-no time), as pmerge does and the peers do not.
+Everyone is a process of its own, so that start-up counts for all. `floor` averages nothing: it
+reads every input once and copies one checkpoint, which is the least that any tool has to move, and
+makes it durable (in RAM that takes no time), as pmerge does and the peers do not.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def loop(how: str, what: str) -> Contestant:
 
 
 def mergekit(environment: Path, work: Path) -> Contestant:
-    """mergekit's `linear`, summing in float32 as the others do; makes its virtual environment if missing."""
+    """mergekit's `linear`, summing in float32 as the others do; makes its virtual environment if
+    missing.
+    """
     python, program = environment / "bin" / "python", environment / "bin" / "mergekit-yaml"
     if not program.exists():
         print(f"installing mergekit {MERGEKIT} into {environment}", file=sys.stderr)

@@ -30,7 +30,9 @@ VALUES = {
 
 
 def point(what: str, value: str) -> tuple[int, str, dict[str, object]]:
-    """For one point: number of checkpoints, size of each, further options of `scripts/make_checkpoints`."""
+    """For one point: number of checkpoints, size of each, further options of
+    `scripts/make_checkpoints`.
+    """
     match what:
         case "n":
             return int(value), "100MB", {"shape": "dense"}
@@ -47,7 +49,9 @@ def point(what: str, value: str) -> tuple[int, str, dict[str, object]]:
 def grow(
     what: str, values: Sequence[str], contestants: Callable[[str], list[Contestant]], work: Path, rounds: int, sparse: bool
 ) -> Iterator[tuple[str, list[Result]]]:
-    """Each value and its results. `contestants` gives those of a value (which may be a `--memory`); `sparse` inputs are holes."""
+    """Each value and its results. `contestants` gives those of a value (which may be a `--memory`);
+    `sparse` inputs are holes.
+    """
     for value in values:
         count, size, more = point(what, value)
         need, free = (1 if sparse else count + 1) * parse_size(size), free_bytes(work)

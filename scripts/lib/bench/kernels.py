@@ -1,11 +1,12 @@
 """CPU time of the weighted sums alone, by each native kernel and by torch, in one thread.
 
-    PYTHONPATH=scripts/lib .venv/bin/python -m bench.kernels [--elements 262144] [--rounds 15] [case ...]
+    PYTHONPATH=scripts/lib .venv/bin/python -m bench.kernels [--elements 262144] [--rounds 15] [case
+    ...]
 
-One chunk lies in memory and is summed again and again; kernels and torch take turns within a round, so
-that a machine that is busy slows both. Printed are the least nanoseconds of CPU time for an element of
-output, and how many times as long torch takes (the median over the rounds). torch sums term by term;
-for many outputs pmerge's torch path may take a matrix product instead.
+One chunk lies in memory and is summed again and again; kernels and torch take turns within a round,
+so that a machine that is busy slows both. Printed are the least nanoseconds of CPU time for an
+element of output, and how many times as long torch takes (the median over the rounds). torch sums
+term by term; for many outputs pmerge's torch path may take a matrix product instead.
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(work: Work, kernels: Sequence[Kernel], rounds: int) -> dict[str, tuple[float, float]]:
-    """For torch and each kernel: least nanoseconds an element, and the median of torch's time over its own."""
+    """For torch and each kernel: least nanoseconds an element, and the median of torch's time over
+    its own.
+    """
     ways = {"torch": work.by_torch, **{kernel.name: work.by_kernel(kernel) for kernel in kernels}}
     for way in ways.values():
         way()

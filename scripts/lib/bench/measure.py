@@ -1,14 +1,14 @@
 """Run a command to its end and say what it took: wall time, CPU time, memory.
 
-Times and `ru_maxrss` come from `os.wait4`, so they cost nothing while the command runs. They have limits
-worth knowing: CPU time covers the child and the descendants that it waited for, and `ru_maxrss` is that
-of the LARGEST process, not of all together; it also counts the pages of mapped files. So one round, the
-warm-up, can be watched as well: a thread then reads /proc every few milliseconds and keeps the highest
-sum over all processes. Pages that processes share are counted once (PSS); `private` leaves out what is
-mapped from files and shared memory.
+Times and `ru_maxrss` come from `os.wait4`, so they cost nothing while the command runs. They have
+limits worth knowing: CPU time covers the child and the descendants that it waited for, and
+`ru_maxrss` is that of the LARGEST process, not of all together; it also counts the pages of mapped
+files. So one round, the warm-up, can be watched as well: a thread then reads /proc every few
+milliseconds and keeps the highest sum over all processes. Pages that processes share are counted
+once (PSS); `private` leaves out what is mapped from files and shared memory.
 
-The kernel carries the peak of a parent over to the child that it starts. Keep the process that measures
-small: no torch here.
+The kernel carries the peak of a parent over to the child that it starts. Keep the process that
+measures small: no torch here.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def family(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """Resident bytes of one process: its share of all its pages, and of those that come from no file."""
+    """Resident bytes of one process: its share of all its pages, and of those that come from no
+    file.
+    """
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:

@@ -1,13 +1,13 @@
-"""What people write when they have no tool: two loops that average safetensors checkpoints, and a check of
-any average.
+"""What people write when they have no tool: two loops that average safetensors checkpoints, and a
+check of any average.
 
     peers.py naive OUT CKPT...       load whole state dicts, sum in float32, write shard by shard
     peers.py safe_open OUT CKPT...   one shard at a time with safe_open, sum in float32, save_file
     peers.py check OUT CKPT...       print as JSON how OUT compares with the average in float64
 
 Both loops take the same shortcuts: every checkpoint has the shards of the first, weights are plain
-floats, nothing is checked and nothing is published atomically. They are here to be measured, not to be
-used.
+floats, nothing is checked and nothing is published atomically. They are here to be measured, not to
+be used.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def shard_by_shard(out: Path, checkpoints: list[Path]) -> None:
 
 
 def check(out: Path, checkpoints: list[Path]) -> dict[str, Any]:
-    """All names; for some tensors shape, dtype and the first million values against the mean in float64."""
+    """All names; for some tensors shape, dtype and the first million values against the mean in
+    float64.
+    """
 
     def places(folder: Path) -> dict[str, Path]:
         found = {}

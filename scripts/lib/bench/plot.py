@@ -56,7 +56,9 @@ def nice_step(least: float) -> float:
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, list[float]]:
-    """Fixed cost a, slope b, and y / (a + b x) - 1 of each point. Errors count relative to y, so that small points count too."""
+    """Fixed cost a, slope b, and y / (a + b x) - 1 of each point. Errors count relative to y, so
+    that small points count too.
+    """
     weights = [1 / max(y, 1e-9) ** 2 for _, y in points]
     total = sum(weights)
     mean_x = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total

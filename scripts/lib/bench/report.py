@@ -1,4 +1,6 @@
-"""Turn measurements into JSON and Markdown tables, with the machine and the versions that they belong to."""
+"""Turn measurements into JSON and Markdown tables, with the machine and the versions that they
+belong to.
+"""
 
 from __future__ import annotations
 

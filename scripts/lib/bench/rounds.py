@@ -1,8 +1,9 @@
-"""Make the checkpoints of a benchmark and let the contestants average them, in turn, round after round.
+"""Make the checkpoints of a benchmark and let the contestants average them, in turn, round after
+round.
 
-A round runs every contestant once (A B C, A B C, ...), so that a machine that slows down slows all of
-them. The first round is the warm-up: not counted, but watched for memory, and its outputs are checked.
-Outputs are deleted between runs, outside the time that is measured.
+A round runs every contestant once (A B C, A B C, ...), so that a machine that slows down slows all
+of them. The first round is the warm-up: not counted, but watched for memory, and its outputs are
+checked. Outputs are deleted between runs, outside the time that is measured.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def describe(checkpoints: Sequence[Path]) -> Inputs:
 
 
 def make_inputs(out: Path, **options: object) -> Inputs:
-    """Checkpoints from `scripts/make_checkpoints`; `options` are its options, those that are 0 are left out."""
+    """Checkpoints from `scripts/make_checkpoints`; `options` are its options, those that are 0 are
+    left out.
+    """
     names = {key: f"--{key.replace('_', '-')}" for key in options}
     flags = [names[key] if value is True else f"{names[key]}={value}" for key, value in options.items() if value]
     command = [sys.executable, "-m", "checkpoints", *flags, "--out", str(out)]
@@ -97,7 +100,9 @@ def filesystem(folder: Path) -> str:
 
 
 def contest(contestants: Sequence[Contestant], inputs: Inputs, work: Path, rounds: int) -> list[Result]:
-    """One warm-up round and `rounds` measured ones. A contestant that fails is left out from there on."""
+    """One warm-up round and `rounds` measured ones. A contestant that fails is left out from there
+    on.
+    """
     results = [Result(contestant, inputs) for contestant in contestants]
     out = work / "out"
     for turn in range(rounds + 1):

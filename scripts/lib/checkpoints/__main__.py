@@ -1,14 +1,14 @@
-"""Write synthetic checkpoints `ckpt_1000`, `ckpt_2000`, ...: real names, headers and config, made-up
-weights.
+"""Write synthetic checkpoints `ckpt_1000`, `ckpt_2000`, ...: real names, headers and config,
+made-up weights.
 
     scripts/make_checkpoints --shape dense --size 1.7GB --count 4 --out /dev/shm/run
     scripts/make_checkpoints --shape moe --size 1.7GB --tensors 20000 --count 4 --out /dev/shm/run
     scripts/make_checkpoints --shape deepseek-v3 --count 8 --sparse --out /dev/shm/run
 
-Weights look like N(0, 0.02), and those of one checkpoint differ a little from the next's. They are cut
-from one random block for each checkpoint, at a place that depends on the tensor's name: fast, finite,
-and the same on every run. `--sparse` writes the headers and leaves the data as holes, which read as
-zeros: 8 checkpoints of 671B parameters take no disk.
+Weights look like N(0, 0.02), and those of one checkpoint differ a little from the next's. They are
+cut from one random block for each checkpoint, at a place that depends on the tensor's name: fast,
+finite, and the same on every run. `--sparse` writes the headers and leaves the data as holes, which
+read as zeros: 8 checkpoints of 671B parameters take no disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ BLOCK_ELEMENTS = 8_000_009  # small enough for a cache; prime, so that repeats d
 
 
 def random_blocks(step: int) -> dict[str, memoryview]:
-    """Random bytes for each dtype. A shared base and a little of the step's own noise; no NaN, no Inf."""
+    """Random bytes for each dtype. A shared base and a little of the step's own noise; no NaN, no
+    Inf.
+    """
     import torch
 
     base = torch.randn(BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0))

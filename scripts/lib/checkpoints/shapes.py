@@ -1,12 +1,13 @@
-"""The tensors of synthetic checkpoints, their names, dtypes and shapes, and the `config.json` beside them.
+"""The tensors of synthetic checkpoints, their names, dtypes and shapes, and the `config.json`
+beside them.
 
 Pure: no files, no torch. Every shape is one that exists: `dense` is a Llama, `moe` a Qwen3-MoE with
-per-expert tensors, `fp8` a Llama in DeepSeek's block-FP8, `deepseek-v3` and `1t` are DeepSeek-V3 (671B and
-its MTP layer) and Kimi-K2 with their published sizes. Names, shapes and config agree, so that tools
-which insist on a known architecture accept them.
+per-expert tensors, `fp8` a Llama in DeepSeek's block-FP8, `deepseek-v3` and `1t` are DeepSeek-V3
+(671B and its MTP layer) and Kimi-K2 with their published sizes. Names, shapes and config agree, so
+that tools which insist on a known architecture accept them.
 
-The first three are cut to a size in bytes by choosing a hidden size and letting the MLP width take what
-is left; small sizes with many tensors hit it only roughly.
+The first three are cut to a size in bytes by choosing a hidden size and letting the MLP width take
+what is left; small sizes with many tensors hit it only roughly.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Tensor(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Tensors in the order of the model, the `config.json`, and the number of shards it is published with."""
+    """Tensors in the order of the model, the `config.json`, and the number of shards it is
+    published with.
+    """
 
     tensors: list[Tensor]
     config: dict[str, object]
@@ -85,8 +88,8 @@ class Cut(NamedTuple):
 def cut(total_bytes: int, largest_bytes: int, layers: int, experts: int, fp8: bool) -> Cut:
     """Choose sizes for `layers` layers of attention and `experts` MLPs each.
 
-    `largest_bytes` is the size of the embedding, which is then tied, so that it is the one tensor of that
-    size; 0 leaves embedding and head at about a seventh of the model.
+    `largest_bytes` is the size of the embedding, which is then tied, so that it is the one tensor
+    of that size; 0 leaves embedding and head at about a seventh of the model.
     """
     item = 1 if fp8 else 2
     body_bytes = total_bytes - largest_bytes
@@ -162,7 +165,9 @@ def llama(total_bytes: int, num_tensors: int, largest_bytes: int, fp8: bool = Fa
 
 
 def qwen3_moe(total_bytes: int, num_tensors: int, largest_bytes: int) -> Checkpoint:
-    """A Qwen3-MoE with one tensor for each expert and projection; 20,000 tensors unless told otherwise."""
+    """A Qwen3-MoE with one tensor for each expert and projection; 20,000 tensors unless told
+    otherwise.
+    """
     num_tensors = num_tensors or 20_000
     experts = 128 if num_tensors >= 4000 else 8
     layers = max(1, round((num_tensors - 3) / (3 * experts + 9)))
@@ -269,7 +274,9 @@ KIMI_K2: dict[str, Any] = {
 
 
 def deepseek(config: dict[str, Any], num_shards: int, fp8: bool = True) -> Checkpoint:
-    """A model of DeepSeek-V3's kind. Without `fp8` the matrices are bf16, as they are in a training run."""
+    """A model of DeepSeek-V3's kind. Without `fp8` the matrices are bf16, as they are in a training
+    run.
+    """
     hidden, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     experts, layers = config["n_routed_experts"], config["num_hidden_layers"]
     q_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
@@ -333,9 +340,9 @@ PUBLISHED = tuple(name for name in SHAPES if name.startswith(("deepseek", "1t"))
 def split_into_shards(tensors: list[Tensor], num_shards: int) -> list[list[Tensor]]:
     """Cut `tensors` into consecutive shards of about equal bytes.
 
-    A tensor goes where its first byte falls, so a very large one can leave fewer shards than asked. Within a
-    shard: widest dtype first, then by name, as safetensors writes them. A weight and its scale may end up in
-    different shards, as they do in DeepSeek-V3.
+    A tensor goes where its first byte falls, so a very large one can leave fewer shards than asked.
+    Within a shard: widest dtype first, then by name, as safetensors writes them. A weight and its
+    scale may end up in different shards, as they do in DeepSeek-V3.
     """
     total = sum(tensor.nbytes for tensor in tensors)
     shards: dict[int, list[Tensor]] = {}

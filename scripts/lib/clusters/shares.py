@@ -1,12 +1,14 @@
-"""What the shares of ranks look like for very large checkpoints, from the algorithm itself; no file is made.
+"""What the shares of ranks look like for very large checkpoints, from the algorithm itself; no file
+is made.
 
     scripts/simulate_shares                               1T parameters in bf16, 8 checkpoints, shards as published, 1 to 512 ranks
     scripts/simulate_shares --storage 40GB --node 5GB     bandwidth of the storage in all, and of one rank
 
-A table: pieces, the largest share over the mean, files that a rank opens (at most: its pieces' files, of every input and of the
-output), what is read once more for the sha256 of files that are cut, and the time. The time of a rank is its share, of every input
-and of the output, over the least of its own bandwidth and its part of the storage's; the slowest rank decides. What taking over
-from each other would save is left out.
+A table: pieces, the largest share over the mean, files that a rank opens (at most: its pieces'
+files, of every input and of the output), what is read once more for the sha256 of files that are
+cut, and the time. The time of a rank is its share, of every input and of the output, over the least
+of its own bandwidth and its part of the storage's; the slowest rank decides. What taking over from
+each other would save is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ TOTAL = 2_000_000_000_000
 
 
 def files_of(shards: int, seed: int = 0) -> list[OutputFile]:
-    """`shards` files of 2 TB: nearly even, the last one half as large, as limits on the size of a shard leave them."""
+    """`shards` files of 2 TB: nearly even, the last one half as large, as limits on the size of a
+    shard leave them.
+    """
     numbers = random.Random(seed)
     weights = [numbers.uniform(0.97, 1.0) for _ in range(shards - 1)] + [0.5]
     return [OutputFile(f"{i:05d}", b"", int(TOTAL * weight / sum(weights)), (), ()) for i, weight in enumerate(weights)]

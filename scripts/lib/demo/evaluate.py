@@ -1,4 +1,6 @@
-"""Compare checkpoints of the demo on held-out text: loads each with transformers, prints its loss, fails unless a merge wins."""
+"""Compare checkpoints of the demo on held-out text: loads each with transformers, prints its loss,
+fails unless a merge wins.
+"""
 
 import argparse
 import sys
@@ -12,7 +14,9 @@ BATCH_SIZE = 64
 
 
 def held_out_loss(folder: Path, text: torch.Tensor) -> float:
-    """The mean loss in nats per byte of the checkpoint in `folder`, which must load with nothing missing or left over."""
+    """The mean loss in nats per byte of the checkpoint in `folder`, which must load with nothing
+    missing or left over.
+    """
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     wrong = {key: value for key, value in report.items() if value}
     if wrong:

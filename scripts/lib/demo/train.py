@@ -1,13 +1,15 @@
-"""Train a tiny byte-level model on Python's own source and leave real checkpoints, for `scripts/demo`.
+"""Train a tiny byte-level model on Python's own source and leave real checkpoints, for
+`scripts/demo`.
 
-The folders `ckpt_<step>` look as a training framework leaves them: sharded safetensors with an index, the config,
-and beside them the state that a restart needs (optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json).
-As with `save_total_limit`, only the last checkpoints of the run are there. The learning rate stays constant after
-a short warm-up: averaging the last checkpoints then does the work of the decay that never happened.
+The folders `ckpt_<step>` look as a training framework leaves them: sharded safetensors with an
+index, the config, and beside them the state that a restart needs (optimizer.pt, scheduler.pt,
+rng_state.pth, trainer_state.json). As with `save_total_limit`, only the last checkpoints of the run
+are there. The learning rate stays constant after a short warm-up: averaging the last checkpoints
+then does the work of the decay that never happened.
 
-The text is the standard library, so nothing is downloaded. Every 16th file is held out of training and goes to
-`held_out.txt`, which `evaluate.py` reads. The same seed gives the same run on the same machine; other machines
-and other Python versions give slightly different figures.
+The text is the standard library, so nothing is downloaded. Every 16th file is held out of training
+and goes to `held_out.txt`, which `evaluate.py` reads. The same seed gives the same run on the same
+machine; other machines and other Python versions give slightly different figures.
 """
 
 import argparse
@@ -28,7 +30,8 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
-# Not English and Python in the usual mix (tables, data), not there in every version, or not the library's own.
+# Not English and Python in the usual mix (tables, data), not there in every version, or not the
+# library's own.
 SKIPPED = {
     "site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "idlelib", "lib2to3", "distutils",
     "tkinter", "turtledemo", "ensurepip",
@@ -42,7 +45,9 @@ WARMUP_STEPS = 20
 
 
 def standard_library() -> tuple[bytes, bytes]:
-    """The standard library's sources as (training text, held-out text), split by file in sorted order."""
+    """The standard library's sources as (training text, held-out text), split by file in sorted
+    order.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path.relative_to(root)
@@ -56,7 +61,9 @@ def standard_library() -> tuple[bytes, bytes]:
 
 
 def make_model(moe: bool) -> transformers.PreTrainedModel:
-    """About a million parameters, freshly initialized: dense Llama-style, or Mixtral-style with 8 experts."""
+    """About a million parameters, freshly initialized: dense Llama-style, or Mixtral-style with 8
+    experts.
+    """
     sizes = {
         "vocab_size": 256,
         "num_hidden_layers": 4,
@@ -95,7 +102,9 @@ def save_checkpoint(
 
 
 def train(out: Path, *, moe: bool, num_steps: int, save_every: int, num_checkpoints: int, seed: int) -> None:
-    """Train for `num_steps` and leave the last `num_checkpoints` checkpoints, `save_every` steps apart, in `out`."""
+    """Train for `num_steps` and leave the last `num_checkpoints` checkpoints, `save_every` steps
+    apart, in `out`.
+    """
     torch.set_num_threads(min(4, torch.get_num_threads()))  # more threads only wait for each other at this size
     transformers.set_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -114,7 +123,8 @@ def train(out: Path, *, moe: bool, num_steps: int, save_every: int, num_checkpoi
     started, losses = time.monotonic(), []
     first_saved = num_steps - (num_checkpoints - 1) * save_every
     offsets = torch.arange(WINDOW_BYTES)
-    # The load-balancing loss is for training only, so it is asked for here and not written in the config.
+    # The load-balancing loss is for training only, so it is asked for here and not written in the
+    # config.
     extra = {"output_router_logits": True} if moe else {}
     model.train()
     for step in range(1, num_steps + 1):

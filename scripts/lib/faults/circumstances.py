@@ -1,4 +1,6 @@
-"""Faults of what is around a run: limits, changing inputs, other runs, the remains of an earlier one."""
+"""Faults of what is around a run: limits, changing inputs, other runs, the remains of an earlier
+one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from faults.ground import COMMAND, FILESYSTEMS, PMERGE, Ground, Row, digests, re
 
 
 def pmerge(cwd: Path, *arguments: object, before: str = "", **options: object) -> subprocess.CompletedProcess[str]:
-    """A run of the command as a process of its own, started by the shell after `before` (such as "ulimit -n 64")."""
+    """A run of the command as a process of its own, started by the shell after `before` (such as
+    "ulimit -n 64").
+    """
     script = f'{before + ";" if before else ""} exec "$0" "$@"'
     command = ["bash", "-c", script, *PMERGE, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
@@ -49,7 +53,9 @@ def few_descriptors(ground: Ground) -> Row:
 
 
 def changed_inputs(ground: Ground) -> Row:
-    """An input is truncated, grown, rewritten, replaced or removed while the run waits in the middle."""
+    """An input is truncated, grown, rewritten, replaced or removed while the run waits in the
+    middle.
+    """
     row = Row("input truncated, grown, rewritten, replaced, removed", "exit 1, the file is named, no destination")
     victim = ground.folder / "in" / "checkpoint-100" / "model-00002-of-00002.safetensors"
     content, status = victim.read_bytes(), victim.stat()
@@ -87,7 +93,9 @@ def changed_inputs(ground: Ground) -> Row:
 
 
 def locks(ground: Ground) -> Row:
-    """A second run while the first is stopped in the middle, with flock and without; then one after the first was killed."""
+    """A second run while the first is stopped in the middle, with flock and without; then one after
+    the first was killed.
+    """
     row = Row("second run on the same destination", "exit 1, told who holds it; a dead holder's lock is taken over")
     for refuse in ({}, FILESYSTEMS["no flock"]):
         ground.reset()
@@ -114,7 +122,9 @@ def locks(ground: Ground) -> Row:
 
 
 def another_request(ground: Ground) -> Row:
-    """What is unfinished belongs to another method, or to inputs that have changed: refused, until --restart."""
+    """What is unfinished belongs to another method, or to inputs that have changed: refused, until
+    --restart.
+    """
     row = Row("unfinished run of another request", "exit 1 with the differences, --restart goes on")
     ground.reset()
     ground.runs.run((*COMMAND, "--method", "wma"), ground.folder, fault="rename:5:kill:0:/out")
@@ -136,7 +146,9 @@ def another_request(ground: Ground) -> Row:
 
 
 def damaged_finished_file(ground: Ground) -> Row:
-    """Damage to a finished shard of an unfinished run: found by its size and time, or with --verify-resume by its sha256."""
+    """Damage to a finished shard of an unfinished run: found by its size and time, or with
+    --verify-resume by its sha256.
+    """
     row = Row("finished shard damaged between the runs", "written again (with --verify-resume also if size and time agree)")
     for damage, flag in (("cut", ()), ("touched", ()), ("flipped", ("--verify-resume",)), ("record cut", ())):
         ground.reset()

@@ -1,4 +1,5 @@
-"""A strict model of a disk under power loss: after a crash only that is there which fsync has guaranteed; the rest may be.
+"""A strict model of a disk under power loss: after a crash only that is there which fsync has
+guaranteed; the rest may be.
 
     changes = read_record(log)           what a run changed below a folder, call by call (see `shim.c`)
     disk = Disk(folder, before)          the folder as it was, all of it durable
@@ -6,10 +7,10 @@
     disk.crash(survivors).write(folder)  one of the states that may be found after it
 
 A name survives if its folder was synced after the name was made; the bytes of a file survive if the
-file was synced after they were written. Of everything else each part may survive or not (`Survivors`):
-names without bytes, sizes without data, the last of several renames. What the model takes for granted
-is the order within one folder: if a change of names survives, all earlier ones of the folders that it
-touches do, as every journal keeps it.
+file was synced after they were written. Of everything else each part may survive or not
+(`Survivors`): names without bytes, sizes without data, the last of several renames. What the model
+takes for granted is the order within one folder: if a change of names survives, all earlier ones of
+the folders that it touches do, as every journal keeps it.
 
 Not modelled: links, modes, and filesystems that lie about a sync.
 """
@@ -30,7 +31,9 @@ HEAD = struct.Struct("<8sqqIIII")
 
 
 class Change(NamedTuple):
-    """One call that succeeded. `first`: an offset, a size or the mtime in ns; `inode`: of what is created or synced."""
+    """One call that succeeded. `first`: an offset, a size or the mtime in ns; `inode`: of what is
+    created or synced.
+    """
 
     kind: str
     path: Path
@@ -56,7 +59,9 @@ def read_record(log: Path) -> list[Change]:
 
 @dataclass(eq=False)
 class Node:
-    """A file with the writes that it has seen, or a folder with the names in it that a living system sees."""
+    """A file with the writes that it has seen, or a folder with the names in it that a living
+    system sees.
+    """
 
     is_folder: bool
     inode: int = 0
@@ -67,13 +72,17 @@ class Node:
 
 
 class Renaming(NamedTuple):
-    """A change of names, as a list of (folder, name, node or None for removed); all of it survives or nothing."""
+    """A change of names, as a list of (folder, name, node or None for removed); all of it survives
+    or nothing.
+    """
 
     sets: tuple[tuple[Node, str, Node | None], ...]
 
 
 class Survivors(NamedTuple):
-    """Of what no sync has guaranteed: which changes of names survive, and which writes. Called once for each, in order."""
+    """Of what no sync has guaranteed: which changes of names survive, and which writes. Called once
+    for each, in order.
+    """
 
     names: Callable[[int, int], bool]
     data: Callable[[Change], bool]
@@ -225,7 +234,9 @@ class State:
     survivors: Survivors
 
     def write(self, folder: Path) -> None:
-        """Make `folder` hold this state. Inodes are new ones: JSON that names an inode in a field of that name is adapted."""
+        """Make `folder` hold this state. Inodes are new ones: JSON that names an inode in a field
+        of that name is adapted.
+        """
         shutil.rmtree(folder, ignore_errors=True)
         inodes: dict[int, int] = {}
         files = dict(self._write_folder(folder, self.root, inodes))

@@ -56,7 +56,9 @@ class Row:
 
 
 class Ground:
-    """A folder with two small checkpoints `in`, an older result `old`, and the answer that a run without faults gives."""
+    """A folder with two small checkpoints `in`, an older result `old`, and the answer that a run
+    without faults gives.
+    """
 
     def __init__(self, folder: Path, runs: FaultRuns, elements: int = 3000) -> None:
         self.folder = folder
@@ -113,7 +115,9 @@ class Ground:
 
 
 def write_checkpoint(folder: Path, step: int, elements: int) -> None:
-    """Two shards, an index, a config, a tokenizer and a side file in a sub-folder; neighbors in `step` are close."""
+    """Two shards, an index, a config, a tokenizer and a side file in a sub-folder; neighbors in
+    `step` are close.
+    """
     (folder / "chat_templates").mkdir(parents=True)
     generator = torch.Generator().manual_seed(step)
     weight_map: dict[str, str] = {}
@@ -130,7 +134,9 @@ def write_checkpoint(folder: Path, step: int, elements: int) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file; pmerge.json without how the run was started, and when the inputs were copied to their place."""
+    """The sha256 of every file; pmerge.json without how the run was started, and when the inputs
+    were copied to their place.
+    """
     found = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         if path.is_file():
@@ -150,7 +156,9 @@ def _without_times(data: bytes) -> bytes:
 
 
 def refused_then_continued(row: Row, ended: Ended | subprocess.CompletedProcess[str], text: str, out: Path) -> None:
-    """Note whether a run ended with exit code 1, the text in its message, no traceback and no destination."""
+    """Note whether a run ended with exit code 1, the text in its message, no traceback and no
+    destination.
+    """
     code = ended.code if isinstance(ended, Ended) else ended.returncode
     row.points += 1
     row.seen = ended.stderr.strip().splitlines()[0] if ended.stderr.strip() else f"exit {code}"

@@ -1,4 +1,6 @@
-"""The faults of several ranks that make one result, for `scripts/faults`: killed or stopped at any call, late, without flock."""
+"""The faults of several ranks that make one result, for `scripts/faults`: killed or stopped at any
+call, late, without flock.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def rank(number: int, world_size: int = 3, *more: str) -> tuple[str, ...]:
 
 
 def complete(ground: Ground, told: str) -> str:
-    """ "" if the result stands, nothing is left behind and its path was told once, else what is wrong."""
+    """ "" if the result stands, nothing is left behind and its path was told once, else what is
+    wrong.
+    """
     if digests(ground.merged) != ground.expected:
         left = sorted(str(path.relative_to(ground.out)) for path in ground.out.rglob("*"))
         return f"the result is not complete: {left}"
@@ -28,7 +32,9 @@ def complete(ground: Ground, told: str) -> str:
 
 
 def killed(ground: Ground, fault: str, codes: tuple[int, ...], filesystem: str = "Linux", every: int = 1) -> Row:
-    """Rank 1 meets the fault at its first, second ... call. Rank 0 then finishes for both; without flock rank 1 is run again."""
+    """Rank 1 meets the fault at its first, second ... call. Rank 0 then finishes for both; without
+    flock rank 1 is run again.
+    """
     call, action, value = fault.split(":")
     row = Row(f"rank 1 of 3: {fault}" + ("" if filesystem == "Linux" else f", {filesystem}"), "rank 0 finishes: the same bytes")
     refuse = FILESYSTEMS[filesystem]
@@ -54,7 +60,9 @@ def killed(ground: Ground, fault: str, codes: tuple[int, ...], filesystem: str =
 
 
 def stopped(ground: Ground, every: int) -> Row:
-    """Rank 1 stands still at its first, second ... call while rank 0 does all that it can; then rank 1 goes on."""
+    """Rank 1 stands still at its first, second ... call while rank 0 does all that it can; then
+    rank 1 goes on.
+    """
     row = Row("rank 1 of 3 stopped while rank 0 runs to its end", "both finish, or one says who is at work; the same bytes")
     waited = 0
     with FaultRuns() as others:

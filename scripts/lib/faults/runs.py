@@ -1,8 +1,9 @@
 """Run `pmerge` with one fault each, fast: for `scripts/faults` and the tests of reliability.
 
-A server process imports everything once, under `shim.c`. For each run it forks a child, which arms its fault and then does
-what the command `pmerge` does: a real process that can be stopped and killed, at the price of a fork instead of an import of torch.
-Several runs at the same time take as many servers.
+A server process imports everything once, under `shim.c`. For each run it forks a child, which arms
+its fault and then does what the command `pmerge` does: a real process that can be stopped and
+killed, at the price of a fork instead of an import of torch. Several runs at the same time take as
+many servers.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ class Setting(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: `code` is negative for a signal; `calls` matched the fault, `fired` if it happened.
+    """How a run ended: `code` is negative for a signal; `calls` matched the fault, `fired` if it
+    happened.
 
-    `hung`: it was killed at its time limit. `peak_bytes`: its largest resident size, with that of the server that it began with.
+    `hung`: it was killed at its time limit. `peak_bytes`: its largest resident size, with that of
+    the server that it began with.
     """
 
     code: int
@@ -131,7 +134,9 @@ class FaultRuns:
         when_stopped: Callable[[], object] | None = None,
         **setting: Unpack[Setting],
     ) -> Ended:
-        """`pmerge arguments` in `cwd` to its end; the time that a run is stopped does not count. See `start`."""
+        """`pmerge arguments` in `cwd` to its end; the time that a run is stopped does not count.
+        See `start`.
+        """
         return self.start(arguments, cwd, signals=signals, timeout_s=timeout_s, **setting).end(when_stopped)
 
     def start(
@@ -143,7 +148,9 @@ class FaultRuns:
         timeout_s: float = 60,
         **setting: Unpack[Setting],
     ) -> Run:
-        """Start `pmerge arguments` in `cwd`, with signals sent (after seconds, number). The run before must have ended."""
+        """Start `pmerge arguments` in `cwd`, with signals sent (after seconds, number). The run
+        before must have ended.
+        """
         streams = [str(Path(self._folder.name) / name) for name in ("stdout", "stderr")]
         request = {
             "arguments": [str(argument) for argument in arguments],

@@ -1,4 +1,6 @@
-"""The server of `runs.py`: reads requests as lines of JSON, forks a child for each, answers when the child stops or ends."""
+"""The server of `runs.py`: reads requests as lines of JSON, forks a child for each, answers when
+the child stops or ends.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def main() -> None:
 
 
 def import_everything() -> None:
-    """All modules, and by two whole runs those that are imported late: a child may have another user, or few descriptors."""
+    """All modules, and by two whole runs those that are imported late: a child may have another
+    user, or few descriptors.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -83,7 +87,9 @@ def set_constants(values: Mapping[str, object]) -> None:
 
 
 def wait(child: int, signals: list[tuple[float, int]], began: float, timeout_s: float) -> tuple[int, bool, int]:
-    """Wait for the end of the child: its exit code, whether that took too long, its peak memory. Reports when it is stopped."""
+    """Wait for the end of the child: its exit code, whether that took too long, its peak memory.
+    Reports when it is stopped.
+    """
     waiting, hung, stopped = sorted(signals), False, 0.0
     stopped_for = 0.0
     parent = os.getppid()
@@ -166,7 +172,9 @@ def limit(setting: Mapping[str, Any]) -> None:
 
 
 def hide_proc() -> None:
-    """An empty /proc for this process alone, as in some containers. Raises OSError for whoever is not root."""
+    """An empty /proc for this process alone, as in some containers. Raises OSError for whoever is
+    not root.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts, private = 0x20000, 0x44000  # linux/sched.h, linux/mount.h
     done = libc.unshare(new_mounts) or libc.mount(b"none", b"/", None, private, None)
@@ -175,7 +183,9 @@ def hide_proc() -> None:
 
 
 def break_streams(streams: Mapping[str, str]) -> None:
-    """Make stdout or stderr what a careless parent leaves: closed, a full disk, a pipe that nobody reads."""
+    """Make stdout or stderr what a careless parent leaves: closed, a full disk, a pipe that nobody
+    reads.
+    """
     for name, how in streams.items():
         number = {"stdout": 1, "stderr": 2}[name]
         if how == "closed":

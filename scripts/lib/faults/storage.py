@@ -1,4 +1,5 @@
-"""Faults of the storage below a run: full, thin, read-only, slow, without permission, cut off from power.
+"""Faults of the storage below a run: full, thin, read-only, slow, without permission, cut off from
+power.
 
 Mounting needs root; where something is not allowed, CannotTry says so.
 """
@@ -44,7 +45,9 @@ def image(path: Path, megabytes: int, *options: str) -> Path:
 
 
 def space(ground: Ground) -> Row:
-    """A tmpfs that is filled up while the run is at work: a real ENOSPC, then room, then the same command."""
+    """A tmpfs that is filled up while the run is at work: a real ENOSPC, then room, then the same
+    command.
+    """
     row = Row("tmpfs full", "exit 1, what is needed is said, continued once there is room")
     big = Ground(ground.folder / "big", ground.runs, 1 << 20)
     with mounted(ground.folder / "small", "-t", "tmpfs", "-o", "size=16m", "tmpfs") as small:
@@ -118,7 +121,9 @@ def no_permission(ground: Ground) -> Row:
 
 
 def slow_storage(ground: Ground) -> Row:
-    """A signal while an fsync takes ten seconds: in a worker, of a side file, and of the parent folder."""
+    """A signal while an fsync takes ten seconds: in a worker, of a side file, and of the parent
+    folder.
+    """
     row = Row("SIGTERM during a slow fsync, read, write", "exit 143 within two seconds, continued")
     slowest = 0.0
     for fault in ("fsync:%d:delay:10000:/out", "pwrite:%d:delay:10000:/out", "pread:%d:delay:10000:/in/"):
@@ -143,7 +148,9 @@ def slow_storage(ground: Ground) -> Row:
 
 
 def power_loss(ground: Ground, every: int) -> Row:
-    """Stop the run at each system call, copy the image of the filesystem it writes to, go on with the mounted copy."""
+    """Stop the run at each system call, copy the image of the filesystem it writes to, go on with
+    the mounted copy.
+    """
     row = Row("power loss (copy of the ext4 image, mounted)", "absent or complete in every copy, continued there")
     template = image(ground.folder / "template", 16)
     live, copy = ground.folder / "image", ground.folder / "image-copy"

@@ -1,4 +1,6 @@
-"""Sweeps: one fault at the first, second, third ... system call where it can happen, until a run is not hit by it any more."""
+"""Sweeps: one fault at the first, second, third ... system call where it can happen, until a run is
+not hit by it any more.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def sweep(
     every: int = 1,
     first: int = 1,
 ) -> Row:
-    """The fault "call:action:value" at the first, second, third ... call until a run is not hit by it any more."""
+    """The fault "call:action:value" at the first, second, third ... call until a run is not hit by
+    it any more.
+    """
     call, action, value = fault.split(":")
     name = f"{fault} on {match}" + (", --overwrite" if overwrite else "") + ("" if filesystem == "Linux" else f", {filesystem}")
     row = Row(name, f"exit {' or '.join(map(str, codes))}, nothing lost, continued to the same bytes")
@@ -90,7 +94,9 @@ def sweeps(ground: Ground, every: int) -> Iterator[tuple[str, Callable[[], Row]]
 
 
 def strace_sweep(ground: Ground, every: int) -> Row:
-    """The kills once more with strace, on the command as it is installed, without the library of the other sweeps."""
+    """The kills once more with strace, on the command as it is installed, without the library of
+    the other sweeps.
+    """
     row = Row("strace: SIGKILL at pwrite64, fsync, rename, renameat2", "nothing lost, continued to the same bytes")
     if not shutil.which("strace"):
         raise CannotTry("strace is not installed (apt-get install strace)")
@@ -112,7 +118,9 @@ def strace_sweep(ground: Ground, every: int) -> Row:
 
 
 def soak(ground: Ground, rounds: int, seed: int = 0) -> Row:
-    """Kill at a random moment, again and again until a run is through; every other round with --overwrite, in two threads."""
+    """Kill at a random moment, again and again until a run is through; every other round with
+    --overwrite, in two threads.
+    """
     row = Row(f"soak: {rounds} rounds of kill -9 at random moments", "equal bytes at the end of every round")
     big = Ground(ground.folder / f"soak-{rounds}", ground.runs, 1 << 18)
     numbers, kills, between = random.Random(seed), 0, 0

@@ -1,4 +1,6 @@
-"""Shared by the scripts that run in the trainers' own environments: results, and the averages made by hand."""
+"""Shared by the scripts that run in the trainers' own environments: results, and the averages made
+by hand.
+"""
 
 from __future__ import annotations
 

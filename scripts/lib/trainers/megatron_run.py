@@ -1,6 +1,8 @@
-"""torchrun megatron_run.py save RUN | load RUN MERGED: a MoE model of Megatron-Core on CPU, saved with EP 2 x PP 2, loaded 1 x 1.
+"""torchrun megatron_run.py save RUN | load RUN MERGED: a MoE model of Megatron-Core on CPU, saved
+with EP 2 x PP 2, loaded 1 x 1.
 
-Megatron-Core asks for CUDA in three places that a checkpoint on CPU does not need; they are replaced.
+Megatron-Core asks for CUDA in three places that a checkpoint on CPU does not need; they are
+replaced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""torchrun olmo_core_run.py save RUN | load RUN MERGED STATE: OLMo-core's own functions write checkpoints and load a result."""
+"""torchrun olmo_core_run.py save RUN | load RUN MERGED STATE: OLMo-core's own functions write
+checkpoints and load a result.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""torchrun torchtitan_run.py train RUN | resume RUN MERGED STATE: a tiny model, FSDP2 and torchtitan's own CheckpointManager."""
+"""torchrun torchtitan_run.py train RUN | resume RUN MERGED STATE: a tiny model, FSDP2 and
+torchtitan's own CheckpointManager.
+"""
 
 from __future__ import annotations
 

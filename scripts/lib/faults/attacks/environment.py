@@ -1,4 +1,6 @@
-"""F11: odd environments: another umask, no permission, a wrong clock, no /proc, the staging folder on another filesystem."""
+"""F11: odd environments: another umask, no permission, a wrong clock, no /proc, the staging folder
+on another filesystem.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ DAY_S = 86_400
 
 
 def umasks(world: World) -> Iterator[Try]:
-    """A run that its umask locks out of its own files fails; the next one, with a usual umask, goes on."""
+    """A run that its umask locks out of its own files fails; the next one, with a usual umask, goes
+    on.
+    """
     for umask in (0o077, 0o177, 0o277, 0o777):
         for kind, command in (("lone", COMMAND), ("rank", rank(0))):
             world.reset()
@@ -52,7 +56,9 @@ def permissions(world: World) -> Iterator[Try]:
 
 
 def clocks(world: World) -> Iterator[Try]:
-    """A rank whose clock is wrong, against the file server's: with --overwrite it must make the result again."""
+    """A rank whose clock is wrong, against the file server's: with --overwrite it must make the
+    result again.
+    """
     for skew in (3600, -3600, -400 * DAY_S):
         world.reset(overwrite=True)
         runs = [world.runs.run(rank(n, "--overwrite"), world.folder, clock_s=skew if n else 0) for n in (0, 1)]

@@ -1,4 +1,6 @@
-"""F8: checkpoints whose headers alone are hundreds of MB: memory must be bounded by a limit that is an error, not by luck."""
+"""F8: checkpoints whose headers alone are hundreds of MB: memory must be bounded by a limit that is
+an error, not by luck.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SHARDS = 8
 
 
 def write(folder: Path, shards: int) -> None:
-    """A checkpoint of `shards` files that hold nothing but names, and without an index, which would be too large."""
+    """A checkpoint of `shards` files that hold nothing but names, and without an index, which would
+    be too large.
+    """
     folder.mkdir(parents=True)
     entry = {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}
     for shard in range(shards):

@@ -1,4 +1,6 @@
-"""F9: inputs that change during the run, also those that a process writes through a mapping, and swapped side files."""
+"""F9: inputs that change during the run, also those that a process writes through a mapping, and
+swapped side files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""F7: too little of something. A run fails with a message, never with a traceback, and loses nothing."""
+"""F7: too little of something. A run fails with a message, never with a traceback, and loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ROOMS_MB = (0, 1, 2, 4, 6, 8, 9, 10, 12, 14, 16, 17, 18, 20, 24, 28, 32, 40, 48,
 
 
 def memory(world: World) -> Iterator[Try]:
-    """ulimit -v, from nothing to enough beyond what is in use at the start; larger tensors than in the other attacks."""
+    """ulimit -v, from nothing to enough beyond what is in use at the start; larger tensors than in
+    the other attacks.
+    """
     for step in (100, 200, 300):
         write_checkpoint(world.folder / "wide" / f"checkpoint-{step}", step, 100_000)
     world.must(world.runs.run(("average", "wide", "-o", "wide-average", "--quiet"), world.folder))
@@ -52,7 +56,9 @@ def descriptors(world: World) -> Iterator[Try]:
 
 
 def streams(world: World) -> Iterator[Try]:
-    """stdout and stderr closed, on a full disk, or a pipe that nobody reads: the result is not the worse for it."""
+    """stdout and stderr closed, on a full disk, or a pipe that nobody reads: the result is not the
+    worse for it.
+    """
     for how in ("closed", "full", "broken"):
         for command in (COMMAND[:-1], rank(0)[:-1]):
             world.reset()

@@ -1,4 +1,5 @@
-"""F1: links planted in the staging folder, by whoever may create it beside the destination (/tmp, shared scratch).
+"""F1: links planted in the staging folder, by whoever may create it beside the destination (/tmp,
+shared scratch).
 
 Nothing may be written, truncated or removed behind them, and no result may be or hold a link. Links
 above the staging folder are honest: clusters have them.
@@ -49,7 +50,9 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def planted_before(world: World) -> Iterator[Try]:
-    """A link at each name that pmerge uses, in a staging folder made for the purpose or left by a killed run."""
+    """A link at each name that pmerge uses, in a staging folder made for the purpose or left by a
+    killed run.
+    """
     for left in ("made by another", "left by a run"):
         for name in (*FOLDERS, *FILES):
             for kind, commands in COMMANDS.items():
@@ -76,7 +79,9 @@ def hard_links(world: World) -> Iterator[Try]:
 
 
 def of_another_user(world: World) -> Iterator[Try]:
-    """Real folders and files, but those of another user: he may change them at any moment, also after they were looked at."""
+    """Real folders and files, but those of another user: he may change them at any moment, also
+    after they were looked at.
+    """
     if os.geteuid():
         return
     for name in ("", "checkpoint", "done", f"checkpoint/{SHARD}"):
@@ -93,7 +98,9 @@ def of_another_user(world: World) -> Iterator[Try]:
 
 
 def prepare(world: World, left: str, kind: str, bare: bool = False) -> None:
-    """A staging folder "left by a run" that was killed, or one "made by another", which may be `bare`."""
+    """A staging folder "left by a run" that was killed, or one "made by another", which may be
+    `bare`.
+    """
     world.reset()
     if left == "left by a run":
         world.half_done(*(("--rank", "0", "--world-size", "2") if kind in ("two ranks", "finalize") else ()))

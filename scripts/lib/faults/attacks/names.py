@@ -1,4 +1,6 @@
-"""F11: hostile names: of shards, of side files, of arguments. What cannot be written is refused before a byte is."""
+"""F11: hostile names: of shards, of side files, of arguments. What cannot be written is refused
+before a byte is.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ ARGUMENTS = ("ckpt\x1b[31m-1", "--foo\x1b[31m", "ckpt\n-2", "\u202eckpt-3", "x" 
 
 
 def of_shards(world: World) -> Iterator[Try]:
-    """Lone, by two ranks, and continued after a kill: published and verified, or refused when it is planned."""
+    """Lone, by two ranks, and continued after a kill: published and verified, or refused when it is
+    planned.
+    """
     for what, names in ODD.items():
         for kind in ("lone", "two ranks", "continued"):
             folder = world.folder / "odd"
@@ -108,7 +112,9 @@ def of_side_files(world: World) -> Iterator[Try]:
 
 
 def of_arguments(world: World) -> Iterator[Try]:
-    """Wherever the name is put, no control character reaches the terminal and nothing is written elsewhere."""
+    """Wherever the name is put, no control character reaches the terminal and nothing is written
+    elsewhere.
+    """
     for name in ARGUMENTS:
         commands = (
             ("average", name, "-o", "out/merged"),

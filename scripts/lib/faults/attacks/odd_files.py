@@ -1,4 +1,5 @@
-"""F6 and F7: where a file is expected lies something else: a FIFO, a socket, a device, a folder, a link, JSON of another shape.
+"""F6 and F7: where a file is expected lies something else: a FIFO, a socket, a device, a folder, a
+link, JSON of another shape.
 
 No hang, no traceback, bounded memory, wherever it lies: in an input, in the staging folder, at the
 destination, beside a sweep.
@@ -137,7 +138,9 @@ def in_an_input(world: World) -> Iterator[Try]:
 
 
 def behaves(world: World, command: Sequence[str]) -> str:
-    """ "" if the run behaves and its memory is bounded; what it makes is not looked at, and is removed."""
+    """ "" if the run behaves and its memory is bounded; what it makes is not looked at, and is
+    removed.
+    """
     ended = world.runs.run(command, world.folder, timeout_s=10, room=3 << 30)
     large = f"takes {ended.peak_bytes >> 20} MiB" if ended.peak_bytes > PEAK else ""
     return misbehavior(ended) or world.touched() or large

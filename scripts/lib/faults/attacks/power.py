@@ -1,7 +1,9 @@
-"""Power loss at every moment, in a strict model: only what fsync has guaranteed is there, of the rest any part (`disk.py`).
+"""Power loss at every moment, in a strict model: only what fsync has guaranteed is there, of the
+rest any part (`disk.py`).
 
-After each crash the destination is absent or complete, or the old result where it was to be replaced;
-the same commands then end with the same bytes and leave nothing behind. After exit 0 the result is there.
+After each crash the destination is absent or complete, or the old result where it was to be
+replaced; the same commands then end with the same bytes and leave nothing behind. After exit 0 the
+result is there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ SWEEP = ("sweep", "in", "-o", "out/s", "--method", "sma,wma", "--threads", "1", 
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that make one result together. `stop`: the first one stands still at this fault while the others run."""
+    """Commands that make one result together. `stop`: the first one stands still at this fault
+    while the others run.
+    """
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -67,9 +71,11 @@ def carry_out(world: World, job: Job, log: Path | None = None) -> str:
 
 
 def crashes(world: World, job: Job, every: int, share: float = 1.0, seed: int = 0) -> Iterator[Try]:
-    """Crash after each `every`-th change of the job, and after the last one; a `share` of the states is continued.
+    """Crash after each `every`-th change of the job, and after the last one; a `share` of the
+    states is continued.
 
-    Where the world is not `thorough`, only changes that give something its final name count: what they promise must be kept.
+    Where the world is not `thorough`, only changes that give something its final name count: what
+    they promise must be kept.
     """
     numbers = random.Random(f"{job.name} {seed}")
     log = world.folder / "changes"

@@ -1,4 +1,5 @@
-"""F2: the staging folder of a run is removed, as an impatient user does with that of a hung node, and another run begins.
+"""F2: the staging folder of a run is removed, as an impatient user does with that of a hung node,
+and another run begins.
 
 The first run goes on when it comes back. It may only fail; the second one publishes its own result.
 """
@@ -35,7 +36,9 @@ def removed(world: World) -> Iterator[Try]:
 
 
 def overtaken(world: World, one: tuple[str, ...], other: tuple[str, ...], first_stop: int, second_stop: int) -> str:
-    """A run by sma stops, its folder is removed, a run by wma stops, and both go on one after the other."""
+    """A run by sma stops, its folder is removed, a run by wma stops, and both go on one after the
+    other.
+    """
     world.reset()
     first = world.runs.start(one, world.folder, fault=f"pwrite:{first_stop}:signal:19:/out")
     has_stopped = first.stops()

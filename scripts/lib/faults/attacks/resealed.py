@@ -168,7 +168,9 @@ def passes(
 def verified(
     world: World, change: Callable[[Path], object], of_record: Callable[[Manifest], Manifest] | None = None, seal: bool = True
 ) -> Ended:
-    """`verify` of the result after a change of its files and of its record, which is then sealed anew."""
+    """`verify` of the result after a change of its files and of its record, which is then sealed
+    anew.
+    """
     folder = world.folder / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(world.merged, folder)

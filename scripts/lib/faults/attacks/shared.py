@@ -1,4 +1,5 @@
-"""F4: two ranks write one file, since `flock` is local to each host (localflock, local_lock) or a lease has expired.
+"""F4: two ranks write one file, since `flock` is local to each host (localflock, local_lock) or a
+lease has expired.
 
 Two may do one piece, with the same bytes: at every moment the destination is absent or right, and
 the ranks between them publish it, also when one never comes back.
@@ -17,7 +18,9 @@ FIRST = "model-00001-of-00002.safetensors"
 
 
 def tries(world: World) -> Iterator[Try]:
-    """Both ranks stopped while they write the same shard, or anywhere; one goes on to its end, then the other, or it is killed."""
+    """Both ranks stopped while they write the same shard, or anywhere; one goes on to its end, then
+    the other, or it is killed.
+    """
     if world.thorough:
         yield from pairs(world, FIRST, range(1, 6), range(1, 6), WHOLE)
         yield from pairs(world, "/out", range(2, 17, 3), range(3, 17, 3), WHOLE)

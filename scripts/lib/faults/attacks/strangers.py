@@ -1,4 +1,5 @@
-"""F10 and F5: files that do not belong into a result are published with it, or removed with an old one.
+"""F10 and F5: files that do not belong into a result are published with it, or removed with an old
+one.
 
 Only what `pmerge.json` lists may be in a result, and only what pmerge wrote is ever removed.
 """
@@ -23,7 +24,9 @@ def published(world: World) -> Iterator[Try]:
 
 
 def from_the_base(world: World) -> Iterator[Try]:
-    """A side file that an earlier try staged is removed from the base; the next try must not publish it."""
+    """A side file that an earlier try staged is removed from the base; the next try must not
+    publish it.
+    """
     base = world.folder / "in" / "checkpoint-200"
     for kind, commands in (("lone", [COMMAND]), ("two ranks", [rank(0), rank(1)]), ("finalize", [("finalize", "out/merged")])):
         for name in ("old_code.py", "chat_templates/old.jinja", "old.json"):
@@ -53,7 +56,9 @@ def planted(world: World) -> Iterator[Try]:
 
 
 def rewritten(world: World) -> Iterator[Try]:
-    """A staged file is changed, cut, exchanged or removed after it was recorded, while the run goes on."""
+    """A staged file is changed, cut, exchanged or removed after it was recorded, while the run goes
+    on.
+    """
     for kind, command in (("lone", COMMAND), ("rank", rank(0))):
         for stop in STOPS if world.thorough else STOPS[1:]:
             for name in (SHARD, "config.json"):
@@ -88,7 +93,9 @@ def change(path: Path, how: str) -> None:
 
 
 def replaced(world: World) -> Iterator[Try]:
-    """With --overwrite, somebody puts a file into the old result while the run is at work: it must not be lost."""
+    """With --overwrite, somebody puts a file into the old result while the run is at work: it must
+    not be lost.
+    """
     stops = ("pwrite:2", "pwrite:9", "fsync:22", "renamedir:1", "renamedir:2", "unlink:1", "unlink:9")
     for filesystem in ("Linux", "no renameat2 (NFS, Lustre)"):
         for kind, command in (("lone", COMMAND), ("rank", rank(0))):
@@ -109,7 +116,9 @@ def replaced(world: World) -> Iterator[Try]:
 
 
 def lost(world: World, name: str, ended: Ended) -> str:
-    """ "" if the file is in the destination, or in a folder that a failed run left or a successful one named."""
+    """ "" if the file is in the destination, or in a folder that a failed run left or a successful
+    one named.
+    """
     kept = [path for path in world.out.rglob(Path(name).name) if path.read_text() == PRECIOUS]
     if not kept:
         return f"exit {ended.code}, and the file is gone"

@@ -1,4 +1,5 @@
-"""The world of the attacks: inputs, a place for results, files of somebody else, two `pmerge` at once.
+"""The world of the attacks: inputs, a place for results, files of somebody else, two `pmerge` at
+once.
 
 An attack is a function of a `World` that yields its tries one after the other. Each says what was
 tried and which promise it found broken, if any. Everything goes through the real command.
@@ -34,7 +35,9 @@ class Try(NamedTuple):
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack by name. `finding`: its first appearance; `promise`: the sentence that it tries to refute."""
+    """An attack by name. `finding`: its first appearance; `promise`: the sentence that it tries to
+    refute.
+    """
 
     name: str
     finding: str
@@ -68,7 +71,9 @@ class World(Ground):
             (self.victim / name).write_text(PRECIOUS)
 
     def touched(self) -> str:
-        """ "" while the victim's files are what and where they were, and nothing is beside them; else the differences."""
+        """ "" while the victim's files are what and where they were, and nothing is beside them;
+        else the differences.
+        """
         found = {str(path.relative_to(self.victim)): path for path in self.victim.rglob("*") if not path.is_dir()}
         missing = [f"{name} is gone" for name in VICTIMS if name not in found]
         changed = [f"{name} is changed" for name in VICTIMS if name in found and found[name].read_bytes() != PRECIOUS.encode()]
@@ -76,7 +81,9 @@ class World(Ground):
         return ", ".join((missing + changed + added)[:3])
 
     def wrong_result(self, right: Sequence[Mapping[str, str]] | None = None) -> str:
-        """ "" if the destination is absent or one of the `right` results (default: the average), else what is wrong with it."""
+        """ "" if the destination is absent or one of the `right` results (default: the average),
+        else what is wrong with it.
+        """
         if not os.path.lexists(self.merged):
             return ""
         if linked := links_in(self.merged):
@@ -90,7 +97,9 @@ class World(Ground):
         return f"published, and wrong: changed {changed}" if changed else f"published, with files that are not its own: {strangers}"
 
     def broken(self, *ended: Ended, right: Sequence[Mapping[str, str]] | None = None, mended: bool = False) -> str:
-        """ "" if all promises held in these runs, else the first one that did not. `mended`: the last had to succeed."""
+        """ "" if all promises held in these runs, else the first one that did not. `mended`: the
+        last had to succeed.
+        """
         for run in ended:
             if wrong := misbehavior(run):
                 return wrong
@@ -107,7 +116,9 @@ class World(Ground):
         return ""
 
     def half_done(self, *arguments: str, fault: str = "renamedir:1:kill:0:/out") -> None:
-        """Leave the staging folder of a run that was killed, by default when all but the publishing was done."""
+        """Leave the staging folder of a run that was killed, by default when all but the publishing
+        was done.
+        """
         ended = self.runs.run((*COMMAND, *arguments), self.folder, fault=fault)
         assert ended.code == -9 and self.staging.is_dir(), ended
 
@@ -158,7 +169,9 @@ def rank(number: int, *more: str, size: int = 2) -> tuple[str, ...]:
 
 
 def sealed(manifest: Mapping[str, object]) -> bytes:
-    """The bytes of a `pmerge.json` with this content, its sha256 set anew: that is a checksum, so anybody can."""
+    """The bytes of a `pmerge.json` with this content, its sha256 set anew: that is a checksum, so
+    anybody can.
+    """
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(content, indent=2).encode().removesuffix(b"\n}")
     return text + b',\n  "sha256": "%s"\n}\n' % hashlib.sha256(text).hexdigest().encode()

@@ -1,7 +1,8 @@
-"""Feed changed bytes to every parser through the real command, for some seconds, and keep what broke a promise.
+"""Feed changed bytes to every parser through the real command, for some seconds, and keep what
+broke a promise.
 
-A case is made by its number alone. Bytes that once broke something are in `seeds/`, one file each, named
-TARGET--CHOICE--NUMBER, and are tried first.
+A case is made by its number alone. Bytes that once broke something are in `seeds/`, one file each,
+named TARGET--CHOICE--NUMBER, and are tried first.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ class Fuzzer:
         return ""
 
     def wrong_files(self) -> str:
-        """What is wrong with a result whose records were changed; a wrong sha256 in one is passed on, and found by `verify`."""
+        """What is wrong with a result whose records were changed; a wrong sha256 in one is passed
+        on, and found by `verify`.
+        """
         if linked := links_in(self.world.merged):
             return f"the result is or holds a link: {linked}"
         there, right = digests(self.world.merged), self.world.expected
@@ -115,7 +118,8 @@ class Fuzzer:
 
 
 def carry_out(seconds: float, first: int = 0, keep: Path | None = None) -> bool:
-    """Try the kept seeds, then new cases from number `first` on until the time is over; whether all promises held.
+    """Try the kept seeds, then new cases from number `first` on until the time is over; whether all
+    promises held.
 
     Bytes that break one are written to the folder `keep`, once for each way to break.
     """

@@ -1,4 +1,6 @@
-"""Mutations of JSON that know its structure, and of bytes that do not: everything from one `random.Random`."""
+"""Mutations of JSON that know its structure, and of bytes that do not: everything from one
+`random.Random`.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def mutate(parent: Any, key: Any, whole: Any, known: list[Path], numbers: random
 
 
 def dumped(value: Any, numbers: random.Random) -> bytes:
-    """The value as JSON; one in six is damaged as bytes: flipped, cut, with a key twice, nested, in another encoding."""
+    """The value as JSON; one in six is damaged as bytes: flipped, cut, with a key twice, nested, in
+    another encoding.
+    """
     data = json.dumps(value, ensure_ascii=numbers.random() < 0.7).encode("utf-8", "surrogatepass")
     if numbers.random() > 1 / 6 or len(data) < 3:
         return data

@@ -1,4 +1,6 @@
-"""One target for each parser: where its bytes come from, how they are changed, and the command that reads them."""
+"""One target for each parser: where its bytes come from, how they are changed, and the command that
+reads them.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,11 @@ LIST = [
 
 @dataclass(frozen=True)
 class Target:
-    """`files`: one of them, below the world's folder, gets changed bytes; then one of `commands` is run.
+    """`files`: one of them, below the world's folder, gets changed bytes; then one of `commands` is
+    run.
 
-    `prepare` makes what `reset` has removed; after exit 0 of an average that has a `verify`, it must be found right.
+    `prepare` makes what `reset` has removed; after exit 0 of an average that has a `verify`, it
+    must be found right.
     """
 
     name: str
@@ -93,7 +97,9 @@ def of_list(_: bytes, numbers: random.Random) -> bytes:
 
 
 def write_kinds(world: World) -> None:
-    """Two checkpoints of every kind in `kinds/`: plain, FP8, int4, MXFP4, a torch distributed checkpoint."""
+    """Two checkpoints of every kind in `kinds/`: plain, FP8, int4, MXFP4, a torch distributed
+    checkpoint.
+    """
     for kind, (tensors, config) in kinds().items():
         for step in (1, 2):
             folder = world.folder / "kinds" / kind / f"checkpoint-{step}"
