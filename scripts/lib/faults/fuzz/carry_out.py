@@ -136,7 +136,8 @@ def carry_out(seconds: float, first: int = 0, keep: Path | None = None) -> bool:
             way = f"{case.target.name}: {re.sub('[0-9]+', 'N', wrong)[:80]}"
             broken[way] += 1
             if broken[way] == 1:
-                print(f"      BROKEN  {case.target.name} {case.number}, {' '.join(case.command[:2])}: {wrong}", flush=True)
+                label = case.number if case.number >= 0 else "kept"
+                print(f"      BROKEN  {case.target.name} {label}, {' '.join(case.command[:2])}: {wrong}", flush=True)
                 if keep:
                     keep.mkdir(parents=True, exist_ok=True)
                     (keep / f"{case.target.name}--{case.choice}--{case.number}").write_bytes(case.data)
