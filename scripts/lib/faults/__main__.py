@@ -6,6 +6,7 @@
     scripts/faults --soak 100    besides, a hundred rounds of kill -9 at random moments
     scripts/faults --attack all  the attacks of a hostile neighbor or file; --list has their names
     scripts/faults --fuzz 60     every parser, with changed bytes
+    scripts/faults --mutants     promises broken in a copy of the sources: does the named test notice?
 
 The invariant after every fault: the destination is absent or complete (with --overwrite: the old or
 the new result), nothing of the inputs has changed, and the same command ends with the bytes of a
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from faults import circumstances, ranks, storage, sweeps
+from faults import circumstances, mutants, ranks, storage, sweeps
 from faults.attacks import carry_out as attacks
 from faults.fuzz import carry_out as fuzz
 from faults.ground import CannotTry, Ground, Row, table
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="feed changed bytes to every parser for so long, instead")
     parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="of the first case of --fuzz")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the bytes there that broke a promise (--fuzz)")
+    parser.add_argument("--mutants", action="store_true", help="break promises in the sources, instead; --only takes some")
     parser.add_argument("--list", action="store_true", help="list the attacks")
     parser.add_argument("--verbose", action="store_true", help="show every try of an attack")
     options = parser.parse_args()
@@ -92,6 +94,8 @@ def main() -> int:
         if unknown := set(options.attack) - attacks.known() - {"all"}:
             parser.error(f"no attack is called {', '.join(sorted(unknown))}; there are:\n{attacks.catalogue()}")
         return 0 if attacks.carry_out(options.attack, thorough=not options.quick, show_all=options.verbose) else 1
+    if options.mutants:
+        return 0 if mutants.carry_out(options.only) else 1
     if options.fuzz is not None:
         return 0 if fuzz.carry_out(options.fuzz, options.first, options.keep) else 1
     with tempfile.TemporaryDirectory(prefix="pmerge-faults-") as folder, FaultRuns() as runs:

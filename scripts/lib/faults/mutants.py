@@ -1,0 +1,211 @@
+"""Break one promise of pmerge at a time in a copy of the sources: the test named after it must notice.
+
+A mutant is a piece of text, found exactly once in any file of merge_cli, and what takes its place. If it
+is not found, the code has moved on and the mutant has to follow: that is an error, never a success.
+Mutants that no test has to notice (each is harmless: something else keeps the promise) are not listed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+COPIED = ("merge_cli", "scripts", "tests", "docs", "README.md", "pyproject.toml")
+POWER = "test_promise_3_after_power_loss_a_result_is_absent_or_complete_and_after_exit_0_it_is_there"
+OUTPUT_ERRORS = "test_promise_9_output_errors_are_said_and_lose_nothing"
+SHORT = "test_promise_9_short_writes_and_reads_are_continued"
+CHANGED = "test_promise_7_inputs_that_change_during_the_run_stop_it"
+DAMAGED = "test_promise_4_damaged_finished_files_are_written_again"
+RANKS = "test_ranks_one_after_the_other_give_the_bytes_of_one_run"
+
+
+class Mutant(NamedTuple):
+    """`old` becomes `new`; the test of this name must fail."""
+
+    name: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = (
+    Mutant(
+        "shard: no fsync",
+        "memoryview(file.header), 0, partial_path(path))\n        fsync_file(fd)\n",
+        "memoryview(file.header), 0, partial_path(path))\n",
+        POWER,
+    ),
+    Mutant(
+        "small files: no fsync", "        fsync_file(fd)\n        partial.rename(path)\n", "        partial.rename(path)\n", POWER
+    ),
+    Mutant(
+        "publish: parent folder not synced",
+        "    try:\n        fsync_folder(destination.parent)\n    except",
+        "    try:\n        pass\n    except",
+        POWER,
+    ),
+    Mutant(
+        "ranks: piece not synced",
+        "            fsync_file(fd)\n            fsync_folder(self.partial.parent)\n",
+        "            pass\n",
+        POWER,
+    ),
+    Mutant(
+        "fsync errors swallowed",
+        "        os.fsync(fd)\n    except OSError as error:\n        if error.errno not in NOT_SUPPORTED:\n            raise\n",
+        "        os.fsync(fd)\n    except OSError:\n        pass\n",
+        OUTPUT_ERRORS,
+    ),
+    Mutant(
+        "by-file publishing: index first",
+        "return (2 if is_index else path.name == MANIFEST, str(path))",
+        "return (0 if is_index else 1 + (path.name == MANIFEST), str(path))",
+        "test_promise_2_and_3_killed_anywhere_it_is_absent_or_complete_and_goes_on",
+    ),
+    Mutant(
+        "lock dropped",
+        "            return flock(fd, shared=self._shared)\n",
+        "            return True\n",
+        "test_promise_11_a_lock_on_a_folder_that_was_removed_is_not_held",
+    ),
+    Mutant(
+        "short read taken for whole",
+        "            done += count\n\n    def read_direct",
+        "            done = wanted\n\n    def read_direct",
+        SHORT,
+    ),
+    Mutant(
+        "short write taken for whole", "        done += count\n\n\ndef reserve", "        done = len(data)\n\n\ndef reserve", SHORT
+    ),
+    Mutant(
+        "changed input ignored",
+        "            if (status.st_size, status.st_mtime_ns) != (self.num_bytes, self._mtime_ns):",
+        "            if False:",
+        CHANGED,
+    ),
+    Mutant("changed input: final look dropped", "    check_inputs_unchanged(merge)\n", "", CHANGED),
+    Mutant("changed header ignored", "    if hashlib.sha256(header).hexdigest() != file.header.sha256:", "    if False:", CHANGED),
+    Mutant(
+        "--verify-resume hashes nothing",
+        "            if not hashed or sha256_of(file) == record.sha256:",
+        "            if True:",
+        DAMAGED,
+    ),
+    Mutant(
+        "resume: size and time not compared",
+        'or now != (record.file_bytes, entry["mtime_ns"], entry["request"]):',
+        'or self.request != entry["request"]:',
+        DAMAGED,
+    ),
+    Mutant(
+        "resume: another request continued",
+        "        if self.recorded_state() == self.state:\n            return\n",
+        "        if True:\n            return\n",
+        "test_promise_4_another_request_is_refused_with_the_differences",
+    ),
+    Mutant(
+        "overwrite: old removed first",
+        "    if exchange(folder.checkpoint, folder.destination):\n        return\n",
+        "    shutil.rmtree(folder.destination)\n    folder.checkpoint.rename(folder.destination)\n    return\n",
+        "test_promise_2_overwrite_loses_neither_the_old_nor_the_new",
+    ),
+    Mutant(
+        "ranks: pieces that do not cover a file accepted",
+        "        return begin >= item.end\n",
+        "        return bool(records)\n",
+        RANKS,
+    ),
+    Mutant(
+        "verify: index not checked",
+        "            problems += _check_index(folder, weights,",
+        "            problems += [] and _check_index(folder, weights,",
+        "test_the_index_must_fit_the_shards_whatever_the_checksums_say",
+    ),
+    Mutant(
+        "verify: seal ignored",
+        '"ok" if is_sealed(raw) else',
+        '"ok" if True else',
+        "test_a_flipped_bit_in_any_file_is_found",
+    ),
+    Mutant(
+        "verify: sha256 of weights ignored",
+        "            if found != record.sha256:",
+        "            if found != record.sha256 and name not in weights:",
+        "test_a_flipped_bit_in_any_file_is_found",
+    ),
+    Mutant(
+        "verify: compares nothing with the inputs",
+        "            if there != data:",
+        "            if False:",
+        "test_weights_that_are_not_the_average_are_found_whatever_the_checksums_say",
+    ),
+)
+OPEN = (
+    "resume: unrecorded files of the checkpoint kept (--attack strangers)",
+    "rename not undone when its sync fails",
+    "old result not put back",
+    "ranks: inode or request of a piece's record ignored",
+    "header written first",
+    "headers not read back",
+)
+
+
+def carry_out(only: str = "") -> bool:
+    """Try the mutants whose name contains `only`; whether each was noticed by its test, which passes without it."""
+    began, counts = time.monotonic(), {True: 0, False: 0}
+    sound: dict[str, bool] = {}
+    for mutant in MUTANTS:
+        if only in mutant.name:
+            wrong = "; ".join(tried(mutant, sound))
+            counts[not wrong] += 1
+            print(f"      {'UNNOTICED' if wrong else 'noticed':11}{mutant.name}{': ' + wrong if wrong else ''}", flush=True)
+    print("      without a test as yet: " + "; ".join(OPEN))
+    total = f"{sum(counts.values())} mutants, {counts[True]} noticed, {counts[False]} not, {len(OPEN)} without a test"
+    print(f"{'FAIL' if counts[False] or not counts[True] else 'PASS'}  mutants: {total}, {time.monotonic() - began:.0f} s")
+    return bool(counts[True]) and not counts[False]
+
+
+def tried(mutant: Mutant, sound: dict[str, bool]) -> Iterator[str]:
+    """The faults of a mutant or its test. `sound` remembers which tests pass without a mutant."""
+    with tempfile.TemporaryDirectory(prefix="pmerge-mutant-") as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = REPOSITORY / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+        found = [path for path in (copy / "merge_cli").rglob("*.py") for _ in range(path.read_text().count(mutant.old))]
+        tests = [path for path in (copy / "tests").rglob("test_*.py") if f"def {mutant.test}(" in path.read_text()]
+        if len(tests) == 1 and mutant.test not in sound:
+            sound[mutant.test] = passes(copy, tests[0], mutant.test)
+        if len(found) != 1:
+            yield f"its text is in {len(found)} places of merge_cli, not in one"
+        elif len(tests) != 1:
+            yield f"{len(tests)} files have a test {mutant.test}"
+        elif sound[mutant.test]:
+            found[0].write_text(found[0].read_text().replace(mutant.old, mutant.new))
+            if passes(copy, tests[0], mutant.test):
+                yield f"{mutant.test} passes"
+        else:
+            yield f"{mutant.test} fails without it"
+
+
+def passes(copy: Path, file: Path, test: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(file), "-k", test]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{copy}:{copy / 'scripts/lib'}",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
