@@ -1,4 +1,6 @@
-"""Power loss in a strict model: only what fsync has guaranteed survives. scripts/faults --attack power tries every moment."""
+"""Power loss in a strict model: only what fsync has guaranteed survives. scripts/faults --attack
+power tries every moment.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def world() -> Iterator[World]:
 def test_promise_3_after_power_loss_a_result_is_absent_or_complete_and_after_exit_0_it_is_there(
     world: World, job: power.Job
 ) -> None:
-    """After every fifth renaming and at the end; half of the states are continued by the same commands."""
+    """After every fifth renaming and at the end; half of the states are continued by the same
+    commands.
+    """
     tries = list(power.crashes(world, job, every=5, share=0.5))
     assert [f"{what}: {broken}" for what, broken in tries if broken] == []
     assert len(tries) >= 8

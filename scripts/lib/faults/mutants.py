@@ -1,8 +1,10 @@
-"""Break one promise of pmerge at a time in a copy of the sources: the test named after it must notice.
+"""Break one promise of pmerge at a time in a copy of the sources: the test named after it must
+notice.
 
-A mutant is a piece of text, found exactly once in any file of merge_cli, and what takes its place. If it
-is not found, the code has moved on and the mutant has to follow: that is an error, never a success.
-Mutants that no test has to notice (each is harmless: something else keeps the promise) are not listed.
+A mutant is a piece of text, found exactly once in any file of merge_cli, and what takes its place.
+If it is not found, the code has moved on and the mutant has to follow: that is an error, never a
+success. Mutants that no test has to notice (each is harmless: something else keeps the promise) are
+not listed.
 """
 
 from __future__ import annotations
@@ -159,7 +161,9 @@ OPEN = (
 
 
 def carry_out(only: str = "") -> bool:
-    """Try the mutants whose name contains `only`; whether each was noticed by its test, which passes without it."""
+    """Try the mutants whose name contains `only`; whether each was noticed by its test, which
+    passes without it.
+    """
     began, counts = time.monotonic(), {True: 0, False: 0}
     sound: dict[str, bool] = {}
     for mutant in MUTANTS:

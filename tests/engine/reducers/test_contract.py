@@ -1,4 +1,6 @@
-"""The promises of `Reducer` (merge_cli/engine/chunk.py), which every reducer keeps: one class of tests, run on each of them."""
+"""The promises of `Reducer` (merge_cli/engine/chunk.py), which every reducer keeps: one class of
+tests, run on each of them.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def planned(place: Path, case: str) -> tuple[MergePlan, Path]:
 
 
 def outcomes(case: Case, plan: MergePlan, size: ChunkSize, stopped: threading.Event | None = None) -> Iterator[Reduced]:
-    """Drive a reducer as a worker does; each outcome is checked to be of the chunk whose turn it is."""
+    """Drive a reducer as a worker does; each outcome is checked to be of the chunk whose turn it
+    is.
+    """
     with InputFiles() as inputs:
         reads = Reads(inputs, stopped)
         reducer: Reducer = case.reducer(plan, size, case.device, reads)
