@@ -1,4 +1,4 @@
-/* Random jobs for every kernel, on memory of exactly the size needed, at any alignment: built with sanitizers by test_kernels.py.
+/* Random jobs for every kernel, on memory of exactly the size needed, at any alignment: built with sanitizers by tests/engine/kernels/test_average.py.
  * All kernels must give the same bytes; their digest, printed last, is the same on every machine. */
 
 #include <stdio.h>

@@ -18,9 +18,9 @@ queue runs in order. What may not be overwritten before it was used:
     host slot       is written          only after it was copied back          the worker waits
     both slots      by a later chunk    until the results were written         `take` refuses
 
-Every wait has a test that fails without it (tests/test_pipeline.py). Chunks with a non-finite
-result or an out-of-memory error are reported (NotReducedError); the CPU does them again, because
-the inputs are gone.
+Every wait has a test that fails without it (tests/engine/reducers/test_pipeline.py). Chunks with a
+non-finite result or an out-of-memory error are reported (NotReducedError); the CPU does them again,
+because the inputs are gone.
 
 `Queues` is all that is asked of a device. Not promised: that it is faster than the CPU (see
 `tuning/backend.py`).

@@ -8,7 +8,7 @@ first row is a multiple of `row_step`:
     read the bytes that `part_range` names, of every part -> `decode` -> float32 [rows, columns] ->
     averaged -> `encode` -> the bytes of the same `part_range`, of every part
 
-Rules that every codec keeps (tests/test_quantization_contract.py runs them over each):
+Rules that every codec keeps (tests/formats/quantization/test_contract.py runs them over each):
 - The same bits on any device and for any legal chunking.
 - Codes and scales that mean NaN become NaN in float32, so that the engine's check for non-finite
   values finds them.

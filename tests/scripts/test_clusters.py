@@ -42,7 +42,7 @@ def test_recipes_have_a_page() -> None:
     assert [path.name for path in RECIPES if f"scripts/slurm/{path.name}" not in page] == []
 
 
-@pytest.mark.slow(reason="five imports of torch; tests/test_ranks.py has the bytes of ranks and the variables of torchrun")
+@pytest.mark.slow(reason="five imports of torch; tests/ranks/test_ranks.py has the bytes of ranks and the variables of torchrun")
 def test_torchrun_makes_the_same_bytes(tmp_path: Path) -> None:
     tensors = {f"model.layers.{i}.weight": randn(64, 32).bfloat16() for i in range(8)}
     run = write_run(tmp_path / "run", training_run(tensors, 3), shards=4)
