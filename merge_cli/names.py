@@ -1,7 +1,9 @@
-"""The names of pmerge's own files."""
+"""The names of pmerge's own files, and the endings of those that it does not read."""
 
 from __future__ import annotations
 
 MANIFEST = "pmerge.json"
 SWEEP_REPORT = "sweep.json"
 STAGING_SUFFIX = ".pmerge-partial"
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz")
+"""Endings of weights in formats other than safetensors."""

@@ -176,16 +176,32 @@ def _ties(values: torch.Tensor) -> torch.Tensor:
 
 
 def round_to_odd(values: torch.Tensor) -> torch.Tensor:
-    """float64 to float32, inexact results rounded to the neighbor with an odd last bit.
-
-    Rounding that to 16 bits gives what rounding the float64 directly would: torch itself goes by
-    way of float32 and rounds twice.
+    """float64 [elements] (kept) to float32, inexact results rounded to the neighbor with an odd
+    last bit.
     """
-    nearest = values.to(torch.float32)
+    count, make = values.numel(), functools.partial(torch.empty, device=values.device)
+    nearest, back = make(count, dtype=torch.float32), make(count, dtype=torch.float64)
+    return round_to_odd_(values.clone(), nearest, back, make((2, count), dtype=torch.int32))
+
+
+def round_to_odd_(values: torch.Tensor, nearest: torch.Tensor, back: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The same in given memory: `values` and `back` are overwritten, as is `steps` (int32 [2,
+    elements]); the result is `nearest` (float32).
+
+    Rounding it to 16 bits gives what rounding the float64 directly would: torch itself goes by way
+    of float32 and rounds twice. The difference to the nearest float32 is exact, and its sign says
+    on which side `values` lies. Nothing is read back to the host, and no element is picked by a
+    condition.
+    """
+    back.copy_(nearest.copy_(values))
+    away = values.sub_(back).sign_()  # 1 where a value is larger than its nearest float32
+    away.mul_(torch.copysign(torch.ones((), dtype=back.dtype, device=back.device), back, out=back))  # in magnitude
+    away.nan_to_num_(0.0)  # an infinite value has no other side
+    step, even = steps
+    step.copy_(away)
     bits = nearest.view(torch.int32)
-    error = values.abs() - nearest.to(torch.float64).abs()
-    fix = (error != 0) & (bits & 1 == 0) & nearest.isfinite()
-    bits += torch.where(fix, torch.sign(error), 0.0).to(torch.int32)
+    torch.bitwise_and(bits, 1, out=even).bitwise_xor_(1)
+    bits.add_(step.mul_(even))
     return nearest
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge_cli.engine.buffers import HostBuffer
+from merge_cli.errors import NonFiniteError
 from merge_cli.planning.plan import Extent
 from merge_cli.planning.sums import WeightedSum
 
@@ -19,15 +20,27 @@ Find = Callable[[HostBuffer, str, int, int], list[int]]
 
 @dataclass(frozen=True)
 class Nonfinite:
-    """The first tensor concerned, a line saying what happened to it, and the number of elements by
-    tensor.
-    """
+    """The first tensor concerned, the error that names it, and the number of elements by tensor."""
 
     key: str
-    what: str
-    details: tuple[str, ...]
-    hint: str
+    error: NonFiniteError
     counts: dict[str, int]
+
+
+def nonfinite_error(
+    key: str, dtype: str, by_file: Mapping[str, int], results: int = 0, *, may_continue: bool = True
+) -> NonFiniteError:
+    """The error of a tensor `key`: so many elements of the chunk are NaN or Inf in each input file,
+    or none is, and a result overflows `dtype`. `may_continue`: whether --allow-nonfinite helps.
+    """
+    if not by_file:
+        details = [f"{results} results are too large for {dtype}"] if results else []
+        return NonFiniteError(f"`{key}` overflows {dtype}", details=details, hint="write a wider dtype:  --dtype fp32")
+    details = [f"{path}  {number} elements in the chunk that was read" for path, number in by_file.items()]
+    hint = "leave that checkpoint out"
+    if may_continue:
+        hint += "; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
+    return NonFiniteError(f"`{key}` has NaN or Inf in an input", details=details, hint=hint)
 
 
 def describe_nonfinite(
@@ -54,16 +67,13 @@ def describe_nonfinite(
             by_file.setdefault(key, Counter())[str(source.file.path)] += 1
             counts[key] += 1
     if counts:
-        culprit = extent.key_at(start + first)
-        details = tuple(f"{path}  {number} elements in the chunk that was read" for path, number in by_file[culprit].items())
-        hint = "leave that checkpoint out; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
-        return Nonfinite(culprit, "has NaN or Inf in an input", details, hint, dict(counts))
+        key = extent.key_at(start + first)
+        return Nonfinite(key, nonfinite_error(key, extent.dtype, by_file[key]), dict(counts))
     found = (_in_slices(find, outputs[k], extent.dtype, count) for k in operations)
     overflowed = next(filter(None, found), [])
     counts.update(extent.key_at(start + position) for position in overflowed)
     key = next(iter(counts), extent.key_at(start))
-    details = (f"{counts[key] or 'some'} results are too large for {extent.dtype}",)
-    return Nonfinite(key, f"overflows {extent.dtype}", details, "write a wider dtype:  --dtype fp32", dict(counts))
+    return Nonfinite(key, nonfinite_error(key, extent.dtype, {}, counts[key]), dict(counts))
 
 
 def _in_slices(find: Find, buffer: HostBuffer, dtype: str, count: int) -> list[int]:

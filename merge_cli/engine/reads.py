@@ -44,7 +44,7 @@ class Reads:
         """Read elements `first` to `end` of one input of an extent into `buffer`; their bytes."""
         dtype = DTYPES[source.dtype]
         begin, size = dtype.num_bytes(first), dtype.num_bytes(end - first)
-        self.part(source, begin, begin + size, buffer, max(1, dtype.bits // 8))
+        self.part(source, begin, begin + size, buffer, dtype.item_bytes)
         return size
 
     def part(self, place: Location | PartLocation, begin: int, end: int, buffer: HostBuffer, item_bytes: int = 1) -> None:

@@ -33,7 +33,7 @@ from merge_cli.formats.checkpoint import INDEX_SUFFIX, read_index, recorded_fing
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import DTYPES, Header, parse_header, read_header_at
 from merge_cli.formats.untrusted_json import check_depth
-from merge_cli.names import MANIFEST
+from merge_cli.names import MANIFEST, OTHER_WEIGHTS
 from merge_cli.output.manifest import MAX_MANIFEST_BYTES
 from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import ALGORITHM, Extent, Location, MergePlan, OutputFile, QuantizedExtent, WorkItem
@@ -43,7 +43,7 @@ from merge_cli.stores.local import STORE as LOCAL
 from merge_cli.stores.store import as_path, join, read_file
 from merge_cli.system.files import pieces_of, read_up_to
 
-_WEIGHTS = (".safetensors", INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".distcp")
+_WEIGHTS = (".safetensors", INDEX_SUFFIX, *OTHER_WEIGHTS)
 
 
 @dataclass(frozen=True)

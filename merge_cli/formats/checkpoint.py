@@ -29,6 +29,7 @@ from merge_cli.errors import InputError, first_ten
 from merge_cli.formats.safetensors import Header, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
 from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
+from merge_cli.names import OTHER_WEIGHTS
 from merge_cli.stores.local import version_of_time
 from merge_cli.stores.store import Entry, Source, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
 
@@ -419,7 +420,7 @@ def _without_index(files: Sequence[WeightFile]) -> tuple[str, dict[str, Stored]]
 
 
 def _what_is_there(entries: Sequence[str]) -> str:
-    other = [name for name in entries if name.endswith((".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf"))]
+    other = [name for name in entries if name.endswith(OTHER_WEIGHTS)]
     if other:
         return f"pmerge reads safetensors; convert {other[0]} first (for example with transformers' save_pretrained)"
     return "name a folder with *.safetensors files, or a run folder that contains such folders"

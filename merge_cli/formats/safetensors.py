@@ -40,6 +40,11 @@ class DType(NamedTuple):
         """The bytes of `count` elements, which end at a whole byte."""
         return count * self.bits // 8
 
+    @property
+    def item_bytes(self) -> int:
+        """The bytes that hold one element whole."""
+        return max(1, self.bits // 8)
+
 
 DTYPES: dict[str, DType] = {
     "BOOL": DType(8, "bool", "integer"),
@@ -266,7 +271,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappi
     infos: dict[str, TensorInfo] = {}
     end = 0
     for name, dtype, shape in tensors:
-        start, end = end, end + num_elements(shape) * DTYPES[dtype].bits // 8
+        start, end = end, end + DTYPES[dtype].num_bytes(num_elements(shape))
         infos[name] = TensorInfo(dtype, shape, start, end)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")

@@ -16,17 +16,17 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from merge_cli.errors import InputError
-from merge_cli.names import MANIFEST
+from merge_cli.names import MANIFEST, OTHER_WEIGHTS
 from merge_cli.stores.store import Source, Store, is_local, join, open_store, read_bytes, read_file
 
 SKIPPED = (
     # training state
     "optimizer*", "optim*", "scheduler*", "scaler*", "rng_state*", "random_states*", "trainer_state.json", "training_args.*",
-    "global_step*", "latest", "zero_to_fp32.py", "zero_pp_rank*", "mp_rank*", "*.distcp", ".metadata", "train_state*",
+    "global_step*", "latest", "zero_to_fp32.py", "zero_pp_rank*", "mp_rank*", ".metadata", "train_state*",
     "dataloader*", "iter_*", "runs", "wandb", "checkpoint-*", "latest_checkpointed_iteration.txt",
     # weights in this or another format, and indexes of them
-    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.npz",
-    "*.tflite", "*.pkl", "*.pickle", "*.mlmodel",
+    "*.safetensors", "*.index.json", *(f"*{suffix}" for suffix in OTHER_WEIGHTS), "*.onnx", "*.tflite", "*.pkl", "*.pickle",
+    "*.mlmodel",
     # traces
     "*.log", "*.out", "*.err", "events.out.tfevents*", "*.lock", "*.tmp", "*.partial", "*.swp", "*~", "__pycache__",
     MANIFEST,

@@ -91,7 +91,7 @@ def _storage(value: Any) -> tuple[str, str | None, int]:
     if type(kind) is not Global or type(key) is not str or type(count) is not int or not 0 <= count < _LARGEST:
         raise Refused("the pickle has a storage without a key or a size")
     dtype = None if kind in _UNTYPED else STORAGES[kind.name]
-    return key, dtype, count if dtype is None else count * (DTYPES[dtype].bits // 8)
+    return key, dtype, count if dtype is None else DTYPES[dtype].num_bytes(count)
 
 
 def _tensor(
@@ -103,7 +103,7 @@ def _tensor(
     if not _is_size(shape) or not _is_size(strides) or len(shape) != len(strides) or not _is_size((start,)) or hooks != {}:
         raise Refused("the pickle rebuilds a tensor without a plain shape")
     last = start + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if num_elements(shape) and (last + 1) * (DTYPES[dtype].bits // 8) > num_bytes:
+    if num_elements(shape) and DTYPES[dtype].num_bytes(last + 1) > num_bytes:
         raise Refused("the pickle rebuilds a tensor that is larger than its storage")
     return PickledTensor(key, dtype, tuple(shape), tuple(strides), start, num_bytes)
 

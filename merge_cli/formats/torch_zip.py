@@ -125,5 +125,5 @@ def _locate(tensor: PickledTensor, name: str, members: Mapping[str, Member], roo
             f"{path}: the storage of `{name[:200]}` is not in the archive, or of another size",
             hint="the file is damaged; copy or save it again",
         )
-    offset = member.data + tensor.start * (DTYPES[tensor.dtype].bits // 8)
+    offset = member.data + DTYPES[tensor.dtype].num_bytes(tensor.start)
     return LocatedTensor(tensor.dtype, tensor.shape, tensor.strides, offset)

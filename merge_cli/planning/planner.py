@@ -414,9 +414,10 @@ def _rows_of(tensor: Logical, begin: int, rows: int, columns: int) -> Stored:
             f"fused quantized experts ({dtype_of(tensor)}, {file_of(tensor)}) cannot be read together with single experts",
             hint="leave one of the two kinds of checkpoints out",
         )
-    bits = columns * DTYPES[tensor.info.dtype].bits
-    start = tensor.info.start + begin * bits // 8
-    return tensor._replace(info=tensor.info._replace(shape=(rows, columns), start=start, end=start + rows * bits // 8))
+    dtype = DTYPES[tensor.info.dtype]
+    start = tensor.info.start + dtype.num_bytes(begin * columns)
+    end = start + dtype.num_bytes(rows * columns)
+    return tensor._replace(info=tensor.info._replace(shape=(rows, columns), start=start, end=end))
 
 
 def _quantized_extent(

@@ -18,7 +18,7 @@ from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
-from merge_cli.names import MANIFEST, STAGING_SUFFIX
+from merge_cli.names import MANIFEST, OTHER_WEIGHTS, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
 from merge_cli.stores.store import (
     Entry,
@@ -38,7 +38,6 @@ from merge_cli.stores.store import (
 _UNFINISHED = re.compile(r"^(?:tmp|temp|incomplete|partial)[-_.]|[-_.](?:tmp|temp|incomplete|partial)$", re.IGNORECASE)
 _LARGEST_STEP = 10**18
 _MAX_TRAINER_STATE_BYTES = 256 << 20
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".distcp", ".ckpt", ".gguf", ".npz", ".msgpack")
 
 
 def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
@@ -303,7 +302,7 @@ def _nothing_found(path: str) -> InputError:
     runs = [folder for folder in folders if _checkpoints_in(folder)[0]]
     names = [entry.name for entry in entries]
     deeper = [f"{name_of(folder)}/{entry.name}" for folder in folders for entry in _entries(folder)]
-    other = next((name for name in [*names, *deeper] if name.endswith(_OTHER_FORMATS)), None)
+    other = next((name for name in [*names, *deeper] if name.endswith(OTHER_WEIGHTS)), None)
     hint = "name a folder with *.safetensors files, or a run folder that contains such folders"
     if runs:
         hint = f"the checkpoints are one folder down:  pmerge average {runs[0]}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from merge_cli.engine.arithmetic import Term, add_term, divide, is_clean, torch_dtype
+from merge_cli.engine.arithmetic import Term, add_term, divide, is_clean, round_to_odd_, torch_dtype
 from merge_cli.planning.sums import WeightedSum
 
 _FIXED_BYTES = 20  # for each element: an input in float32 and in float64, a product
@@ -55,30 +55,12 @@ class Accumulator:
         total = self._sum(k, output.numel(), dtype)
         divide(operation, total)
         if dtype == torch.float64 and output.dtype in (torch.bfloat16, torch.float16):
-            output.copy_(self._rounded_to_odd(total))
+            count = total.numel()
+            nearest, back = self._wide(count, torch.float32), self._wide(count, torch.float64)
+            output.copy_(round_to_odd_(total, nearest, back, self._product(2 * count, torch.int32).view(2, count)))
         else:
             output.copy_(total)
         clean.copy_(is_clean(output))
-
-    def _rounded_to_odd(self, total: Tensor) -> Tensor:
-        """`total` (float64, overwritten) as float32, inexact results rounded to the neighbor with
-        an odd last bit.
-
-        See `arithmetic.store`. The difference to the nearest float32 is exact, and its sign says on
-        which side `total` lies.
-        """
-        count = total.numel()
-        nearest = self._wide(count, torch.float32).copy_(total)
-        bits = nearest.view(torch.int32)
-        back = self._wide(count, torch.float64).copy_(nearest)
-        away = total.sub_(back).sign_()  # 1 where `total` is larger than `nearest`
-        away.mul_(torch.copysign(torch.ones((), dtype=back.dtype, device=back.device), back, out=back))  # in magnitude
-        away.nan_to_num_(0.0)  # an infinite total has no other side
-        step, even = self._product(2 * count, torch.int32).view(2, count)
-        step.copy_(away)
-        torch.bitwise_and(bits, 1, out=even).bitwise_xor_(1)
-        bits.add_(step.mul_(even))
-        return nearest
 
     def _sum(self, k: int, count: int, dtype: torch.dtype) -> Tensor:
         return self._sums[k][: count * dtype.itemsize].view(dtype)

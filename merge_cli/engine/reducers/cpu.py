@@ -16,7 +16,6 @@ from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reads import Reads
-from merge_cli.errors import NonFiniteError
 from merge_cli.planning.plan import Extent, MergePlan
 from merge_cli.planning.sums import WeightedSum
 
@@ -64,7 +63,7 @@ class CpuReducer:
         """
         found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations, positions_of_nonfinite)
         if not self._plan.spec.allow_nonfinite:
-            raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
+            raise found.error
         for k in operations:
             values = elements(self._lane.outputs[k], torch_dtype(extent.dtype), 0, end - first)
             values.masked_fill_(values.isnan(), float("nan"))

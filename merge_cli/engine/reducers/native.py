@@ -12,7 +12,6 @@ from merge_cli.engine.device import Device
 from merge_cli.engine.kernels.native import Job, Kernel, load
 from merge_cli.engine.nonfinite import describe_nonfinite
 from merge_cli.engine.reads import Reads
-from merge_cli.errors import NonFiniteError
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Extent, MergePlan
 
@@ -68,7 +67,7 @@ class NativeReducer:
         operations = {k: self._plan.operation(extent, k) for k in outputs}
         found = describe_nonfinite(self._inputs, self._outputs, extent, first, end, operations, self._find)
         if not self._plan.spec.allow_nonfinite:
-            raise NonFiniteError(f"`{found.key}` {found.what}", details=found.details, hint=found.hint)
+            raise found.error
         return found.counts
 
     def _find(self, buffer: HostBuffer, dtype: str, first: int, end: int) -> list[int]:

@@ -15,8 +15,8 @@ from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
 from merge_cli.engine.kernels.layouts import Layout, layout_of
 from merge_cli.engine.kernels.native import Job, Kernel, Parts, load
+from merge_cli.engine.nonfinite import nonfinite_error
 from merge_cli.engine.reads import Reads
-from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.integer import Integer
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Location, MergePlan, PartLocation, QuantizedExtent, QuantizedSource
@@ -87,7 +87,7 @@ class NativeQuantizedReducer:
         if isinstance(source, Location):
             dtype = DTYPES[source.dtype]
             begin, stop = dtype.num_bytes(first * shape[-1]), dtype.num_bytes(end * shape[-1])
-            return self._fill((i, _VALUES), source, begin, stop, max(1, dtype.bits // 8))
+            return self._fill((i, _VALUES), source, begin, stop, dtype.item_bytes)
         found = {
             part.role: self._fill((i, part.role), part, *source.codec.part_range(part.role, shape, first, end))
             for part in source.parts
@@ -123,16 +123,13 @@ class NativeQuantizedReducer:
         """
         if self._plan.spec.allow_nonfinite:
             return self._kernel.find_nonfinite(extent.dtype, result.address, count)[0]
-        details = []
+        by_file = {}
         for i, source in enumerate(extent.sources):
             file = source.parts[0].file if isinstance(source, QuantizedSource) else source.file
             bad = self._kernel.find_nonfinite(layouts[i], given[i], count)[0] if i in given else 0
             if bad:
-                details.append(f"{file.path}  {bad} elements in the chunk that was read")
-        if not details:
-            raise NonFiniteError(f"`{extent.key}` overflows {extent.dtype}", hint="write a wider dtype:  --dtype fp32")
-        hint = "leave that checkpoint out, or continue and have them reported:  --allow-nonfinite"
-        raise NonFiniteError(f"`{extent.key}` has NaN or Inf in an input", details=details, hint=hint)
+                by_file[file.path] = bad
+        raise nonfinite_error(extent.key, extent.dtype, by_file)
 
     def close(self) -> None:
         pass

@@ -24,6 +24,7 @@ from merge_cli.engine.arithmetic import add_term, divide, is_clean, store, torch
 from merge_cli.engine.buffers import HostBuffer, keep_freed_memory
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import CPU, Device
+from merge_cli.engine.nonfinite import nonfinite_error
 from merge_cli.engine.reads import Reads
 from merge_cli.engine.reducers.fallback import note_on_memory
 from merge_cli.errors import NonFiniteError
@@ -172,7 +173,7 @@ class QuantizedSums:
         decoded from.
         """
         if isinstance(source, Location):
-            item_bytes = DTYPES[source.dtype].bits // 8
+            item_bytes = DTYPES[source.dtype].item_bytes
             row_bytes = item_bytes * shape[-1]
             data = self._read(source, first * row_bytes, end * row_bytes, item_bytes)
             return data.view(torch_dtype(source.dtype)), {}
@@ -275,18 +276,13 @@ class QuantizedSums:
 
     def _nonfinite(self, extent: QuantizedExtent, first: int, end: int) -> NonFiniteError:
         """Which inputs have NaN or Inf in rows `first` to `end`, or that the result overflows."""
-        details = []
+        by_file = {}
         for source in extent.sources:
             bad = int((~self.values(source, extent.shape, first, end)[0].isfinite()).sum())
             file = source.parts[0].file if isinstance(source, QuantizedSource) else source.file
             if bad:
-                details.append(f"{file.path}  {bad} elements in the chunk that was read")
-        if details:
-            hint = "leave that checkpoint out" + (
-                "" if extent.codec else ", or continue and have them reported:  --allow-nonfinite"
-            )
-            return NonFiniteError(f"`{extent.key}` has NaN or Inf in an input", details=details, hint=hint)
-        return NonFiniteError(f"`{extent.key}` overflows {extent.dtype or 'float32'}", hint="write a wider dtype:  --dtype fp32")
+                by_file[file.path] = bad
+        return nonfinite_error(extent.key, extent.dtype or "float32", by_file, may_continue=extent.codec is None)
 
 
 def _buffer_for(size: int, slack_bytes: int) -> HostBuffer:

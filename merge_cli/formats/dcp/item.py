@@ -130,7 +130,7 @@ def _names(members: dict[str, Member]) -> str:
 
 def _check_plain(tensor: PickledTensor, values: Member, what: str) -> None:
     """The storage must be the values of this tensor, all of them, and nothing else."""
-    expected = num_elements(tensor.shape) * DTYPES[tensor.dtype].bits // 8
+    expected = DTYPES[tensor.dtype].num_bytes(num_elements(tensor.shape))
     if tensor.start or not tensor.is_dense or not values.size == tensor.storage_bytes == expected:
         raise UnsupportedError(
             f"{what} holds a view of other values",
