@@ -42,6 +42,7 @@ from merge_cli.planning.plan import WorkItem
 from merge_cli.system.durable import write_file
 from merge_cli.system.files import read_json
 
+_DERIVED = {"coefficients", "rational", "plan"}  # of a state: they follow from the request and the inputs
 _WITHOUT_STATE = {"lock", "lock.owner", "control", "control.owner", "state.json.partial"}
 
 
@@ -120,8 +121,12 @@ class StagingFolder:
         )
 
     def differences(self) -> list[str]:
-        """The first ten differences between the recorded request and this one, for people."""
-        return first_ten(differences(self.recorded_state(), self.state), "more differences")
+        """The first ten differences between the recorded request and this one, for people; values
+        that follow from others only where nothing else differs.
+        """
+        was, now = self.recorded_state(), self.state
+        causes = [{key: value for key, value in state.items() if key not in _DERIVED} for state in (was, now)]
+        return first_ten(differences(*causes) or differences(was, now), "more differences")
 
     def begun_by(self) -> list[str]:
         """The command that began the work in the folder, as a line for people."""
