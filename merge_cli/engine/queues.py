@@ -31,7 +31,7 @@ class Queues(Protocol):
         """Have `operation` run on `queue` when all before it there, and `after`, is done; does not
         wait for it.
 
-        May raise torch.OutOfMemoryError, when a part of the operation may extent.
+        May raise torch.OutOfMemoryError, when part of the operation may have run.
         """
 
     def wait(self, event: Event) -> None:

@@ -125,8 +125,8 @@ class StagingFolder:
         that follow from others only where nothing else differs.
         """
         was, now = self.recorded_state(), self.state
-        causes = [{key: value for key, value in state.items() if key not in _DERIVED} for state in (was, now)]
-        return first_ten(differences(*causes) or differences(was, now), "more differences")
+        causes, wanted = ({key: value for key, value in state.items() if key not in _DERIVED} for state in (was, now))
+        return first_ten(differences(causes, wanted) or differences(was, now), "more differences")
 
     def begun_by(self) -> list[str]:
         """The command that began the work in the folder, as a line for people."""
