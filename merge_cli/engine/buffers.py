@@ -9,9 +9,6 @@ import mmap
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from merge_cli.engine.reader import InputFiles
-from merge_cli.formats.checkpoint import WeightFile
-
 if TYPE_CHECKING:
     import torch
 
@@ -54,10 +51,6 @@ class HostBuffer:
     def address(self) -> int:
         """The address of the first byte of the memory."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-
-    def fill(self, inputs: InputFiles, file: WeightFile, offset: int, size: int, item_bytes: int) -> None:
-        """Read `size` bytes from byte `offset` of an input."""
-        self.begin = inputs.read_block(file, offset, size, item_bytes, self.memory)
 
     def data(self, size: int) -> memoryview:
         """The first `size` bytes of the data."""

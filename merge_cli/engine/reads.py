@@ -57,6 +57,6 @@ class Reads:
         if self._stopped.is_set():
             raise StoppedError
         began = time.perf_counter()
-        buffer.fill(self._inputs, place.file, place.offset + begin, end - begin, item_bytes)
+        buffer.begin = self._inputs.read_block(place.file, place.offset + begin, end - begin, item_bytes, buffer.memory)
         self.counts.seconds += time.perf_counter() - began
         self.counts.num_bytes += end - begin
