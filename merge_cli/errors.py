@@ -3,6 +3,7 @@
     PmergeError                    exit 1   something went wrong while working
     |-- UsageError                 exit 2   options that contradict each other or cannot be read
     |-- InputError                 exit 2   a checkpoint is missing, broken or hostile
+    |   |-- IncompleteError        exit 2   files of a checkpoint are missing or too short: still being written, or copied in part
     |   |-- MismatchError          exit 2   the checkpoints do not fit together
     |   `-- UnsupportedError       exit 2   understood, but refused (GPTQ, pickles, ...)
     |-- NonFiniteError             exit 1   NaN or Inf in an input, overflow in the output
@@ -52,6 +53,14 @@ class InputError(PmergeError):
     """A checkpoint is missing, incomplete, broken or hostile."""
 
     exit_code = 2
+
+
+class IncompleteError(InputError):
+    """Files of a checkpoint are missing or too short: it is being written, or a copy broke off."""
+
+    def __init__(self, message: str, *, details: Sequence[str] = (), hint: str = "") -> None:
+        remedy = hint or "it is still being written, or was copied in part: wait, or copy it again"
+        super().__init__(message, details=details, hint=f"{remedy}; to leave it out of a run folder:  --incomplete skip")
 
 
 class MismatchError(InputError):

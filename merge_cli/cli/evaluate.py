@@ -13,7 +13,7 @@ from merge_cli.cli import console
 from merge_cli.cli.lists import read_list, split_list
 from merge_cli.cli.options import Checkpoints, DryRun, Given, Json, Quiet, flags, takes
 from merge_cli.errors import UsageError
-from merge_cli.request.spec import MergeSpec, Processes, lay_over
+from merge_cli.request.spec import MergeSpec, Processes, Selection, lay_over
 
 if TYPE_CHECKING:
     from merge_cli.features.evaluate import EvaluationPlan, EvaluationResult
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from merge_cli.trajectory.ledger import Row
 
 
-@takes(*flags(MergeSpec, only=["dtype"]), *flags(Processes, only=["rank", "world_size"]))
+@takes(*flags(Selection, only=["incomplete"]), *flags(MergeSpec, only=["dtype"]), *flags(Processes, only=["rank", "world_size"]))
 def evaluate_command(
     checkpoints: Checkpoints,
     command: Annotated[
@@ -62,6 +62,7 @@ def evaluate_command(
     from merge_cli.trajectory.plans import PLANS
 
     processes = lay_over(Processes(), given)
+    incomplete = lay_over(Selection(), given).incomplete
     me = find_rank(os.environ, processes.rank, processes.world_size)
     if (command is None) == (text is None):
         raise UsageError("evaluate needs one of --command and --text", hint=f"pmerge evaluate {checkpoints[0]} --text held_out.txt")
@@ -71,7 +72,7 @@ def evaluate_command(
             raise UsageError(
                 "--jobs and --gpus are for commands", hint="--text uses more GPUs by ranks:  torchrun --nproc-per-node 8 ..."
             )
-        evaluator = _text_evaluator(checkpoints, text, tokenizer, context, stride, device, me.local_rank)
+        evaluator = _text_evaluator(checkpoints, incomplete, text, tokenizer, context, stride, device, me.local_rank)
     planned = plan_evaluation(
         checkpoints,
         evaluator,
@@ -79,6 +80,7 @@ def evaluate_command(
         annealed=dict(map(_annealed, annealed or [])),
         output=output,
         dtype=lay_over(MergeSpec(), given).dtype,
+        incomplete=incomplete,
         batch=batch,
         keep=keep,
         redo=redo,
@@ -111,13 +113,13 @@ def _command(command: str, metrics: list[str], jobs: int, gpus: str | None) -> E
     return CommandEvaluator(command, metrics, jobs, split_list("--gpus", gpus, "numbers with commas: 0,1,2"))
 
 
-def _text_evaluator(checkpoints: list[str], text: Path | None, *options: Any) -> Evaluator:
+def _text_evaluator(checkpoints: list[str], incomplete: str, text: Path | None, *options: Any) -> Evaluator:
     from merge_cli.request.discovery import find_candidates
     from merge_cli.request.selection import order_candidates
     from merge_cli.trajectory.heldout import TextEvaluator
 
     tokenizer, context, stride, device, local_rank = options
-    candidates, _ = find_candidates([Path(path) for path in checkpoints])
+    candidates = find_candidates([Path(path) for path in checkpoints], incomplete=incomplete).candidates
     newest = order_candidates(candidates, "step", needs_order=True)[-1].path
     return TextEvaluator(
         text or Path(), Path(newest), tokenizer=tokenizer, context=context, stride=stride, device=device, local_rank=local_rank

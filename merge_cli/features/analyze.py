@@ -79,7 +79,7 @@ def plan_analysis(
     """
     selection, spec, run = read_options(options, selection, spec, run)
     given = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else list(paths)
-    found, skipped = find_candidates(paths, selection.order)
+    found, skipped, left_out = find_candidates(paths, selection.order, selection.incomplete)
     check_tokens_per_step(selection.tokens_per_step, selection.amounts.values())
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
@@ -107,7 +107,7 @@ def plan_analysis(
         folder=folder_of([str(path) for path in given], None if output is None else str(output)),
         budget=budget,
         notes=(*skipped, *selected.notes, *notes, *(note for each in inputs for note in each.notes)),
-        warnings=selected.warnings,
+        warnings=(*left_out, *selected.warnings),
     )
 
 

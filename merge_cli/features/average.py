@@ -101,7 +101,7 @@ def plan_average(
     rank = rank or Rank()
     if run.verify_resume and not rank.is_alone:
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
-    found, skipped = find_candidates(paths, selection.order)
+    found, skipped, left_out = find_candidates(paths, selection.order, selection.incomplete)
     check_tokens_per_step(selection.tokens_per_step, selection.amounts.values())
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
@@ -124,7 +124,7 @@ def plan_average(
         output=destination,
         candidates=candidates,
         notes=(*skipped, *selected.notes, *(note for each in inputs for note in each.notes), *merge.notes, *tuning.notes),
-        warnings=(*selected.warnings, *doubts, *merge.warnings),
+        warnings=(*left_out, *selected.warnings, *doubts, *merge.warnings),
         device=tuning.device,
         budget=tuning.fit(merge),
         run=run,

@@ -113,6 +113,7 @@ def plan_evaluation(
     annealed: Mapping[str, int] | None = None,
     output: StrPath | None = None,
     dtype: str = "keep",
+    incomplete: str = "newest",
     batch: int = BATCH,
     keep: bool = False,
     redo: bool = False,
@@ -123,9 +124,9 @@ def plan_evaluation(
 
     `plan` is a name of `merge_cli.trajectory.plans`, or a list of objects with the options of
     `average` (with `last` 1: a checkpoint as it is). `annealed` are checkpoints of real annealing
-    runs, with the step at which the decay began. `dtype` is that of the merges, `batch` how many of
-    them lie on the disk at once, `keep` leaves them there, `redo` measures what is known,
-    `allow_equal` believes equal numbers of different weights.
+    runs, with the step at which the decay began. `incomplete` is as in `average`, `dtype` that of
+    the merges, `batch` how many of them lie on the disk at once, `keep` leaves them there, `redo`
+    measures what is known, `allow_equal` believes equal numbers of different weights.
 
     Raises UsageError, InputError or MismatchError.
     """
@@ -134,7 +135,7 @@ def plan_evaluation(
     if batch < 1:
         raise UsageError(f"--batch must be at least 1, not {batch}")
     folder = folder_of(given, None if output is None else str(output))
-    found, notes = find_candidates(given)
+    found, notes, left_out = find_candidates(given, incomplete=incomplete)
     candidates = order_candidates(found, "step", needs_order=True)
     if isinstance(plan, str):
         analysis = read_analysis(folder)
@@ -158,7 +159,7 @@ def plan_evaluation(
         keep=keep,
         allow_equal=allow_equal,
         merge_bytes=work.merge_bytes,
-        notes=(*notes, *work.notes),
+        notes=(*left_out, *notes, *work.notes),
     )
 
 

@@ -180,7 +180,7 @@ def plan_sweep(
     check_tokens_per_step(selection.tokens_per_step, [amount for each in asked for amount in each.amounts.values()])
     for flag, amount in {flag: amount for each in asked for flag, amount in each.amounts.items()}.items():
         parse_amount(amount, selection.tokens_per_step, option=flag)
-    candidates, notes = find_candidates(paths)
+    candidates, notes, left_out = find_candidates(paths, incomplete=selection.incomplete)
     chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, selection)
     inputs, merges = _plan_groups(spec, chosen)
     for checkpoint in inputs:
@@ -217,7 +217,7 @@ def plan_sweep(
         skipped=tuple(skipped),
         inputs=tuple(inputs),
         notes=(*notes, *tuning.notes),
-        warnings=tuple(warnings),
+        warnings=(*left_out, *warnings),
         device=tuning.device,
         run=run,
         rank=rank,

@@ -25,7 +25,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from merge_cli.errors import InputError, first_ten
+from merge_cli.errors import IncompleteError, InputError, first_ten
 from merge_cli.formats.safetensors import Header, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
 from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
@@ -226,7 +226,8 @@ def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], dict[str, Any]]
         if may_hold_surrogates(text):
             json.dumps([weight_map, members], ensure_ascii=False).encode()
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        kind = InputError if raw.rstrip().endswith(b"}") else IncompleteError
+        raise kind(f"{path} is not valid JSON: {error}") from error
     metadata = members.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise InputError(f"{path}: `metadata` must be an object")
@@ -266,7 +267,7 @@ def _choose_index(folder: str, indexes: Sequence[str], found: Sequence[str]) -> 
     if len(indexes) > 1:
         raise InputError(f"several indexes in {folder}", details=indexes, hint="keep one of them")
     if indexes and not found:
-        raise InputError(f"{folder} has {indexes[0]} but none of its shards", hint="copy the shards, or leave it out")
+        raise IncompleteError(f"{folder} has {indexes[0]} but none of its shards")
     return indexes[0] if indexes else ""
 
 
@@ -276,10 +277,9 @@ def _open_files(
     there = set(listed)
     missing = [n for n in names if n.split("/")[0] not in there or ("/" in n and store.stat(join(folder, n)) is None)]
     if missing:
-        raise InputError(
+        raise IncompleteError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder}",
             details=first_ten(missing),
-            hint="the checkpoint is still being written or was copied in part: copy the missing files, or leave it out",
         )
     for name in names:
         store.check_inside(folder, join(folder, name))
@@ -369,10 +369,9 @@ def _check_no_hole(folder: str, matches: Sequence[re.Match[str]], count: int) ->
     if missing:
         like = matches[0]
         begin, end, width = like.start("number"), like.end("number"), len(like["number"])
-        raise InputError(
+        raise IncompleteError(
             f"{len(missing)} of {count} shards are missing in {folder}",
             details=first_ten([f"{like[0][:begin]}{number:0{width}d}{like[0][end:]}" for number in missing]),
-            hint="the checkpoint was copied in part: copy the missing files, or leave it out",
         )
 
 

@@ -22,7 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from merge_cli.errors import InputError
+from merge_cli.errors import IncompleteError, InputError
 from merge_cli.formats.untrusted_json import DECODER, may_hold_surrogates, walk_object
 from merge_cli.stores.store import Source, open_store, read_bytes
 
@@ -128,13 +128,12 @@ def read_header(source: Source, seen: dict[str, Header] | None = None) -> Header
     """
     file_bytes = source.num_bytes
     if not file_bytes:
-        raise InputError(
-            f"not a complete safetensors file: {source.path}", details=["found     an empty file"], hint="save it again"
-        )
+        raise IncompleteError(f"not a complete safetensors file: {source.path}", details=["found     an empty file"])
     first = read_bytes(source, 0, min(file_bytes, _FIRST_BYTES))
     length = int.from_bytes(first[:8], "little")
     if len(first) < 8 or 8 + length > file_bytes or length > MAX_HEADER_BYTES or length < 2:
-        raise InputError(
+        kind = InputError if length > MAX_HEADER_BYTES else IncompleteError
+        raise kind(
             f"not a complete safetensors file: {source.path}",
             details=[
                 f"found     a file of {file_bytes} bytes whose first 8 say that the header has {length} bytes",
@@ -180,7 +179,8 @@ def parse_header(raw: bytes | memoryview, file_bytes: int, path: str, digest: st
         end = info.end
     data_start = 8 + len(raw)
     if data_start + end != file_bytes:
-        raise InputError(
+        kind = InputError if file_bytes > data_start + end else IncompleteError
+        raise kind(
             f"the size of {path} does not fit its header",
             details=[
                 f"found     {file_bytes} bytes",

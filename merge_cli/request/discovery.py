@@ -13,9 +13,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
+from merge_cli.formats.completeness import incomplete_reason
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
 from merge_cli.names import MANIFEST, OTHER_WEIGHTS, STAGING_SUFFIX
@@ -321,10 +323,21 @@ def _nothing_found(path: str) -> InputError:
     )
 
 
-def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step") -> tuple[list[Candidate], list[str]]:
-    """The checkpoints at `paths`, and a line for each entry that is left out. Raises InputError or
-    UsageError.
+class Found(NamedTuple):
+    """The checkpoints that were found, and lines on what is left out: notes, and warnings where it
+    may surprise.
+    """
 
+    candidates: list[Candidate]
+    notes: list[str]
+    warnings: list[str]
+
+
+def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step", incomplete: str = "newest") -> Found:
+    """The checkpoints at `paths`. Raises InputError or UsageError.
+
+    Of those in a run folder the newest is left out if it is incomplete, with a warning; all that
+    are incomplete if `incomplete` is "skip"; none, so that opening it is an error, if "error".
     Modification times are read only if `order` is "mtime".
     """
     if not isinstance(paths, str | os.PathLike) and not paths:
@@ -338,8 +351,29 @@ def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step") -> 
             details=[f"found     {', '.join(found[:3])} ..."],
             hint=f"name them in their order:  {shlex.join(['pmerge', 'average', *found[:3]])} ...",
         )
-    candidates = [read_candidate(path, with_time=order == "mtime") for path in found]
-    return _with_steps_from_above(candidates), skipped
+    candidates = _with_steps_from_above([read_candidate(path, with_time=order == "mtime") for path in found])
+    named = {as_path(path) for path in typed}
+    patterns = any(is_glob(path) and not is_local(path) for path in named)  # revisions of the Hub are complete
+    doubtful = [each for each in candidates if each.path not in named and not patterns]
+    warnings = []
+    for each in doubtful if incomplete == "skip" else _newest_of_each_run(doubtful) if incomplete == "newest" else []:
+        reason = incomplete_reason(each.path) if len(candidates) > 1 else None
+        if reason is not None:
+            candidates.remove(each)
+            warnings.append(f"{each.path} is left out as incomplete: {reason}")
+    return Found(candidates, skipped, warnings)
+
+
+def _newest_of_each_run(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The last checkpoint of each folder, by time if that was read, else by step, else in the order
+    of discovery.
+    """
+    newest: dict[str, Candidate] = {}
+    for each in candidates:
+        other = newest.setdefault(folder_of(each.path), each)
+        if (each.mtime_ns, each.step or 0) >= (other.mtime_ns, other.step or 0):
+            newest[folder_of(each.path)] = each
+    return list(newest.values())
 
 
 def _with_steps_from_above(candidates: list[Candidate]) -> list[Candidate]:

@@ -77,6 +77,11 @@ class Selection(Options):
         metavar="N",
         read=parse_count,
     )
+    incomplete: str = option(
+        "newest",
+        "Checkpoints of a run folder that are still being written: leave out the newest, skip all, or error.",
+        choices=("newest", "skip", "error"),
+    )
     base: StrPath | None = option(
         None, "Checkpoint whose layout and side files are kept.", metavar="PATH", shown="the last in order"
     )

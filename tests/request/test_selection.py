@@ -302,7 +302,7 @@ def test_the_time_of_a_checkpoint_is_that_of_its_newest_weights(tmp_path: Path) 
         if len(files) > 1:
             os.utime(tmp_path / name / files[0], (1, 1))
     (tmp_path / "a" / "eval_results.json").write_text("{}")  # the folder of the oldest is the newest
-    found, _ = find_candidates([tmp_path / name for name in "cba"], "mtime")
+    found, *_ = find_candidates([tmp_path / name for name in "cba"], "mtime")
     assert [candidate.path for candidate in order_candidates(found, "mtime", True)] == [str(tmp_path / name) for name in "abc"]
     assert [candidate.mtime_ns // 10**9 - 1_700_000_000 for candidate in found] == [2, 1, 0]
     assert {candidate.mtime_ns for candidate in find_candidates([tmp_path / "a"])[0]} == {0}

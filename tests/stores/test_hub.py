@@ -88,7 +88,7 @@ def test_revisions_are_averaged_by_a_pattern(local: list[Path], published: HubSe
 def test_stages_are_not_mixed(published: HubServer, tmp_path: Path) -> None:
     with pytest.raises(PmergeError, match="different stages"):
         plan_average([f"hf://{REPO}@stage*"], tmp_path / "out")
-    found, skipped = find_candidates([f"hf://{REPO}@*"])
+    found, skipped, _ = find_candidates([f"hf://{REPO}@*"])
     assert f"hf://{REPO}@main is left out: its name has no step" in skipped
     assert {candidate.stage for candidate in found} == {"stage1", "stage2"}
     assert {candidate.ingredient for candidate in found} == {None, "ingredient1"}
@@ -117,7 +117,7 @@ def test_a_branch_that_moves_changes_nothing(local: list[Path], published: HubSe
 def test_two_names_of_one_commit_count_once(hub_server: HubServer) -> None:
     for name in ("step1", "step2", "step2-copy"):
         hub_server.commit("org/model", name, {"model.safetensors": name[:5].encode()})
-    found, skipped = find_candidates(["hf://org/model@step*"])
+    found, skipped, _ = find_candidates(["hf://org/model@step*"])
     assert [candidate.path for candidate in found] == ["hf://org/model@step1", "hf://org/model@step2"]
     assert skipped == ["hf://org/model@step2-copy is left out: it is the same as hf://org/model@step2"]
 

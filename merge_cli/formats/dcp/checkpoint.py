@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from merge_cli.errors import InputError
+from merge_cli.errors import IncompleteError, InputError
 from merge_cli.formats.checkpoint import Checkpoint, Stored, WeightFile, read_config
 from merge_cli.formats.dcp.clone import DcpParts
 from merge_cli.formats.dcp.entries import treat
@@ -36,7 +36,7 @@ def open_dcp(path: StrPath, place: DcpPlace | None, training_state: str, envelop
     path = as_path(path)
     if place is None:
         open_folder(path)
-        raise InputError(f"{path} is not complete", hint="wait for the save, or leave the checkpoint out")
+        raise IncompleteError(f"{path} is not complete")
     folder = open_folder(place.folder)
     kept = treat(folder.metadata, training_state)
     if "merge" not in kept.values():

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from merge_cli.errors import InputError, UnsupportedError, first_ten
+from merge_cli.errors import IncompleteError, InputError, UnsupportedError, first_ten
 from merge_cli.formats.dcp.item import Envelope, Envelopes
 from merge_cli.formats.dcp.metadata import MAX_METADATA_BYTES, Chunk, Item, Metadata, Tensor, parse_metadata
 from merge_cli.stores.store import Source, StrPath, as_path, join, open_store, read_bytes
@@ -101,10 +101,9 @@ def _without_metadata(path: str, there: list[str]) -> InputError:
             f"{path} was saved with use_collectives=False: each rank has metadata of its own",
             hint="save it with collectives (the default), so that there is one .metadata",
         )
-    return InputError(
+    return IncompleteError(
         f"{path} has no .metadata",
         details=["a save writes it last, so this one is unfinished or was copied in part"],
-        hint="wait for the save, copy the file, or leave the checkpoint out",
     )
 
 
@@ -123,10 +122,9 @@ def _open_files(path: str, metadata: Metadata) -> dict[str, DcpFile]:
     store = open_store(path)
     missing = [name for name in sorted(ends) if store.stat(join(path, name)) is None]
     if missing:
-        raise InputError(
+        raise IncompleteError(
             f"{len(missing)} of {len(ends)} files are missing in {path}",
             details=first_ten(missing),
-            hint="the checkpoint was copied in part: copy the missing files, or leave it out",
         )
     files = {}
     for name, (end, fqn) in sorted(ends.items()):
@@ -134,7 +132,7 @@ def _open_files(path: str, metadata: Metadata) -> dict[str, DcpFile]:
         with closing(store.open(join(path, name))) as source:
             files[name] = DcpFile(source, name)
         if source.num_bytes < end:
-            raise InputError(
+            raise IncompleteError(
                 f"{source.path} ends before `{fqn[:200]}` does",
                 details=[f"found     {source.num_bytes} bytes", f"expected  at least {end} bytes"],
                 hint="the file is truncated or belongs to another save; copy or save it again",

@@ -13,6 +13,7 @@ needs them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from merge_cli.errors import InputError
 from merge_cli.formats.dcp.entries import DROP
 from merge_cli.formats.dcp.folder import METADATA_FILE, DcpFolder, locate
 from merge_cli.formats.dcp.item import Envelopes
-from merge_cli.stores.store import Entry, Kind, StrPath, as_path, join, open_store, read_bytes, read_file
+from merge_cli.stores.store import Entry, Kind, StrPath, as_path, folder_of, join, name_of, open_store, read_bytes, read_file
 
 _INSIDE = {"model_and_optim": "olmo-core", "weights": "nemo"}
 _MAX_SMALL_BYTES = 1 << 20
+_ITERATION = re.compile(r"iter_([0-9]{1,18})")
 _STEP_ENTRIES = ("train_state.step",)
 
 
@@ -136,6 +138,31 @@ def _below(root: str, folder: str) -> Iterator[str]:
             yield f"{folder}/{entry.name}"
         elif store.resolve(join(here, entry.name)) == join(store.resolve(here), entry.name):
             yield from _below(root, f"{folder}/{entry.name}")
+
+
+def missing_marker(path: StrPath) -> str | None:
+    """Why the trainer itself takes the checkpoint at `path` for unfinished, in one line; None where
+    it has set its marker, or sets none.
+
+    NeMo keeps `PATH-unfinished` beside a save that is under way; OLMo-core writes `.metadata.json`
+    last, Megatron `metadata.json` and then the iteration into the run folder.
+    """
+    path = as_path(path)
+    if not _is(path, "folder"):
+        return None
+    if not path.startswith("hf://") and _is(path + "-unfinished", "file"):
+        return f"{path}-unfinished says that the save of {path} is not finished"
+    place = find_dcp(path)
+    if place is None:
+        return None
+    if place.trainer == "olmo-core" and _is(join(path, "train"), "folder") and not _is(join(path, ".metadata.json"), "file"):
+        return f"{path} has no .metadata.json, which OLMo-core writes last"
+    if _is(join(place.folder, "common.pt"), "file") and not _is(join(place.folder, "metadata.json"), "file"):
+        return f"{path} has no metadata.json, which Megatron writes last"
+    latest, match = latest_iteration(folder_of(path)), _ITERATION.fullmatch(name_of(path))
+    if latest is not None and match and int(match[1]) > latest:
+        return f"{path} is newer than iteration {latest}, the last that Megatron recorded as complete"
+    return None
 
 
 def latest_iteration(run: StrPath) -> int | None:
