@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +100,14 @@ def total_tensor_bytes(plan: MergePlan) -> int:
     return sum(file.file_bytes - len(file.header) for file in plan.files)
 
 
-def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, FileRecord]:
-    """Copy the base's side files, following the umask; the config's dtype follows `dtype` unless
-    that is "keep".
+def side_files(base: Checkpoint, dtype: str, dequantized: bool = False) -> Iterator[tuple[str, bytes]]:
+    """The side files of a result, name and content: those of the base; the config's dtype follows
+    `dtype` unless that is "keep".
 
-    The config of a checkpoint that is no longer quantized does not say that it is. Returns size and
-    sha256 of what was written.
+    The config of a checkpoint that is no longer quantized does not say that it is.
     """
-    written: dict[str, FileRecord] = {}
     if base.root is None:
-        return written
+        return
     if dequantized and dtype == "keep":
         dtype = "bf16"
     for name in base.side_files.kept:
@@ -122,6 +120,15 @@ def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bo
             data = json.dumps(with_dtype(config, dtype), indent=2).encode() + b"\n"
         if name == "params.json" and dequantized:
             data = _without_declaration(data)
+        yield name, data
+
+
+def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, FileRecord]:
+    """Write the side files of a result into `folder`, following the umask. Returns size and sha256
+    of each.
+    """
+    written: dict[str, FileRecord] = {}
+    for name, data in side_files(base, dtype, dequantized):
         write_file(folder / name, data)
         written[name] = digest(data)
     return written

@@ -130,7 +130,7 @@ def from_state(state: Mapping[str, Any]) -> Recorded:
     return Recorded(
         spec=MergeSpec(**state["request"]),
         paths=tuple(state["inputs"]),
-        steps=tuple(state["steps"]),
+        steps=tuple(map(_step, state["steps"])),
         base=state["base"],
         coefficients=_coefficients(values, numerators, denominator),
     )
@@ -145,7 +145,7 @@ def from_result(manifest: Mapping[str, Any]) -> Recorded:
     return Recorded(
         spec=MergeSpec(**{name: manifest[name] for name in fields if name in manifest}),
         paths=tuple(each["path"] for each in inputs),
-        steps=tuple(each["step"] for each in inputs),
+        steps=tuple(_step(each["step"]) for each in inputs),
         base=manifest["base"],
         coefficients=_coefficients([each["coefficient"] for each in inputs], manifest["numerators"], manifest["denominator"]),
     )
@@ -158,6 +158,12 @@ def replan(record: Recorded, inputs: Sequence[Checkpoint]) -> MergePlan:
     base = record.paths.index(record.base)
     output = Output(tuple(range(len(inputs))), record.coefficients, base)
     return build_plan(record.spec, inputs, record.steps, base, [output])
+
+
+def _step(value: Any) -> int | None:
+    if value is not None and type(value) is not int:
+        raise TypeError(f"a step is {value!r:.40}")
+    return value
 
 
 def _coefficients(values: Sequence[float], numerators: Sequence[int] | None, denominator: int | None) -> Coefficients:

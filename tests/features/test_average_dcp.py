@@ -4,6 +4,7 @@ torch's own loader reads.
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from builders import tensor_bytes
 from dcp_checkpoints import grid, load_dcp, load_state, save_dcp, write_clone
+from forging import record_again
 from torch import Tensor
 
 from merge_cli import average, open_checkpoint, plan_average, run_average, sweep, verify
@@ -215,15 +217,21 @@ def test_globs_match_tensors_whatever_their_chunks(run: Path, tmp_path: Path) ->
 
 
 def test_verify_finds_a_changed_byte_anywhere(run: Path, tmp_path: Path) -> None:
-    average(run, tmp_path / "out")
+    """Also in the envelopes between values, and after the record was made to fit."""
+    out = average(run, tmp_path / "out").output
+    rng = random.Random(0)
     for name in (".metadata", "__0_0.distcp"):
-        raw = bytearray((tmp_path / "out" / name).read_bytes())
-        raw[len(raw) // 2] ^= 1
-        (tmp_path / "out" / name).write_bytes(raw)
-        assert any(name in problem for problem in verify(tmp_path / "out").problems)
-        raw[len(raw) // 2] ^= 1
-        (tmp_path / "out" / name).write_bytes(raw)
-    assert verify(tmp_path / "out").problems == ()
+        before = (out / name).read_bytes()
+        for position in rng.sample(range(len(before)), 12):
+            changed = bytearray(before)
+            changed[position] ^= 1
+            (out / name).write_bytes(changed)
+            assert any(name in problem for problem in verify(out).problems)
+            record_again(out)
+            assert any(name in problem for problem in verify(out, against_inputs=True, sample=None).problems), position
+            (out / name).write_bytes(before)
+            record_again(out)
+    assert verify(out, against_inputs=True, sample=None).problems == ()
 
 
 def test_an_input_that_changes_is_noticed(run: Path, tmp_path: Path) -> None:

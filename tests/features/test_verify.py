@@ -12,11 +12,11 @@ import pytest
 import torch
 from builders import INDEX, nasty_run, read_layout, training_run, write_checkpoint, write_run
 from command import pmerge
+from forging import record_again, reseal
 from schemes import quantized_run
 
 from merge_cli import average, verify
 from merge_cli.errors import InputError, UsageError
-from merge_cli.output.manifest import seal
 
 FLIPS = 40  # for each file
 
@@ -40,22 +40,6 @@ def problems(path: Path, **options: Any) -> str:
     found = verify(path, **options)
     assert found.ok == (not found.problems)
     return "\n".join(found.problems)
-
-
-def reseal(out: Path, **changes: Any) -> None:
-    """Change `pmerge.json` as somebody would who knows how its checksum is made."""
-    content = json.loads((out / "pmerge.json").read_bytes())
-    del content["sha256"]
-    (out / "pmerge.json").write_bytes(seal(content | changes))
-
-
-def forge(out: Path, name: str) -> None:
-    """Record the file `name` as it is now."""
-    data = (out / name).read_bytes()
-    content = json.loads((out / "pmerge.json").read_bytes())
-    key = "files" if name in content["files"] else "side_files"
-    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    reseal(out, **{key: content[key] | {name: entry}})
 
 
 def test_a_result_passes(original: Path) -> None:
@@ -125,7 +109,7 @@ def test_the_index_must_fit_the_shards_whatever_the_checksums_say(out: Path) -> 
 
     def problems_with(changed: dict[str, Any]) -> str:
         (out / INDEX).write_text(json.dumps(index | changed))
-        forge(out, INDEX)
+        record_again(out)
         return problems(out)
 
     assert problems_with({}) == ""
@@ -141,14 +125,14 @@ def test_the_index_must_fit_the_shards_whatever_the_checksums_say(out: Path) -> 
 def test_a_tensor_in_two_shards_is_found(out: Path) -> None:
     first, second, _ = sorted(path.name for path in out.glob("*.safetensors"))
     shutil.copy(out / first, out / second)
-    forge(out, second)
+    record_again(out)
     assert "is in 2 files" in problems(out)
 
 
 def test_a_broken_header_is_found_whatever_the_checksums_say(out: Path) -> None:
     path = next(iter(sorted(out.glob("*.safetensors"))))
     path.write_bytes(path.read_bytes() + b"\0")
-    forge(out, path.name)
+    record_again(out)
     assert "does not fit its header" in problems(out)
 
 
@@ -158,9 +142,13 @@ def test_weights_that_pmerge_did_not_write_are_a_problem_and_others_a_note(out: 
     (out / "sub" / "notes.txt").write_text("x")
     found = verify(out)
     assert found.ok and [Path(note.split(": ")[0]).name for note in found.notes] == ["README.md", "notes.txt"]
-    for name in ("model.safetensors", "sub/pytorch_model.bin", "other.safetensors.index.json"):
+    for name in ("model.safetensors", "sub/pytorch_model.bin", "pytorch_model.bin.index.json", "MODEL.SAFETENSORS", "model.pkl"):
         (out / name).write_bytes(b"x")
         assert f"{out / name}: pmerge did not write these weights" in problems(out)
+        (out / name).unlink()
+    for name in ("modeling_evil.py", "adapter_config.json"):
+        (out / name).write_bytes(b"x")
+        assert f"{out / name}: pmerge did not write this file, and a loader may take it" in problems(out)
         (out / name).unlink()
 
 
@@ -204,7 +192,7 @@ def test_weights_that_are_not_the_average_are_found_whatever_the_checksums_say(o
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    forge(out, path.name)
+    record_again(out)
     last, _, _ = read_layout(out)[path.name][-1]
     assert problems(out) == ""
     assert problems(out, against_inputs=True, sample=None) == f"{path}: `{last}` is not what its inputs and coefficients give"
@@ -218,7 +206,7 @@ def test_a_sample_finds_a_wrong_tensor_as_often_as_it_is_drawn(tmp_path: Path) -
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # of the last tensor
     path.write_bytes(data)
-    forge(tmp_path / "out", path.name)
+    record_again(tmp_path / "out")
     results = [verify(tmp_path / "out", against_inputs=True, sample=2) for _ in range(60)]
     assert {(found.recomputed, found.num_tensors) for found in results} == {(2, 8)}
     assert 3 < sum(not found.ok for found in results) < 30  # a quarter is expected
@@ -258,7 +246,7 @@ def test_quantized_weights_are_computed_again(tmp_path: Path, case: str, requant
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        forge(out, path.name)
+        record_again(out)
         assert "is not what its inputs and coefficients give" in problems(out, against_inputs=True)
 
 

@@ -22,6 +22,7 @@ SHARD = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 VERIFY = ("verify", "changed", "--against-inputs", "--sample", "all", "--quiet")
 Manifest = dict[str, Any]
+PLANTED = ("evil.py", "model.pkl", "MODEL.SAFETENSORS", "pytorch_model.bin.index.json", "adapter_config.json")
 
 
 def rewrite_header(change: Callable[[Manifest], Manifest]) -> Callable[[Path], None]:
@@ -155,6 +156,8 @@ def tries(world: World) -> Iterator[Try]:
         yield Try(what, passes(world, of_files))
     for what, of_record in OF_THE_RECORD.items():
         yield Try(f"record: {what}", passes(world, lambda _: None, of_record))
+    for name in PLANTED:
+        yield Try(f"{name} planted, not listed", passes(world, write(name, "x"), seal=False))
     yield Try("record: `files` twice, the second empty, and a shard broken", passes(world, repeated_key, seal=False))
 
 
