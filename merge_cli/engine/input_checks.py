@@ -7,17 +7,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from merge_cli.engine.buffers import page_aligned
 from merge_cli.engine.reader import InputFiles, check_unchanged
 from merge_cli.errors import MismatchError, first_ten
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Extent, MergePlan, WorkItem
+from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 
 
 def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
     """Raise MismatchError, naming tensors and checkpoints, unless integer tensors are equal in all
     inputs of each output.
     """
-    block = memoryview(bytearray(block_bytes))
+    block = page_aligned(block_bytes + 2 * DIRECT_BLOCK_BYTES)
     different: dict[str, set[str]] = {}
     equal = [
         (extent, item) for item in work for extent in item.file.extents if isinstance(extent, Extent) and extent.kind == "equal"
@@ -31,8 +33,9 @@ def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: Inpu
                 size = min(block_bytes, dtype.num_bytes(end) - start)
                 found = {}
                 for i in used:
-                    inputs.read_into(extent.sources[i].file, extent.sources[i].offset + start, block[:size])
-                    found[i] = hashlib.sha256(block[:size]).digest()
+                    source = extent.sources[i]
+                    block.begin = inputs.read_block(source.file, source.offset + start, size, 1, block.memory)
+                    found[i] = hashlib.sha256(block.data(size)).digest()
                 for base, i in ((output.base, i) for output in outputs for i in output.inputs):
                     if found[i] != found[base]:
                         different.setdefault(key, set()).update(str(extent.sources[j].file.path) for j in (base, i))

@@ -203,22 +203,40 @@ def quantized_run(folder: Path, rows: int, **file_options: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("requantize", [False, True])
-def test_quantized_tensors_go_past_the_page_cache_too(requantize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = quantized_run(tmp_path / "run", 1 << 10)
-    if not has_direct(Path(open_checkpoint(run / "step_1").files[0].path)):
-        pytest.skip("this filesystem has no O_DIRECT")
-    through_the_cache = []
+@pytest.fixture
+def through_the_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the reads that were not direct."""
+    sizes: list[int] = []
     read_into = InputFiles.read_into
 
     def counting(self: InputFiles, file: WeightFile, offset: int, buffer: memoryview) -> None:
-        through_the_cache.append(len(buffer))
+        sizes.append(len(buffer))
         read_into(self, file, offset, buffer)
 
     monkeypatch.setattr(InputFiles, "read_into", counting)
+    return sizes
+
+
+def needs_direct(checkpoint: Path) -> None:
+    if not has_direct(Path(open_checkpoint(checkpoint).files[0].path)):
+        pytest.skip("this filesystem has no O_DIRECT")
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_quantized_tensors_go_past_the_page_cache_too(requantize: bool, tmp_path: Path, through_the_cache: list[int]) -> None:
+    run = quantized_run(tmp_path / "run", 1 << 10)
+    needs_direct(run / "step_1")
     result = average([run], tmp_path / "out", direct="on", requantize=requantize)
     assert result.statistics.bytes_read >= 7 << 20
     assert sum(through_the_cache) < 4096
+
+
+def test_integers_are_compared_past_the_page_cache_too(tmp_path: Path, through_the_cache: list[int]) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path / "run" / f"step_{step}", {"mask": torch.arange(300_001), "w": torch.ones(9)})
+    needs_direct(tmp_path / "run" / "step_1")
+    average([tmp_path / "run"], tmp_path / "out", direct="on")
+    assert sum(through_the_cache) < 3 * 4096
 
 
 @pytest.mark.parametrize("after", ["", " ", "     "])
