@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from merge_cli.features.report import report
     from merge_cli.features.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
     from merge_cli.features.verify import Verification, verify
+    from merge_cli.features.watch import WatchPlan, plan_watch, watch
     from merge_cli.formats.checkpoint import Checkpoint
     from merge_cli.formats.opening import open_checkpoint
     from merge_cli.output.progress import Progress
@@ -51,6 +52,7 @@ __all__ = [
     "SweepResult",
     "TextEvaluator",
     "Verification",
+    "WatchPlan",
     "__version__",
     "analyze",
     "average",
@@ -64,6 +66,7 @@ __all__ = [
     "plan_average",
     "plan_evaluation",
     "plan_sweep",
+    "plan_watch",
     "report",
     "run_analysis",
     "run_average",
@@ -71,6 +74,7 @@ __all__ = [
     "run_sweep",
     "sweep",
     "verify",
+    "watch",
 ]
 
 _HOMES = {
@@ -92,6 +96,7 @@ _HOMES = {
     "Progress": "output.progress",
     **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "features.sweep"),
     **dict.fromkeys(["Verification", "verify"], "features.verify"),
+    **dict.fromkeys(["WatchPlan", "plan_watch", "watch"], "features.watch"),
 }
 
 

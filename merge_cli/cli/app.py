@@ -16,6 +16,7 @@ from merge_cli.cli.methods import methods_command
 from merge_cli.cli.report import report_command
 from merge_cli.cli.sweep import sweep_command
 from merge_cli.cli.verify import verify_command
+from merge_cli.cli.watch import watch_command
 from merge_cli.errors import UsageError
 from merge_cli.version import __version__
 
@@ -38,6 +39,7 @@ app.command("methods")(methods_command)
 app.command("report")(report_command)
 app.command("sweep")(sweep_command)
 app.command("verify")(verify_command)
+app.command("watch")(watch_command)
 
 
 def run() -> int:

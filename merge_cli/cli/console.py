@@ -53,6 +53,11 @@ def out_json(value: Any) -> None:
     _print(json.dumps(value, indent=2, default=str))
 
 
+def out_json_line(value: Any) -> None:
+    """One event as a line of JSON on stdout."""
+    _print(json.dumps(value, default=str))
+
+
 def say(line: str = "") -> None:
     """One line on stderr; a closed or broken stderr never stops a run."""
     if sys.stderr is not None:

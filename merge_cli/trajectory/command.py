@@ -20,31 +20,31 @@ _PLACEHOLDER = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
 _CACHE = re.compile(r"--use_cache\b|\blm[-_]eval\b.*\s-c\s")  # of lm-eval 0.4; --cache_requests keeps prompts only
 
 
-def check_command(command: str) -> list[str]:
-    """Warnings about an evaluation command. Raises UsageError where it cannot be filled in safely."""
+def check_command(command: str, flag: str = "--command") -> list[str]:
+    """Warnings about a command that `flag` gave. Raises UsageError where it cannot be filled in
+    safely.
+    """
     if not command.strip():
-        raise UsageError("--command is empty", hint="--command 'python eval.py {path}'")
+        raise UsageError(f"{flag} is empty", hint=f"{flag} 'python eval.py {{path}}'")
     used = set()
     for match in _PLACEHOLDER.finditer(command):
         used.add(match[1])
         variable = f'"$PMERGE_{match[1].upper()}"'
         if command[: match.start()].endswith("$"):
-            raise UsageError(
-                f"--command has ${match[0]}, which is a variable of the shell", hint=f"write {match[0]}, or {variable}"
-            )
+            raise UsageError(f"{flag} has ${match[0]}, which is a variable of the shell", hint=f"write {match[0]}, or {variable}")
         quote = _open_quote(command[: match.start()])
         if quote:
             raise UsageError(
-                f"--command has {match[0]} inside {quote} quotes",
+                f"{flag} has {match[0]} inside {quote} quotes",
                 details=["a path with a space or a quote in it would end them"],
                 hint=f"take it out of the quotes, or use {variable} there",
             )
     warnings = []
     if "path" not in used and "PMERGE_PATH" not in command:
-        warnings.append("--command has neither {path} nor $PMERGE_PATH: is it the checkpoint that it evaluates?")
+        warnings.append(f"{flag} has neither {{path}} nor $PMERGE_PATH: is it the checkpoint that it evaluates?")
     if _CACHE.search(command):
         warnings.append(
-            "--command uses a cache of results, which is keyed by the request and not by the weights:"
+            f"{flag} uses a cache of results, which is keyed by the request and not by the weights:"
             " every merge may get the numbers of the first; leave it out"
         )
     return warnings
