@@ -51,6 +51,9 @@ def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method
     steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
     if order == "given" and steps_known != sorted(steps_known):
         notes.append(f"the order given is not that of the steps; the last one, {chosen[-1].path}, counts as the newest")
+    if asked.before is not None:
+        newest = chosen[-1].path
+        notes.append(f"to train on after a spike, roll back to {newest} with its optimizer: no merge did better (docs/resume.md)")
     if len(chosen) == 1:
         warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
     return Selected(chosen, (*selected.notes, *notes), tuple(warnings))

@@ -352,3 +352,11 @@ def test_a_run_without_steps_gives_all(tmp_path: Path) -> None:
     for name in ("best", "final"):
         checkpoint(tmp_path / name)
     assert found_in(tmp_path) == ["best", "final"]
+
+
+def test_before_a_spike_the_advice_is_to_roll_back() -> None:
+    advice = [
+        note for note in selection.select_checkpoints(run(1, 2, 3, 4), Selection(before=4, last=2), "sma").notes if "spike" in note
+    ]
+    assert advice == ["to train on after a spike, roll back to ckpt_3 with its optimizer: no merge did better (docs/resume.md)"]
+    assert "spike" not in str(selection.select_checkpoints(run(1, 2, 3, 4), Selection(to_step=3), "sma").notes)
