@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from merge_cli.trajectory.ledger import Row
 
 
-@takes(*flags(Selection, only=["incomplete"]), *flags(MergeSpec, only=["dtype"]), *flags(Processes, only=["rank", "world_size"]))
+@takes(
+    *flags(Selection, only=["incomplete", "allow_merged"]),
+    *flags(MergeSpec, only=["dtype"]),
+    *flags(Processes, only=["rank", "world_size"]),
+)
 def evaluate_command(
     checkpoints: Checkpoints,
     command: Annotated[
@@ -62,7 +66,7 @@ def evaluate_command(
     from merge_cli.trajectory.plans import PLANS
 
     processes = lay_over(Processes(), given)
-    incomplete = lay_over(Selection(), given).incomplete
+    selection = lay_over(Selection(), given)
     me = find_rank(os.environ, processes.rank, processes.world_size)
     if (command is None) == (text is None):
         raise UsageError("evaluate needs one of --command and --text", hint=f"pmerge evaluate {checkpoints[0]} --text held_out.txt")
@@ -72,7 +76,7 @@ def evaluate_command(
             raise UsageError(
                 "--jobs and --gpus are for commands", hint="--text uses more GPUs by ranks:  torchrun --nproc-per-node 8 ..."
             )
-        evaluator = _text_evaluator(checkpoints, incomplete, text, tokenizer, context, stride, device, me.local_rank)
+        evaluator = _text_evaluator(checkpoints, selection, text, tokenizer, context, stride, device, me.local_rank)
     planned = plan_evaluation(
         checkpoints,
         evaluator,
@@ -80,7 +84,7 @@ def evaluate_command(
         annealed=dict(map(_annealed, annealed or [])),
         output=output,
         dtype=lay_over(MergeSpec(), given).dtype,
-        incomplete=incomplete,
+        selection=selection,
         batch=batch,
         keep=keep,
         redo=redo,
@@ -113,13 +117,13 @@ def _command(command: str, metrics: list[str], jobs: int, gpus: str | None) -> E
     return CommandEvaluator(command, metrics, jobs, split_list("--gpus", gpus, "numbers with commas: 0,1,2"))
 
 
-def _text_evaluator(checkpoints: list[str], incomplete: str, text: Path | None, *options: Any) -> Evaluator:
+def _text_evaluator(checkpoints: list[str], selection: Selection, text: Path | None, *options: Any) -> Evaluator:
     from merge_cli.request.discovery import find_candidates
     from merge_cli.request.selection import order_candidates
     from merge_cli.trajectory.heldout import TextEvaluator
 
     tokenizer, context, stride, device, local_rank = options
-    candidates = find_candidates([Path(path) for path in checkpoints], incomplete=incomplete).candidates
+    candidates = find_candidates([Path(path) for path in checkpoints], selection).candidates
     newest = order_candidates(candidates, "step", needs_order=True)[-1].path
     return TextEvaluator(
         text or Path(), Path(newest), tokenizer=tokenizer, context=context, stride=stride, device=device, local_rank=local_rank

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @takes(
-    *flags(Selection, only=["tokens_per_step", "incomplete"]),
+    *flags(Selection, only=["tokens_per_step", "incomplete", "allow_merged"]),
     *flags(MergeSpec, only=["dtype", "accumulate", "training_state"]),
     *flags(RunConfig),
     *flags(Processes),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.twins import twin_warnings
 from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import GRAM, Extent, MergePlan, Output, QuantizedExtent, WorkItem
 from merge_cli.planning.planner import build_plan
@@ -79,7 +80,7 @@ def plan_analysis(
     """
     selection, spec, run = read_options(options, selection, spec, run)
     given = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else list(paths)
-    found, skipped, left_out = find_candidates(paths, selection.order, selection.incomplete)
+    found, skipped, left_out = find_candidates(paths, selection)
     check_tokens_per_step(selection.tokens_per_step, selection.amounts.values())
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
@@ -107,7 +108,7 @@ def plan_analysis(
         folder=folder_of([str(path) for path in given], None if output is None else str(output)),
         budget=budget,
         notes=(*skipped, *selected.notes, *notes, *(note for each in inputs for note in each.notes)),
-        warnings=(*left_out, *selected.warnings),
+        warnings=(*left_out, *selected.warnings, *twin_warnings(inputs)),
     )
 
 

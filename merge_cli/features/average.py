@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import PmergeError, UsageError
 from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.twins import twin_warnings
 from merge_cli.planning.plan import MergePlan, Output
 from merge_cli.planning.planner import build_plan
 from merge_cli.ranks.launcher import Rank
@@ -101,7 +102,7 @@ def plan_average(
     rank = rank or Rank()
     if run.verify_resume and not rank.is_alone:
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
-    found, skipped, left_out = find_candidates(paths, selection.order, selection.incomplete)
+    found, skipped, left_out = find_candidates(paths, selection)
     check_tokens_per_step(selection.tokens_per_step, selection.amounts.values())
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
@@ -124,7 +125,7 @@ def plan_average(
         output=destination,
         candidates=candidates,
         notes=(*skipped, *selected.notes, *(note for each in inputs for note in each.notes), *merge.notes, *tuning.notes),
-        warnings=(*left_out, *selected.warnings, *doubts, *merge.warnings),
+        warnings=(*left_out, *selected.warnings, *twin_warnings(inputs), *doubts, *merge.warnings),
         device=tuning.device,
         budget=tuning.fit(merge),
         run=run,

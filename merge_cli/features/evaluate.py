@@ -31,6 +31,7 @@ from merge_cli.request.discovery import find_candidates, read_candidate
 from merge_cli.request.grid import Combination
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates
+from merge_cli.request.spec import Selection
 from merge_cli.stores.store import StrPath, name_of
 from merge_cli.trajectory.evaluators import EvaluationError, Evaluator, Subject
 from merge_cli.trajectory.folder import MERGES, Run, Stop, folder_of, read_analysis, read_run, write_run
@@ -113,7 +114,7 @@ def plan_evaluation(
     annealed: Mapping[str, int] | None = None,
     output: StrPath | None = None,
     dtype: str = "keep",
-    incomplete: str = "newest",
+    selection: Selection | None = None,
     batch: int = BATCH,
     keep: bool = False,
     redo: bool = False,
@@ -124,7 +125,7 @@ def plan_evaluation(
 
     `plan` is a name of `merge_cli.trajectory.plans`, or a list of objects with the options of
     `average` (with `last` 1: a checkpoint as it is). `annealed` are checkpoints of real annealing
-    runs, with the step at which the decay began. `incomplete` is as in `average`, `dtype` that of
+    runs, with the step at which the decay began. `selection` is as in `average`, `dtype` that of
     the merges, `batch` how many of them lie on the disk at once, `keep` leaves them there, `redo`
     measures what is known, `allow_equal` believes equal numbers of different weights.
 
@@ -135,7 +136,7 @@ def plan_evaluation(
     if batch < 1:
         raise UsageError(f"--batch must be at least 1, not {batch}")
     folder = folder_of(given, None if output is None else str(output))
-    found, notes, left_out = find_candidates(given, incomplete=incomplete)
+    found, notes, left_out = find_candidates(given, selection)
     candidates = order_candidates(found, "step", needs_order=True)
     if isinstance(plan, str):
         analysis = read_analysis(folder)
@@ -235,7 +236,7 @@ class _Planning:
         if not entries:
             return
         paths = [candidate.path for candidate in self._candidates]
-        swept = plan_sweep(paths, self._folder / MERGES, combinations=entries, dtype=self._dtype, device="cpu")
+        swept = plan_sweep(paths, self._folder / MERGES, combinations=entries, dtype=self._dtype, device="cpu", allow_merged=True)
         self.notes += [f"{combination.name} is skipped: {reason}" for combination, reason in swept.skipped]
         self.notes += [f"{combination.name} is the same as {name}" for combination, name in swept.same_as]
         versions = _versions(swept)
@@ -270,7 +271,7 @@ def _made(plan: EvaluationPlan, targets: Sequence[Target], command: Sequence[str
     folder = plan.folder / (MERGES if plan.keep else f"{MERGES}-{plan.rank.rank}.tmp")
     try:
         entries = [each.entry for each in targets if each.entry is not None]
-        swept = plan_sweep(plan.paths, folder, combinations=entries, dtype=plan.dtype, overwrite=True)
+        swept = plan_sweep(plan.paths, folder, combinations=entries, dtype=plan.dtype, overwrite=True, allow_merged=True)
         versions = _versions(swept)
         made = {each.combination.name: each for each in swept.outputs}
         for each in targets:

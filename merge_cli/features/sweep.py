@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, PmergeError, UsageError, first_ten
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.twins import twin_warnings
 from merge_cli.names import SWEEP_REPORT
 from merge_cli.output.schema import SCHEMA, check_schema
 from merge_cli.planning.plan import ALGORITHM, MergePlan, Output
@@ -180,7 +181,7 @@ def plan_sweep(
     check_tokens_per_step(selection.tokens_per_step, [amount for each in asked for amount in each.amounts.values()])
     for flag, amount in {flag: amount for each in asked for flag, amount in each.amounts.items()}.items():
         parse_amount(amount, selection.tokens_per_step, option=flag)
-    candidates, notes, left_out = find_candidates(paths, incomplete=selection.incomplete)
+    candidates, notes, left_out = find_candidates(paths, selection)
     chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, selection)
     inputs, merges = _plan_groups(spec, chosen)
     for checkpoint in inputs:
@@ -217,7 +218,7 @@ def plan_sweep(
         skipped=tuple(skipped),
         inputs=tuple(inputs),
         notes=(*notes, *tuning.notes),
-        warnings=(*left_out, *warnings),
+        warnings=(*left_out, *twin_warnings(inputs), *warnings),
         device=tuning.device,
         run=run,
         rank=rank,

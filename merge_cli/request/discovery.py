@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
-from merge_cli.formats.completeness import incomplete_reason
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
 from merge_cli.names import MANIFEST, OTHER_WEIGHTS, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
+from merge_cli.request.screening import check_none_is_merged, find_incomplete
+from merge_cli.request.spec import Selection
 from merge_cli.stores.store import (
     Entry,
     Store,
@@ -333,47 +334,36 @@ class Found(NamedTuple):
     warnings: list[str]
 
 
-def find_candidates(paths: StrPath | Sequence[StrPath], order: str = "step", incomplete: str = "newest") -> Found:
+def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None = None) -> Found:
     """The checkpoints at `paths`. Raises InputError or UsageError.
 
     Of those in a run folder the newest is left out if it is incomplete, with a warning; all that
-    are incomplete if `incomplete` is "skip"; none, so that opening it is an error, if "error".
-    Modification times are read only if `order` is "mtime".
+    are incomplete if `incomplete` is "skip"; none, so that opening it is an error, if "error". An
+    earlier result of pmerge is an error unless `allow_merged` is set. Modification times are read
+    only if `order` is "mtime".
     """
+    asked = asked or Selection()
     if not isinstance(paths, str | os.PathLike) and not paths:
         raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
     skipped: list[str] = []
     found = discover(paths, skipped.append)
     typed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    if order == "given" and len(found) > len(typed):
+    if asked.order == "given" and len(found) > len(typed):
         raise UsageError(
             "--order given is for checkpoints that are named one by one, and a run folder stands for several",
             details=[f"found     {', '.join(found[:3])} ..."],
             hint=f"name them in their order:  {shlex.join(['pmerge', 'average', *found[:3]])} ...",
         )
-    candidates = _with_steps_from_above([read_candidate(path, with_time=order == "mtime") for path in found])
+    if not asked.allow_merged:
+        check_none_is_merged(found)
+    candidates = _with_steps_from_above([read_candidate(path, with_time=asked.order == "mtime") for path in found])
     named = {as_path(path) for path in typed}
-    patterns = any(is_glob(path) and not is_local(path) for path in named)  # revisions of the Hub are complete
-    doubtful = [each for each in candidates if each.path not in named and not patterns]
-    warnings = []
-    for each in doubtful if incomplete == "skip" else _newest_of_each_run(doubtful) if incomplete == "newest" else []:
-        reason = incomplete_reason(each.path) if len(candidates) > 1 else None
-        if reason is not None:
-            candidates.remove(each)
-            warnings.append(f"{each.path} is left out as incomplete: {reason}")
-    return Found(candidates, skipped, warnings)
-
-
-def _newest_of_each_run(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The last checkpoint of each folder, by time if that was read, else by step, else in the order
-    of discovery.
-    """
-    newest: dict[str, Candidate] = {}
-    for each in candidates:
-        other = newest.setdefault(folder_of(each.path), each)
-        if (each.mtime_ns, each.step or 0) >= (other.mtime_ns, other.step or 0):
-            newest[folder_of(each.path)] = each
-    return list(newest.values())
+    if any(is_glob(path) and not is_local(path) for path in named):
+        return Found(candidates, skipped, [])  # revisions of the Hub are complete
+    in_runs = [each for each in candidates if each.path not in named]
+    left_out = find_incomplete(in_runs, asked.incomplete) if len(candidates) > 1 else {}
+    warnings = [f"{path} is left out as incomplete: {reason}" for path, reason in left_out.items()]
+    return Found([each for each in candidates if each.path not in left_out], skipped, warnings)
 
 
 def _with_steps_from_above(candidates: list[Candidate]) -> list[Candidate]:

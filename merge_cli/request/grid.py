@@ -20,7 +20,7 @@ from merge_cli.request.methods import DEFAULT, METHOD_SYNONYMS, METHODS, PARAMET
 from merge_cli.request.option import not_a_choice, options_of
 from merge_cli.request.spec import Selection
 
-OF_ALL_OUTPUTS = ("order", "tokens_per_step", "base", "incomplete")
+OF_ALL_OUTPUTS = ("order", "tokens_per_step", "base", "incomplete", "allow_merged")
 SELECTION = {each.name: each for each in options_of(Selection) if each.name not in OF_ALL_OUTPUTS}
 _MOST_NAME_BYTES = 150
 _NAME = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*")

@@ -82,6 +82,7 @@ class Selection(Options):
         "Checkpoints of a run folder that are still being written: leave out the newest, skip all, or error.",
         choices=("newest", "skip", "error"),
     )
+    allow_merged: bool = option(False, "Take earlier results of pmerge as checkpoints too.")
     base: StrPath | None = option(
         None, "Checkpoint whose layout and side files are kept.", metavar="PATH", shown="the last in order"
     )

@@ -21,6 +21,7 @@ from merge_cli.formats.completeness import incomplete_reason
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates
+from merge_cli.request.spec import Selection
 from merge_cli.stores.store import is_glob, is_local, join, open_store
 
 _PATIENCE = 10
@@ -67,7 +68,7 @@ class Arrivals:
         Raises InputError where the run has gone, MismatchError where two have one step.
         """
         try:
-            found, notes, _ = find_candidates(self._run, incomplete="error")
+            found, notes, _ = find_candidates(self._run, Selection(incomplete="error"))
         except InputError as error:
             if not is_glob(self._run) and open_store(self._run).stat(self._run) is None:
                 raise

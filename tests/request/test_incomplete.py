@@ -17,6 +17,7 @@ from merge_cli.features.average import plan_average
 from merge_cli.features.sweep import plan_sweep
 from merge_cli.formats.completeness import incomplete_reason
 from merge_cli.request.discovery import find_candidates
+from merge_cli.request.spec import Selection
 from merge_cli.stores.store import name_of
 
 TENSORS = {name: torch.full((4, 4), 1.0) for name in "abcd"}
@@ -61,8 +62,8 @@ def a_run(folder: Path) -> Path:
     return folder
 
 
-def names(paths: list[str] | Path, **options: str) -> list[str]:
-    return [name_of(each.path) for each in find_candidates(paths, **options).candidates]
+def names(paths: Path, incomplete: str = "newest") -> list[str]:
+    return [name_of(each.path) for each in find_candidates(paths, Selection(incomplete=incomplete)).candidates]
 
 
 @pytest.mark.parametrize("sign", BREAK)

@@ -302,7 +302,7 @@ def test_the_time_of_a_checkpoint_is_that_of_its_newest_weights(tmp_path: Path) 
         if len(files) > 1:
             os.utime(tmp_path / name / files[0], (1, 1))
     (tmp_path / "a" / "eval_results.json").write_text("{}")  # the folder of the oldest is the newest
-    found, *_ = find_candidates([tmp_path / name for name in "cba"], "mtime")
+    found, *_ = find_candidates([tmp_path / name for name in "cba"], Selection(order="mtime"))
     assert [candidate.path for candidate in order_candidates(found, "mtime", True)] == [str(tmp_path / name) for name in "abc"]
     assert [candidate.mtime_ns // 10**9 - 1_700_000_000 for candidate in found] == [2, 1, 0]
     assert {candidate.mtime_ns for candidate in find_candidates([tmp_path / "a"])[0]} == {0}
@@ -360,3 +360,15 @@ def test_before_a_spike_the_advice_is_to_roll_back() -> None:
     ]
     assert advice == ["to train on after a spike, roll back to ckpt_3 with its optimizer: no merge did better (docs/resume.md)"]
     assert "spike" not in str(selection.select_checkpoints(run(1, 2, 3, 4), Selection(to_step=3), "sma").notes)
+
+
+def test_an_earlier_result_among_the_inputs_is_an_error_unless_it_is_allowed(tmp_path: Path) -> None:
+    paths = [checkpoint(tmp_path / name) for name in ("step_1", "step_2", "merged-sma-1-2")]
+    (paths[2] / "pmerge.json").write_text("{}")
+    with pytest.raises(UsageError, match="merged-sma-1-2 is an earlier result of pmerge") as found:
+        find_candidates(paths)
+    assert f"pmerge average {paths[0]} {paths[1]}" in found.value.hint and "--allow-merged" in found.value.hint
+    with pytest.raises(UsageError, match="earlier result"):
+        find_candidates([*paths[:2], paths[2] / "model.safetensors"])
+    assert len(find_candidates(paths, Selection(allow_merged=True)).candidates) == 3
+    assert len(find_candidates(tmp_path, Selection(incomplete="error")).candidates) == 2
