@@ -50,6 +50,8 @@ def requests_for(plan: MergePlan, chunk_bytes: int) -> int:
     """About how many requests reading the weights takes that are not on this machine: a link for
     each file, and ranges of it.
     """
+    if all(is_local(checkpoint.path) for checkpoint in plan.inputs):
+        return 0
     links = sum(len(checkpoint.files) for checkpoint in plan.inputs if not is_local(checkpoint.path))
     ranges = 0
     for extent in (extent for file in plan.files for extent in file.extents):

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merge_cli.errors import ChangedError, InputError, PmergeError, StoreError, UnsupportedError
-from merge_cli.formats.logical import View, dtype_of, shape_of, view
+from merge_cli.formats.logical import View, Viewed, dtype_of, shape_of, view
 from merge_cli.formats.opening import Seen, open_checkpoint
-from merge_cli.formats.quantization import Found
 from merge_cli.planning.compatibility import config_differences
 from merge_cli.request.discovery import discover, read_candidate
 
@@ -74,7 +73,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
         candidates.sort(key=lambda candidate: candidate.step or 0)
     notes += [candidate.step_warning.message for candidate in candidates if candidate.step_warning is not None]
     seen = Seen()
-    paired: dict[object, Found] = {}
+    seen_views = Viewed()
     views: list[View] = []
     found: list[Inspection] = []
     broken: dict[str, PmergeError] = {}
@@ -86,7 +85,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
             continue
         unreadable = ""
         try:
-            views.append(view(checkpoint, paired))
+            views.append(view(checkpoint, seen_views))
         except UnsupportedError as error:
             unreadable = error.message
             views.append(View(checkpoint, checkpoint.tensors))

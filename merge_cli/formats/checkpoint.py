@@ -16,16 +16,18 @@ ambiguous.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_cli.errors import IncompleteError, InputError, first_ten
+from merge_cli.formats.alike import Files, Moved
 from merge_cli.formats.safetensors import Header, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
 from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
@@ -89,6 +91,38 @@ class Stored(NamedTuple):
         """The byte offset of the tensor in its file."""
         return self.file.header.data_start + self.info.start
 
+    def moved(self, files: Files) -> Stored:
+        """The tensor of the same name and place in another file."""
+        return Stored(files[self.file], self.name, self.info)
+
+
+class Contents(NamedTuple):
+    """The tensors of a checkpoint's `files`, and `notes` on them for people."""
+
+    layout: str
+    files: tuple[WeightFile, ...]
+    tensors: Mapping[str, Stored]
+    notes: tuple[str, ...] = ()
+
+    def moved(self, files: tuple[WeightFile, ...]) -> Contents:
+        """The contents of other files with the same names and headers, in the same order."""
+        return self._replace(files=files, tensors=Moved(self.tensors, dict(zip(self.files, files, strict=True))))
+
+
+class Opened:
+    """The parts that the checkpoints of a run often share, of those opened so far: headers and
+    indexes by their sha256, contents by both.
+    """
+
+    def __init__(self) -> None:
+        self.headers: dict[str, Header] = {}
+        self.indexes: dict[str, Index] = {}
+        self.contents: dict[object, Contents] = {}
+
+
+Index = tuple[dict[str, str], dict[str, Any]]
+"""The `weight_map` (tensor name -> file name) and `metadata` of an index file."""
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -117,71 +151,86 @@ class Checkpoint:
         return sum(stored.info.end - stored.info.start for stored in self.tensors.values())
 
 
-def open_safetensors(path: StrPath, *, seen: dict[str, Header] | None = None) -> Checkpoint:
+def open_safetensors(path: StrPath, *, seen: Opened | None = None) -> Checkpoint:
     """Open the checkpoint at `path` (a folder, or one `.safetensors` file) and check that it is
     complete.
 
-    `seen` shares parsed headers between checkpoints (see `read_header`). Raises InputError when a
-    file is missing, broken or reaches outside the checkpoint, or when the index and the shards
-    disagree.
+    `seen` shares parsed headers and indexes between checkpoints. Raises InputError when a file is
+    missing, broken or reaches outside the checkpoint, or when the index and the shards disagree.
     """
     path = as_path(path)
     store = open_store(path)
     status = store.stat(path)
-    seen = {} if seen is None else seen
+    seen = seen or Opened()
     if status is not None and status.kind == "file":
         file = _weight_file(store, path, name_of(path), seen)
-        tensors = {name: Stored(file, name, info) for name, info in file.header.tensors.items()}
-        return Checkpoint(path, None, "single", (file,), tensors)
+        alone = _contents((file,), seen, ("one file", file.name), lambda: Contents("single", (file,), _stored((file,))))
+        return Checkpoint(path, None, alone.layout, alone.files, alone.tensors)
     if status is None or status.kind != "folder":
         raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {folder_of(path)}/*" if is_local(path) else "")
     entries = store.list(path)
     names = [entry.name for entry in entries]
     found = [name for name in names if name.endswith(".safetensors")]
     index_name = _choose_index(path, [name for name in names if name.endswith(INDEX_SUFFIX)], found)
-    notes: list[str] = []
     index_metadata: Mapping[str, Any] = {}
     if index_name:
         index = join(path, index_name)
         store.check_inside(path, index)
-        weight_map, index_metadata = read_index(index)
+        weight_map, index_metadata = read_index(index, seen.indexes)
         wanted = sorted(set(weight_map.values()))
         stray = sorted(set(found) - set(wanted))
         named = _open_files(store, path, wanted, names, seen)
         beside = _open_files(store, path, stray, names, seen)
         files = (*named, *beside)
-        tensors, more_notes = _by_index(path, index_name, weight_map, files)
-        _check_no_forgotten_shard(path, index_name, wanted, stray)
-        _check_no_second_set(path, index_name, weight_map, beside)
-        notes += more_notes
-        layout = "index"
+
+        by = (index_name, id(weight_map), *wanted, *stray)
+        contents = _contents(files, seen, by, lambda: _by_index(path, index_name, weight_map, files, beside))
     else:
         wanted = found or _rank_files(store, path, entries)
         if not wanted:
             raise InputError(f"no safetensors files in {path}", hint=_what_is_there(names))
         _check_numbering(path, wanted)
         files = _open_files(store, path, wanted, names, seen)
-        layout, tensors = _without_index(files)
+        contents = _contents(files, seen, tuple(wanted), lambda: _without_index(files))
     store.check_inside(path, join(path, "config.json"))
     return Checkpoint(
         path=path,
         root=path,
-        layout=layout,
-        files=files,
-        tensors=tensors,
+        layout=contents.layout,
+        files=contents.files,
+        tensors=contents.tensors,
         index_name=index_name,
         index_metadata=index_metadata,
         config=read_config(join(path, "config.json")),
-        side_files=list_side_files(path, {file.name for file in files} | {index_name} | set(found)),
-        notes=tuple(notes),
+        side_files=list_side_files(path, {file.name for file in contents.files} | {index_name} | set(found)),
+        notes=tuple(f"{path}: {note}" for note in contents.notes),
     )
 
 
-def read_index(path: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The `weight_map` (tensor name -> file name) and `metadata` of an index file, checked to be of
-    that shape.
+def _contents(files: tuple[WeightFile, ...], seen: Opened, by: tuple[object, ...], read: Callable[[], Contents]) -> Contents:
+    """The contents that `read` finds in `files`, or those of other files with the same headers, if
+    these were read `by` the same index and names.
     """
-    weight_map, metadata = _parse_index(read_file(path, MAX_INDEX_BYTES), path)
+    key = (*by, *(file.header for file in files))
+    if key in seen.contents:
+        return seen.contents[key].moved(files)
+    return seen.contents.setdefault(key, read())
+
+
+def read_index(path: str, seen: dict[str, Index] | None = None) -> Index:
+    """The `weight_map` and `metadata` of an index file, checked to be of that shape; those in
+    `seen` by the sha256 of the file are not parsed again.
+    """
+    raw = read_file(path, MAX_INDEX_BYTES)
+    digest = hashlib.sha256(raw).hexdigest()
+    seen = {} if seen is None else seen
+    if digest not in seen:
+        seen[digest] = _checked_index(raw, path)
+    return seen[digest]
+
+
+def _checked_index(raw: bytes, path: str) -> Index:
+    weight_map, metadata = _parse_index(raw, path)
     if not weight_map:
         raise InputError(f"{path}: `weight_map` must be an object that maps tensors to files, and not empty")
     names = set(weight_map.values())
@@ -192,7 +241,7 @@ def read_index(path: str) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata
 
 
-def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], dict[str, Any]]:
+def _parse_index(raw: bytes, path: str) -> Index:
     weight_map: dict[str, str] = {}
     members: dict[str, Any] = {}
     names: dict[str, str] = {}  # each file name once, however many tensors it holds
@@ -271,9 +320,7 @@ def _choose_index(folder: str, indexes: Sequence[str], found: Sequence[str]) -> 
     return indexes[0] if indexes else ""
 
 
-def _open_files(
-    store: Store, folder: str, names: Sequence[str], listed: Sequence[str], seen: dict[str, Header]
-) -> tuple[WeightFile, ...]:
+def _open_files(store: Store, folder: str, names: Sequence[str], listed: Sequence[str], seen: Opened) -> tuple[WeightFile, ...]:
     there = set(listed)
     missing = [n for n in names if n.split("/")[0] not in there or ("/" in n and store.stat(join(folder, n)) is None)]
     if missing:
@@ -293,17 +340,18 @@ def _open_files(
         return tuple(pool.map(open_file, names))
 
 
-def _weight_file(store: Store, path: str, name: str, seen: dict[str, Header]) -> WeightFile:
+def _weight_file(store: Store, path: str, name: str, seen: Opened) -> WeightFile:
     with closing(store.open(path)) as source:
-        return WeightFile(source, name, read_header(source, seen))
+        return WeightFile(source, name, read_header(source, seen.headers))
 
 
 def _by_index(
-    folder: str, index_name: str, weight_map: Mapping[str, str], files: Sequence[WeightFile]
-) -> tuple[dict[str, Stored], list[str]]:
-    """Tensors in file order. Every name of the index must be in its shard; a tensor that the index
-    forgot is kept, and reported; a copy in a shard that the index does not give for it is ignored,
-    and reported.
+    folder: str, index_name: str, weight_map: Mapping[str, str], files: tuple[WeightFile, ...], beside: Sequence[WeightFile]
+) -> Contents:
+    """Tensors in file order; `beside` are the files that the index does not name.
+
+    Every name of the index must be in its shard; a tensor that the index forgot is kept, and
+    reported; a copy in a shard that the index does not give for it is ignored, and reported.
     """
     tensors: dict[str, Stored] = {}
     forgotten: list[str] = []
@@ -327,9 +375,12 @@ def _by_index(
             details=first_ten(absent),
             hint="the shards belong to another save than the index: save or copy the checkpoint again",
         )
-    notes = [f"{folder}: {line}: not in {index_name}, kept" for line in first_ten(forgotten)]
-    notes += [f"{folder}: {line}: a copy that {index_name} does not point to, ignored" for line in first_ten(copies)]
-    return tensors, notes
+    stray = [file.name for file in beside]
+    _check_no_forgotten_shard(folder, index_name, [file.name for file in files if file.name not in stray], stray)
+    _check_no_second_set(folder, index_name, weight_map, beside)
+    notes = [f"{line}: not in {index_name}, kept" for line in first_ten(forgotten)]
+    notes += [f"{line}: a copy that {index_name} does not point to, ignored" for line in first_ten(copies)]
+    return Contents("index", files, tensors, tuple(notes))
 
 
 def _rank_files(store: Store, folder: str, entries: Sequence[Entry]) -> list[str]:
@@ -406,12 +457,16 @@ def _check_no_second_set(folder: str, index_name: str, weight_map: Mapping[str, 
             )
 
 
-def _without_index(files: Sequence[WeightFile]) -> tuple[str, dict[str, Stored]]:
+def _without_index(files: tuple[WeightFile, ...]) -> Contents:
     counts = Counter(name for file in files for name in file.header.tensors)
     repeated = any(count > 1 for count in counts.values())
     per_rank = repeated or any("/" in file.name for file in files)
     layout = "ranks" if per_rank else "single" if len(files) == 1 else "files"
-    return layout, {
+    return Contents(layout, files, _stored(files, per_rank))
+
+
+def _stored(files: Sequence[WeightFile], per_rank: bool = False) -> dict[str, Stored]:
+    return {
         f"{file.name}:{name}" if per_rank else name: Stored(file, name, info)
         for file in files
         for name, info in file.header.tensors.items()

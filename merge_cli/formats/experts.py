@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping
 
 from merge_cli.errors import UnsupportedError
+from merge_cli.formats.alike import original_of
 from merge_cli.formats.checkpoint import Stored
 from merge_cli.formats.logical import Coded, Logical, Stacked, dtype_of, shape_of
 from merge_cli.formats.safetensors import DTYPES, TensorInfo
@@ -36,7 +37,7 @@ def as_dialect_of(base: Mapping[str, Logical], other: Mapping[str, Logical], whe
     Tensors for which no certain mapping exists stay as they are. Raises UnsupportedError, naming
     the tensor in `where`, for a fused tensor whose rows are not the experts' rows.
     """
-    if base.keys() == other.keys():
+    if original_of(base) is original_of(other) or base.keys() == other.keys():
         return other, ""
     missing = base.keys() - other.keys()
     extra = other.keys() - base.keys()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from merge_cli.formats.alike import Files, Moved, original_of
 from merge_cli.formats.checkpoint import Checkpoint, Stored
 from merge_cli.formats.quantization import Codec, Found, find_quantized
 from merge_cli.formats.safetensors import DTYPES
@@ -29,6 +30,10 @@ class Coded(NamedTuple):
     codec: Codec
     parts: tuple[tuple[str, Stored], ...]
 
+    def moved(self, files: Files) -> Coded:
+        """The same tensor in other files."""
+        return Coded(self.shape, self.codec, tuple((role, part.moved(files)) for role, part in self.parts))
+
 
 class Stacked(NamedTuple):
     """A tensor whose rows are stored as several tensors of equal width, one below the other (see
@@ -37,6 +42,10 @@ class Stacked(NamedTuple):
 
     shape: Shape
     pieces: tuple[Stored | Coded, ...]
+
+    def moved(self, files: Files) -> Stacked:
+        """The same rows in other files."""
+        return Stacked(self.shape, tuple(piece.moved(files) for piece in self.pieces))
 
 
 Logical = Stored | Coded | Stacked
@@ -86,8 +95,9 @@ class View:
     def schemes(self) -> dict[str, int]:
         """How many tensors are quantized by which scheme."""
         counts: dict[str, int] = {}
+        tensors = original_of(self.tensors)
         for key in dict.fromkeys(self.owner.values()):
-            scheme = dtype_of(self.tensors[key])
+            scheme = dtype_of(tensors[key])
             counts[scheme] = counts.get(scheme, 0) + 1
         return counts
 
@@ -97,18 +107,39 @@ class View:
         return sum(math.prod(shape_of(tensor)) for tensor in self.tensors.values())
 
 
-def view(checkpoint: Checkpoint, seen: dict[object, Found] | None = None) -> View:
-    """What the tensors of `checkpoint` mean; `seen` shares the pairing between checkpoints with
-    equal headers and configs.
+class Viewed:
+    """Checkpoints seen so far, to share the pairing of codes and scales between those with equal
+    headers and configs.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[object, Found] = {}
+        self.views: dict[object, View] = {}
+
+
+def view(checkpoint: Checkpoint, seen: Viewed | None = None) -> View:
+    """What the tensors of `checkpoint` mean; `seen` shares it between checkpoints.
 
     Raises UnsupportedError, naming scheme and tensor, for what is quantized and cannot be read.
     """
+    seen = seen or Viewed()
+    same = (id(original_of(checkpoint.tensors)), repr(checkpoint.config))
+    first = seen.views.get(same)
+    if first is None:
+        return seen.views.setdefault(same, _first_view(checkpoint, seen))
+    if first.tensors is first.checkpoint.tensors:
+        return replace(first, checkpoint=checkpoint, tensors=checkpoint.tensors)
+    files = dict(zip(first.checkpoint.files, checkpoint.files, strict=True))
+    return replace(first, checkpoint=checkpoint, tensors=Moved(first.tensors, files))
+
+
+def _first_view(checkpoint: Checkpoint, seen: Viewed) -> View:
     if checkpoint.layout != "ranks":
-        return _view(checkpoint, "", checkpoint.tensors, {} if seen is None else seen)
+        return _view(checkpoint, "", checkpoint.tensors, seen)
     by_file: dict[str, dict[str, Stored]] = {file.name: {} for file in checkpoint.files}
     for stored in checkpoint.tensors.values():
         by_file[stored.file.name][stored.name] = stored
-    parts = [_view(checkpoint, f"{name}:", own, {} if seen is None else seen) for name, own in by_file.items()]
+    parts = [_view(checkpoint, f"{name}:", own, seen) for name, own in by_file.items()]
     return View(
         checkpoint,
         {key: tensor for part in parts for key, tensor in part.tensors.items()},
@@ -118,12 +149,12 @@ def view(checkpoint: Checkpoint, seen: dict[object, Found] | None = None) -> Vie
     )
 
 
-def _view(checkpoint: Checkpoint, prefix: str, stored: Mapping[str, Stored], seen: dict[object, Found]) -> View:
+def _view(checkpoint: Checkpoint, prefix: str, stored: Mapping[str, Stored], seen: Viewed) -> View:
     """The view of tensors by name; keys are the names after `prefix`."""
     same = (prefix, repr(checkpoint.config), tuple(f.header.sha256 for f in checkpoint.files), len(stored))
-    found = seen.get(same)
+    found = seen.found.get(same)
     if found is None:
-        found = seen[same] = find_quantized({name: tensor.info for name, tensor in stored.items()}, checkpoint.config)
+        found = seen.found[same] = find_quantized({name: tensor.info for name, tensor in stored.items()}, checkpoint.config)
     if not found.tensors and not found.activation_scales:
         named = stored if not prefix else {prefix + name: tensor for name, tensor in stored.items()}
         return View(checkpoint, named, leftover_config=found.leftover_config)

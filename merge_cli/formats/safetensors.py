@@ -80,6 +80,11 @@ DATA_ALIGNMENT = 4096  # the data of a written file begins on a page, so that it
 _FIRST_BYTES = 32 << 10  # most headers are shorter: one read brings them whole
 _U64 = 1 << 64
 _ENTRY = re.compile(r"\{[^{}]{0,4096}\}")  # a tensor's entry: nothing nested, and short
+_NUMBER = "(?:0|[1-9][0-9]{0,19})"
+_USUAL_ENTRY = re.compile(
+    rf'{{"dtype":"([A-Z0-9_]+)","shape":\[((?:{_NUMBER}(?:,{_NUMBER})*)?)\],"data_offsets":\[({_NUMBER}),({_NUMBER})\]}}'
+)
+"""An entry as the format's own library writes it: taken apart in half the decoder's time."""
 _FIELDS = "expected an object with exactly the fields dtype, shape and data_offsets"
 
 
@@ -221,10 +226,16 @@ def _read_entries(text: str, path: str) -> tuple[dict[str, str], dict[str, Tenso
             return walk_object(text, at, add_metadata)
         if escapes:
             name.encode()
-        if not _ENTRY.match(text, at):
+        usual = _USUAL_ENTRY.match(text, at)
+        if usual is not None:
+            dtype, shape, start, end = usual.groups()
+            dims = [int(dim) for dim in shape.split(",")] if shape else []
+            tensors[name] = _tensor_info(name, dtype, dims, [int(start), int(end)], path)
+            return usual.end()
+        entry, at = DECODER.raw_decode(text, at) if _ENTRY.match(text, at) else ({}, at)
+        if entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise InputError(f"the header of {path}: tensor `{name[:200]}`: {_FIELDS}")
-        entry, at = DECODER.raw_decode(text, at)
-        tensors[name] = _tensor_info(name, entry, path)
+        tensors[name] = _tensor_info(name, entry["dtype"], entry["shape"], entry["data_offsets"], path)
         return at
 
     end = walk_object(text, 0, add)
@@ -233,13 +244,10 @@ def _read_entries(text: str, path: str) -> tuple[dict[str, str], dict[str, Tenso
     return metadata, tensors
 
 
-def _tensor_info(name: str, entry: Any, path: str) -> TensorInfo:
+def _tensor_info(name: str, dtype: Any, shape: Any, offsets: Any, path: str) -> TensorInfo:
     def refuse(what: str) -> InputError:
         return InputError(f"the header of {path}: tensor `{name[:200]}`: {what}")
 
-    if entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse(_FIELDS)
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if known is None:
         raise refuse(f"unknown dtype {dtype!r:.40}; known are {', '.join(DTYPES)}")

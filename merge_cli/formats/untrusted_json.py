@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 from merge_cli.errors import InputError
@@ -68,7 +69,7 @@ def walk_object(text: str, at: int, visit: Callable[[str, int], int]) -> int:
     while True:
         if not text.startswith('"', at):
             raise ValueError(f"expected a name in double quotes at character {at}")
-        key, at = DECODER.raw_decode(text, at)
+        key, at = scanstring(text, at + 1)
         colon = _COLON.match(text, at)
         if colon is None:
             raise ValueError(f"expected a colon at character {at}")

@@ -5,7 +5,6 @@ for the bytes between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from merge_cli.errors import UsageError
 from merge_cli.formats.checkpoint import Checkpoint, WeightFile
@@ -13,14 +12,12 @@ from merge_cli.formats.dcp.checkpoint import chunk_key
 from merge_cli.formats.dcp.clone import CloneFile, Copied, DcpParts
 from merge_cli.formats.dcp.entries import AVERAGE, BASE
 from merge_cli.formats.dcp.item import Envelope
+from merge_cli.planning.extents import Entry
 from merge_cli.planning.plan import ExtentBuilder, Gap, Location, Output, OutputFile
 from merge_cli.request.spec import MergeSpec
 from merge_cli.stores.store import join
 
-if TYPE_CHECKING:
-    from merge_cli.planning.planner import Entry
-
-Add = Callable[[ExtentBuilder, "Entry", int], None]
+Add = Callable[[ExtentBuilder, Entry, int], None]
 """`add(builder, entry, offset)`: add the extent that makes `entry` from byte `offset` on."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_cli.errors import MismatchError, first_ten
+from merge_cli.formats.alike import original_of
 from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
 from merge_cli.formats.logical import Logical, dtype_of, file_of, kind_of, shape_of
 from merge_cli.formats.side_files import differing_files
@@ -34,7 +35,7 @@ def check_same_tensors(
     shapes: list[tuple[str, int]] = []
     kinds: list[str] = []
     for index, (checkpoint, here) in enumerate(zip(inputs, tensors, strict=True)):
-        if index == base:
+        if original_of(here) is original_of(expected):
             continue
         if here.keys() != expected.keys():
             absent += [f"`{k}`  missing in {checkpoint.path}" for k in expected if k not in here]
@@ -206,10 +207,11 @@ def _mixed_dtypes(tensors: Sequence[Mapping[str, Logical]], base: int, checkpoin
     """A warning where the inputs hold a tensor in other dtypes than the base, which decides the
     output's.
     """
+    others = [here for here in tensors if original_of(here) is not original_of(tensors[base])]
     mixed = [
         key
-        for key, wanted in tensors[base].items()
-        if any(key in here and dtype_of(here[key]) != dtype_of(wanted) for here in tensors)
+        for key, wanted in (tensors[base].items() if others else ())
+        if any(key in here and dtype_of(here[key]) != dtype_of(wanted) for here in others)
     ]
     if not mixed:
         return []

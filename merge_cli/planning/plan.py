@@ -18,10 +18,12 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, TypeVar, overload
 
+from merge_cli.formats.alike import Files
 from merge_cli.formats.checkpoint import Checkpoint, WeightFile
 from merge_cli.formats.quantization import Codec
 from merge_cli.formats.safetensors import DTYPES
@@ -33,6 +35,7 @@ ALGORITHM = 1
 """Raised whenever the same request would give other bytes; part of the fingerprint, so that a
 resumed run never mixes two.
 """
+T = TypeVar("T")
 AVERAGE, GRAM = "average", "gram"
 """The reducers that a work item can name: weighted sums that are written, inner products that are
 handed to the sink.
@@ -45,6 +48,10 @@ class Location(NamedTuple):
     file: WeightFile
     offset: int
     dtype: str
+
+    def moved(self, files: Files) -> Location:
+        """The same place in another file."""
+        return Location(files[self.file], self.offset, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -132,12 +139,59 @@ class PartLocation(NamedTuple):
     offset: int
     num_bytes: int
 
+    def moved(self, files: Files) -> PartLocation:
+        """The same place in another file."""
+        return self._replace(file=files[self.file])
+
 
 class QuantizedSource(NamedTuple):
     """A quantized tensor in one input: `parts` are read, `codec` makes float32 of them."""
 
     codec: Codec
     parts: tuple[PartLocation, ...]
+
+    def moved(self, files: Files) -> QuantizedSource:
+        """The same tensor in other files."""
+        return QuantizedSource(self.codec, tuple(part.moved(files) for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Which inputs have equal headers. `firsts` are the positions of the first of each kind;
+    `of[i]` is the number of the kind of input `i`, and its files by those of the first.
+    """
+
+    firsts: tuple[int, ...]
+    of: tuple[tuple[int, Files], ...]
+
+
+class Sources(Sequence[Location | QuantizedSource]):
+    """The sources of a tensor, one an input. Only those of the first input of each kind are held,
+    as a large plan has some hundred thousand: the others differ in their files alone.
+    """
+
+    __slots__ = ("alike", "firsts")
+
+    def __init__(self, firsts: tuple[Location | QuantizedSource, ...], alike: Alike) -> None:
+        self.firsts = firsts
+        self.alike = alike
+
+    def __len__(self) -> int:
+        return len(self.alike.of)
+
+    @overload
+    def __getitem__(self, i: int) -> Location | QuantizedSource: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Location | QuantizedSource]: ...
+    def __getitem__(self, i: int | slice) -> Location | QuantizedSource | Sequence[Location | QuantizedSource]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        kind, files = self.alike.of[i]
+        return self.firsts[kind].moved(files)
+
+    def spread(self, facts: Sequence[T]) -> tuple[T, ...]:
+        """For each input that of `facts`, on `firsts`, which is true of it."""
+        return tuple(facts[kind] for kind, _ in self.alike.of)
 
 
 class PartOffset(NamedTuple):
@@ -161,7 +215,7 @@ class QuantizedExtent:
 
     key: str
     shape: tuple[int, ...]
-    sources: tuple[Location | QuantizedSource, ...]
+    sources: Sources
     is_copy: bool
     dtype: str
     codec: Codec | None
@@ -181,7 +235,8 @@ class QuantizedExtent:
     @property
     def value_dtypes(self) -> tuple[str, ...]:
         """The dtype in which each input gives its values: codes are decoded to float32."""
-        return tuple("F32" if isinstance(source, QuantizedSource) else source.dtype for source in self.sources)
+        firsts = self.sources.firsts
+        return self.sources.spread(["F32" if isinstance(source, QuantizedSource) else source.dtype for source in firsts])
 
     @property
     def written_dtype(self) -> str:
@@ -201,7 +256,7 @@ class QuantizedExtent:
     @property
     def row_step(self) -> int:
         """Rows that no codec of this run can split."""
-        codecs = [source.codec for source in self.sources if isinstance(source, QuantizedSource)]
+        codecs = [source.codec for source in self.sources.firsts if isinstance(source, QuantizedSource)]
         return math.lcm(*(codec.row_step(self.shape) for codec in [*codecs, *([self.codec] if self.codec else [])]))
 
     def rows_at_once(self, values: int) -> int:
@@ -239,15 +294,13 @@ class QuantizedExtent:
         before it encodes any.
         """
         times = 2 if self.needs_two_passes else 1
-        return tuple(
-            times
-            * (
-                sum(part.num_bytes for part in source.parts)
-                if isinstance(source, QuantizedSource)
-                else DTYPES[source.dtype].num_bytes(self.num_elements)
-            )
-            for source in self.sources
-        )
+        sizes = [
+            sum(part.num_bytes for part in source.parts)
+            if isinstance(source, QuantizedSource)
+            else DTYPES[source.dtype].num_bytes(self.num_elements)
+            for source in self.sources.firsts
+        ]
+        return self.sources.spread([times * size for size in sizes])
 
     @property
     def bytes_read(self) -> int:
@@ -393,7 +446,7 @@ class MergePlan:
         """
         return 0 if extent.is_copy else self.outputs[k].base
 
-    @property
+    @cached_property
     def bytes_to_read(self) -> int:
         """The bytes of weights that are read from all inputs together."""
         return sum(extent.bytes_read for file in self.files for extent in file.extents)
@@ -437,6 +490,7 @@ class ExtentBuilder:
 
     def __init__(self) -> None:
         self.extents: list[Extent | QuantizedExtent] = []
+        self._alike: Alike | None = None
         self._kind = self._dtype = ""
         self._offset = self._count = self._end = 0
         self._sources: tuple[Location, ...] = ()
@@ -453,17 +507,18 @@ class ExtentBuilder:
         end: int,
         count: int,
         sources: Iterable[tuple[Location, int]],
+        alike: Alike | None = None,
     ) -> None:
         """Add a tensor of `count` elements for bytes `offset` to `end`; each source comes with its
-        own size in bytes.
+        own size in bytes: all of them, or those of the first input of each kind in `alike`.
         """
         if not count:
             return
         pairs = list(sources)
         here = [(source.file, source.offset, source.dtype) for source, _ in pairs]
-        if (kind, dtype, offset) != (self._kind, self._dtype, self._end) or here != self._next:
+        if (kind, dtype, offset, alike) != (self._kind, self._dtype, self._end, self._alike) or here != self._next:
             self._close()
-            self._kind, self._dtype, self._offset = kind, dtype, offset
+            self._kind, self._dtype, self._offset, self._alike = kind, dtype, offset, alike
             self._sources = tuple(source for source, _ in pairs)
         self._keys.append(key)
         self._starts.append(self._count)
@@ -488,9 +543,13 @@ class ExtentBuilder:
                     self._dtype,
                     self._offset,
                     self._count,
-                    self._sources,
+                    self._all_sources(),
                     tuple(self._keys),
                     tuple(self._starts),
                 )
             )
         self._keys, self._starts, self._count, self._next = [], [], 0, []
+
+    def _all_sources(self) -> tuple[Location, ...]:
+        alike = self._alike
+        return self._sources if alike is None else tuple(self._sources[kind].moved(files) for kind, files in alike.of)

@@ -13,28 +13,19 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 from merge_cli.errors import UnsupportedError, UsageError, first_ten
+from merge_cli.formats.alike import Moved, original_of
 from merge_cli.formats.checkpoint import SHARD_NUMBER, Checkpoint, Stored
 from merge_cli.formats.dcp.checkpoint import tensor_name
 from merge_cli.formats.experts import as_dialect_of
-from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, kind_of, shape_of, view
-from merge_cli.formats.safetensors import DTYPES, Header, lay_out
+from merge_cli.formats.logical import Coded, Logical, View, Viewed, kind_of, view
+from merge_cli.formats.safetensors import DTYPES
 from merge_cli.formats.side_files import check_side_files
 from merge_cli.planning.clone_files import check_clone, clone_files
 from merge_cli.planning.compatibility import check_same_ranks, check_same_tensors, disagreements
-from merge_cli.planning.plan import (
-    ExtentBuilder,
-    Location,
-    MergePlan,
-    Output,
-    OutputFile,
-    PartLocation,
-    PartOffset,
-    QuantizedExtent,
-    QuantizedSource,
-)
+from merge_cli.planning.extents import Entry, Inputs, add_entry, plan_file
+from merge_cli.planning.plan import MergePlan, Output, OutputFile
 from merge_cli.planning.sums import notes_on_weights
 from merge_cli.request.methods import METHODS
 from merge_cli.request.spec import MergeSpec
@@ -44,23 +35,6 @@ DEQUANTIZED = "BF16"
 ROUTER_BIAS = "e_score_correction_bias"
 _IN_ONE_FILE = ("adapter_model", "consolidated")
 """Stems of weights whose loaders (PEFT, Mistral) know no shards."""
-
-
-class Entry(NamedTuple):
-    """A tensor of the output: `name` in its file, and how it comes about.
-
-    `kind` is one of those of `Extent`, or "quantize": one part, by `role`, of the tensor `key`.
-    `sources` are the inputs to read.
-    """
-
-    key: str
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    kind: str
-    sources: tuple[int, ...]
-    role: str = ""
 
 
 def build_plan(
@@ -77,7 +51,7 @@ def build_plan(
     that cannot be averaged, and UsageError for a glob that matches nothing, or globs that leave
     nothing to average.
     """
-    seen: dict[object, Any] = {}
+    seen = Viewed()
     views = [view(checkpoint, seen) for checkpoint in inputs]
     notes: list[str] = []
     tensors = [_with_cache_scales(views[base], other, _in_base_dialect(views[base], other, notes)) for other in views]
@@ -93,11 +67,12 @@ def build_plan(
         )
     entries = list(_entries(spec, views[base], tensors[base], base, len(inputs), averaged))
     _check_something_is_averaged(spec, entries, len(inputs))
+    planned = Inputs(views, tensors, base)
     if inputs[base].dcp is None:
-        files = tuple(_plan_file(*file, tensors, views, base) for file in _files_of(spec, inputs[base], entries))
+        files = tuple(plan_file(*file, planned) for file in _files_of(spec, inputs[base], entries))
     else:
         check_clone(spec, inputs[base], outputs)
-        files = clone_files(inputs[base], entries, partial(_add_entry, tensors=tensors, views=views, base=base))
+        files = clone_files(inputs[base], entries, partial(add_entry, inputs=planned))
     if METHODS[spec.method].is_explicit and len(outputs) == 1:
         notes += _notes_on_weights(spec, outputs[0], files)
     return MergePlan(
@@ -137,10 +112,19 @@ def _compared(
     """
     if not (spec.include or spec.exclude or spec.int_policy == "newest"):
         return list(tensors)
-    found: list[Mapping[str, Logical]] = [{key: each for key, each in here.items() if averaged(key)} for here in tensors]
+    kept: dict[int, Mapping[str, Logical]] = {}  # of the tensors with this id
+
+    def narrowed(here: Mapping[str, Logical]) -> Mapping[str, Logical]:
+        original = original_of(here)
+        if id(original) not in kept:
+            kept[id(original)] = {key: each for key, each in original.items() if averaged(key)}
+        return here.like(kept[id(original)]) if isinstance(here, Moved) else kept[id(original)]
+
+    found = [narrowed(here) for here in tensors]
     if spec.int_policy == "newest":
         integers = {key: each for key, each in found[base].items() if kind_of(each) == "integer"}
-        for i in set(range(len(found) - 1)) - {base}:
+        different = [i for i, here in enumerate(found[:-1]) if original_of(here) is not original_of(found[base])]
+        for i in different:
             found[i] = {**{key: each for key, each in found[i].items() if kind_of(each) != "integer"}, **integers}
     return found
 
@@ -203,8 +187,9 @@ def _entries(
     equal = everyone[-1:] if spec.int_policy == "newest" else everyone
     equal_kind = "copy" if spec.int_policy == "newest" else "equal"
     activation = set(base_view.activation_scales)
+    tensors = original_of(tensors)  # names, dtypes and shapes are the same there
     codes: list[str] = []
-    for stored_key, stored in base_view.checkpoint.tensors.items():
+    for stored_key, stored in original_of(base_view.checkpoint.tensors).items():
         name, file, info = stored.name, stored.file.name, stored.info
         if stored_key in activation:
             if spec.requantize:
@@ -226,7 +211,7 @@ def _entries(
         elif DTYPES[info.dtype].kind == "float":
             yield Entry(key, name, file, _output_dtype(spec, name, info.dtype), info.shape, "average", everyone)
         elif DTYPES[info.dtype].kind == "code":
-            codes.append(f"`{key}`  {info.dtype}  {stored.file.path}")
+            codes.append(f"`{key}`  {info.dtype}  {base_view.checkpoint.tensors[stored_key].file.path}")
         else:
             yield Entry(key, name, file, info.dtype, info.shape, equal_kind, equal)
     if codes:
@@ -248,7 +233,8 @@ def _glob_filter(spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]], name
     """Which tensors are averaged: those that match an --include (all, where none is given) and no
     --exclude, by `name_of(key)`.
     """
-    names = list(dict.fromkeys(name_of(key) for each in reversed(tensors) for key in each))
+    different = {id(original_of(each)): each for each in reversed(tensors)}.values()
+    names = list(dict.fromkeys(name_of(key) for each in different for key in each))
     patterns = {glob: re.compile(fnmatch.translate(glob)) for glob in (*spec.include, *spec.exclude)}
     for glob, pattern in patterns.items():
         if not any(map(pattern.match, names)):
@@ -308,150 +294,6 @@ def _resharded(shard_bytes: int, base: Checkpoint, entries: Sequence[Entry]) -> 
         )
     metadata = {"format": "pt", **base.files[0].header.metadata}
     return [(name, metadata, [by_name[key] for key in keys]) for name, keys in split.filename_to_tensors.items()]
-
-
-def _plan_file(
-    name: str,
-    metadata: Mapping[str, str],
-    entries: Sequence[Entry],
-    tensors: Sequence[Mapping[str, Logical]],
-    views: Sequence[View],
-    base: int,
-) -> OutputFile:
-    raw, header = lay_out([(entry.name, entry.dtype, entry.shape) for entry in entries], metadata)
-    builder = ExtentBuilder()
-    quantized: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if entry.kind == "quantize":
-            quantized.setdefault(entry.key, []).append(entry)
-    for entry in entries:
-        offset = header.data_start + header.tensors[entry.name].start
-        if entry.kind == "quantize":
-            if parts := quantized.pop(entry.key, None):
-                builder.add_quantized(_quantized_extent(parts, header, tensors, base))
-        else:
-            _add_entry(builder, entry, offset, tensors, views, base)
-    return OutputFile(name, raw, header.file_bytes, builder.finish(), tuple(entry.name for entry in entries))
-
-
-def _add_entry(
-    builder: ExtentBuilder,
-    entry: Entry,
-    offset: int,
-    tensors: Sequence[Mapping[str, Logical]],
-    views: Sequence[View],
-    base: int,
-) -> None:
-    """A tensor that is stored as plain values, or taken over as it is."""
-    if entry.kind == "average":
-        _add_average(builder, entry, offset, [tensors[i][entry.key] for i in entry.sources], base)
-    else:
-        _add_plain(builder, entry, offset, [views[i].checkpoint.tensors for i in entry.sources], tensors)
-
-
-def _add_plain(
-    builder: ExtentBuilder,
-    entry: Entry,
-    offset: int,
-    stored: Sequence[Mapping[str, Stored]],
-    tensors: Sequence[Mapping[str, Logical]],
-) -> None:
-    """A tensor whose bytes are taken over as they are stored: a copy, or integers that must be
-    equal.
-    """
-    found = [_as_stored(entry, here, tensors[i]) for i, here in zip(entry.sources, stored, strict=True)]
-    _add(builder, entry, offset, found)
-
-
-def _as_stored(entry: Entry, stored: Mapping[str, Stored], tensors: Mapping[str, Logical]) -> Stored:
-    """The stored tensor that `entry` takes over: the one it means, or a part of a quantized one
-    that goes by its own name.
-    """
-    tensor = tensors.get(entry.key)
-    if isinstance(tensor, Coded):
-        return dict(tensor.parts)[entry.role]
-    found = tensor if isinstance(tensor, Stored) else stored.get(entry.key)
-    if found is None or found.info.dtype != entry.dtype or found.info.shape != entry.shape:
-        raise UnsupportedError(
-            f"`{entry.name}` cannot be taken over: another checkpoint does not hold it, or holds it in another form",
-            details=[f"expected  {entry.dtype} {list(entry.shape)}"],
-            hint="average without it being written:  leave --requantize out",
-        )
-    return found
-
-
-def _add(builder: ExtentBuilder, entry: Entry, offset: int, found: Sequence[Stored]) -> None:
-    count = math.prod(entry.shape)
-    sources = [(Location(s.file, s.file.header.data_start + s.info.start, s.info.dtype), s.info.end - s.info.start) for s in found]
-    builder.add(entry.key, entry.kind, entry.dtype, offset, offset + DTYPES[entry.dtype].num_bytes(count), count, sources)
-
-
-def _add_average(builder: ExtentBuilder, entry: Entry, offset: int, found: Sequence[Logical], base: int) -> None:
-    """A tensor of plain values; where an input holds it in pieces, each piece by itself."""
-    stacked = next((tensor for tensor in found if isinstance(tensor, Stacked)), None)
-    if stacked is not None:
-        begin = 0
-        for number, piece in enumerate(stacked.pieces):
-            rows, columns = shape_of(piece)
-            size = DTYPES[entry.dtype].num_bytes(rows * columns)
-            part = entry._replace(shape=(rows, columns))
-            here = [t.pieces[number] if isinstance(t, Stacked) else _rows_of(t, begin, rows, columns) for t in found]
-            _add_average(builder, part, offset, here, base)
-            begin, offset = begin + rows, offset + size
-        return
-    plain = [tensor for tensor in found if isinstance(tensor, Stored)]
-    if len(plain) == len(found):
-        _add(builder, entry, offset, plain)
-    elif math.prod(entry.shape):
-        is_copy = len(entry.sources) == 1 and entry.sources == (base,)
-        builder.add_quantized(_extent(entry, found, is_copy, None, base, [PartOffset("", offset)]))
-
-
-def _rows_of(tensor: Logical, begin: int, rows: int, columns: int) -> Stored:
-    """Rows of the 2-D view of a plain tensor as a tensor of their own."""
-    if not isinstance(tensor, Stored):
-        raise UnsupportedError(
-            f"fused quantized experts ({dtype_of(tensor)}, {file_of(tensor)}) cannot be read together with single experts",
-            hint="leave one of the two kinds of checkpoints out",
-        )
-    dtype = DTYPES[tensor.info.dtype]
-    start = tensor.info.start + dtype.num_bytes(begin * columns)
-    end = start + dtype.num_bytes(rows * columns)
-    return tensor._replace(info=tensor.info._replace(shape=(rows, columns), start=start, end=end))
-
-
-def _quantized_extent(
-    parts: Sequence[Entry], header: Header, tensors: Sequence[Mapping[str, Logical]], base: int
-) -> QuantizedExtent:
-    """The run that fills those parts of a requantized tensor that lie in this file."""
-    entry = parts[0]
-    tensor = tensors[base][entry.key]
-    assert isinstance(tensor, Coded)
-    sinks = [PartOffset(part.role, header.data_start + header.tensors[part.name].start) for part in parts]
-    found = [tensors[i][entry.key] for i in entry.sources]
-    return _extent(entry._replace(shape=tensor.shape), found, False, tensor, base, sinks)
-
-
-def _extent(
-    entry: Entry, found: Sequence[Logical], is_copy: bool, like: Coded | None, base: int, sinks: Sequence[PartOffset]
-) -> QuantizedExtent:
-    sources: list[Location | QuantizedSource] = []
-    for tensor in found:
-        if isinstance(tensor, Coded):
-            parts = tuple(
-                PartLocation(role, part.file, part.offset, part.info.end - part.info.start) for role, part in tensor.parts
-            )
-            sources.append(QuantizedSource(tensor.codec, parts))
-        elif isinstance(tensor, Stored):
-            sources.append(Location(tensor.file, tensor.offset, tensor.info.dtype))
-        else:
-            raise UnsupportedError(
-                f"`{entry.key}` is quantized and fused in one checkpoint, {file_of(tensor)} holds single experts",
-                hint="leave one of the two kinds of checkpoints out",
-            )
-    codec = None if like is None else like.codec
-    dtype = "" if like is not None else entry.dtype
-    return QuantizedExtent(entry.key, tuple(entry.shape), tuple(sources), is_copy, dtype, codec, base, tuple(sinks))
 
 
 def stem_of(base: Checkpoint) -> str:

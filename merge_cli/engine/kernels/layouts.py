@@ -13,6 +13,8 @@ from merge_cli.formats.quantization.mxfp4 import MxFp4, MxFp4Transposed
 from merge_cli.formats.quantization.nvfp4 import GROUP as NV_GROUP
 from merge_cli.formats.quantization.nvfp4 import NvFp4
 
+DECODED = (Fp8, Integer, MxFp4, MxFp4Transposed, NvFp4)
+"""The codecs of which `layout_of` gives a layout."""
 _ANY = (1 << 62) - 1  # rows or columns
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from merge_cli.engine.buffers import HostBuffer, page_aligned
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
-from merge_cli.engine.kernels.layouts import Layout, layout_of
+from merge_cli.engine.kernels.layouts import DECODED, Layout, layout_of
 from merge_cli.engine.kernels.native import Job, Kernel, Parts, load
 from merge_cli.engine.nonfinite import nonfinite_error
 from merge_cli.engine.reads import Reads
@@ -30,7 +30,7 @@ def is_native(extent: QuantizedExtent) -> bool:
     """Whether the kernel can make all of this extent: every input decoded, the output plain."""
     if extent.codec is not None or 0 in extent.shape:
         return False
-    return all(isinstance(source, Location) or layout_of(source.codec, extent.shape) for source in extent.sources)
+    return all(isinstance(source, Location) or isinstance(source.codec, DECODED) for source in extent.sources.firsts)
 
 
 class NativeQuantizedReducer:
