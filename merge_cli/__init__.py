@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from merge_cli.features.evaluate import EvaluationPlan, EvaluationResult, evaluate, plan_evaluation, run_evaluation
     from merge_cli.features.finalize import finalize
     from merge_cli.features.forecast import forecast
+    from merge_cli.features.push import Pushed, push
     from merge_cli.features.report import report
     from merge_cli.features.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
     from merge_cli.features.verify import Verification, verify
@@ -47,6 +48,7 @@ __all__ = [
     "EvaluationResult",
     "Forecast",
     "Progress",
+    "Pushed",
     "Rank",
     "SweepPlan",
     "SweepResult",
@@ -67,6 +69,7 @@ __all__ = [
     "plan_evaluation",
     "plan_sweep",
     "plan_watch",
+    "push",
     "report",
     "run_analysis",
     "run_average",
@@ -93,6 +96,7 @@ _HOMES = {
     "Forecast": "trajectory.forecast",
     "TextEvaluator": "trajectory.heldout",
     "finalize": "features.finalize",
+    **dict.fromkeys(["Pushed", "push"], "features.push"),
     "Progress": "output.progress",
     **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "features.sweep"),
     **dict.fromkeys(["Verification", "verify"], "features.verify"),

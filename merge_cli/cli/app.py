@@ -13,6 +13,7 @@ from merge_cli.cli.finalize import finalize_command
 from merge_cli.cli.forecast import forecast_command
 from merge_cli.cli.inspect import inspect_command
 from merge_cli.cli.methods import methods_command
+from merge_cli.cli.push import push_command
 from merge_cli.cli.report import report_command
 from merge_cli.cli.sweep import sweep_command
 from merge_cli.cli.verify import verify_command
@@ -36,6 +37,7 @@ app.command("finalize")(finalize_command)
 app.command("forecast")(forecast_command)
 app.command("inspect")(inspect_command)
 app.command("methods")(methods_command)
+app.command("push")(push_command)
 app.command("report")(report_command)
 app.command("sweep")(sweep_command)
 app.command("verify")(verify_command)

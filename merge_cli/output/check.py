@@ -184,6 +184,11 @@ def look_around(folder: Path, recorded: set[str]) -> tuple[list[str], list[str]]
     return problems, notes
 
 
+def is_for_loaders(name: str) -> bool:
+    """Whether a loader might take a file of this name: weights, an index, code, a configuration."""
+    return f"/{name.casefold()}".endswith((*_WEIGHTS, *_READ_BY_LOADERS))
+
+
 def _names_in(folder: Path, prefix: str) -> Iterator[str]:
     with os.scandir(folder / prefix) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):

@@ -138,7 +138,7 @@ class HubStore:
         return HttpClient(self.endpoint, get_token())
 
     def list(self, path: str) -> Sequence[Entry]:
-        place = _parse(path)
+        place = parse_place(path)
         inside = place.inside + "/" if place.inside else ""
         below = [name[len(inside) :] for name in self._snapshot(place).files if name.startswith(inside)]
         if not below:
@@ -147,7 +147,7 @@ class HubStore:
         return [Entry(name, "file" if name in files else "folder") for name in sorted({name.split("/")[0] for name in below})]
 
     def stat(self, path: str) -> Stat | None:
-        place = _parse(path)
+        place = parse_place(path)
         if not place.inside and (place.repo, place.revision) in self._commits:
             return Stat("folder", 0, 0)
         files = self._snapshot(place).files
@@ -157,14 +157,14 @@ class HubStore:
         return Stat("folder", 0, 0) if not place.inside or any(name.startswith(inside) for name in files) else None
 
     def open(self, path: str) -> HubSource:
-        place = _parse(path)
+        place = parse_place(path)
         snapshot = self._snapshot(place)
         if place.inside not in snapshot.files:
             raise InputError(f"cannot open {path}: no such file in the repository")
         return HubSource(self, path, place, snapshot.commit, snapshot.files[place.inside])
 
     def resolve(self, path: str) -> str:
-        place = _parse(path)
+        place = parse_place(path)
         commit = self._commits.get((place.repo, place.revision)) or self._snapshot(place).commit
         return f"{SCHEME}{place.repo}@{commit}" + (f"/{place.inside}" if place.inside else "")
 
@@ -174,7 +174,7 @@ class HubStore:
         """The revisions, and the folders in them, that a pattern means:
         `hf://org/name@stage1-step*`. Pins are made anew.
         """
-        place = _parse(path)
+        place = parse_place(path)
         with self._lock:
             self._commits = {key: commit for key, commit in self._commits.items() if key[0] != place.repo}
             self._snapshots = {key: each for key, each in self._snapshots.items() if key[0] != place.repo}
@@ -271,7 +271,7 @@ class HubStore:
 STORE = HubStore()
 
 
-def _parse(path: str) -> Place:
+def parse_place(path: str) -> Place:
     """Raises InputError unless `path` is hf://org/name, with or without a revision and a folder."""
     first, _, rest = path.removeprefix(SCHEME).partition("/")
     name, _, inside = rest.partition("/")

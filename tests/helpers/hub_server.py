@@ -12,6 +12,7 @@ huggingface_hub accepts it as a Hub.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -19,13 +20,23 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".distcp", ".bin")
+_REPO = "([^/]+/[^/]+)"
+_SENDING = {
+    "lfs": "/lfs/([0-9a-f]{64})",
+    "yaml": "/api/validate-yaml",
+    "batch": rf"/{_REPO}\.git/info/lfs/objects/batch",
+    "commits": rf"/api/models/{_REPO}/commits/(.+)",
+    "branch": rf"/api/models/{_REPO}/branch/(.+)",
+    "preupload": rf"/api/models/{_REPO}/preupload/(.+)",
+    "commit": rf"/api/models/{_REPO}/commit/(.+)",
+}
 
 
 class Request(NamedTuple):
@@ -54,6 +65,11 @@ class HubServer:
         self.asked: list[str | None] = []
         self.retry_after = "0"
         self.api_faults: list[str] = []
+        self.may_write = True
+        self.history: dict[tuple[str, str], list[str]] = {}  # (repository, branch) -> its commits, newest first
+        self.blobs: dict[str, bytes] = {}  # LFS objects that were uploaded, in a commit or in none
+        self.send_faults: list[str] = []  # one an upload of an LFS object: "503", "403", "lose"
+        self.on_request: Callable[[str], None] = lambda kind: None
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
         hub = self
@@ -73,7 +89,7 @@ class HubServer:
                     with hub._lock:
                         hub.at_once -= 1
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -100,6 +116,7 @@ class HubServer:
         commit = hashlib.sha1(json.dumps([repo, described]).encode()).hexdigest()
         self.commits[commit] = dict(files)
         self.refs.setdefault(repo, {})[ref] = commit
+        self.history.setdefault((repo, ref), []).insert(0, commit)
         return commit
 
     def counts(self) -> dict[str, int]:
@@ -109,13 +126,18 @@ class HubServer:
         parts = urlsplit(h.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
         kind = "cdn" if path.startswith("/cdn/") else "resolve" if "/resolve/" in path else path.rpartition("/")[2]
-        kind = kind if kind in ("cdn", "resolve", "refs") else "info"
+        sending = next((name for name, pattern in _SENDING.items() if re.fullmatch(pattern, path)), None)
+        kind = kind if kind in ("cdn", "resolve", "refs") else sending or "info"
+        body = h.rfile.read(int(h.headers.get("content-length") or 0)) if h.command in ("POST", "PUT") else b""
+        self.on_request(kind)
         with self._lock:
             self.requests.append(Request(kind, h.path, h.headers.get("host", ""), h.headers.get("authorization", "")))
-        if self.token and kind != "cdn" and h.headers.get("authorization") != f"Bearer {self.token}":
+        if self.token and kind not in ("cdn", "lfs") and h.headers.get("authorization") != f"Bearer {self.token}":
             return self._json(h, 401, {"error": "no"}, {"X-Error-Message": "Invalid credentials in Authorization header"})
         if kind != "cdn" and self.api_faults:
             return self._fault(h, self.api_faults.pop(0))
+        if sending:
+            return self._receive(h, sending, path, body)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
             if (refs := self.refs.get(found[1])) is None:
                 return self._missing(h, "RepoNotFound")
@@ -157,6 +179,72 @@ class HubServer:
         link = f"{self.cdn}/cdn/{commit}/{name}?Expires={time.time() + self.link_seconds:.3f}"
         headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Location": link}
         self._reply(h, 302, b"", headers)
+
+    # --- what is sent
+
+    def _receive(self, h: BaseHTTPRequestHandler, kind: str, path: str, body: bytes) -> None:
+        found = re.fullmatch(_SENDING[kind], path)
+        assert found is not None
+        if kind == "lfs":
+            return self._keep(h, found[1], body)
+        if kind == "yaml":
+            return self._json(h, 200, {"warnings": [], "errors": []})
+        if (refs := self.refs.get(found[1])) is None:
+            return self._missing(h, "RepoNotFound")
+        if kind == "commits":
+            commits = self.history.get((found[1], found[2]), [])
+            described = {"date": "2026-11-26T15:00:00.000Z", "authors": [], "title": "", "message": ""}
+            return self._json(h, 200, [{"id": commit, **described} for commit in commits])
+        if not self.may_write:
+            return self._json(h, 403, {"error": "no"}, {"X-Error-Message": "Forbidden: you must use a write token"})
+        if kind == "batch":
+            return self._json(h, 200, {"transfer": "basic", "objects": [self._place(each) for each in json.loads(body)["objects"]]})
+        if kind == "branch":
+            start = json.loads(body)["startingPoint"]
+            refs[found[2]] = start
+            self.history[found[1], found[2]] = [start]
+            return self._json(h, 200, {})
+        if found[2] not in refs:
+            return self._missing(h, "RevisionNotFound")
+        if kind == "preupload":
+            modes = [_mode(each["path"]) for each in json.loads(body)["files"]]
+            return self._json(h, 200, {"files": modes})
+        self._commit(h, found[1], found[2], [json.loads(line) for line in body.splitlines()])
+
+    def _place(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer of LFS for an object: with a link, or without one where it is there."""
+        there = self.blobs.get(wanted["oid"])
+        known = {"oid": wanted["oid"], "size": wanted["size"]}
+        return known if there is not None else {**known, "actions": {"upload": {"href": f"{self.cdn}/lfs/{wanted['oid']}"}}}
+
+    def _keep(self, h: BaseHTTPRequestHandler, oid: str, body: bytes) -> None:
+        fault = self.send_faults.pop(0) if self.send_faults else ""
+        if fault in ("503", "403"):
+            return self._fault(h, fault)
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self._reply(h, 400, b"another hash", {})
+        self.blobs[oid] = body[:-1] if fault == "lose" else body
+        self._reply(h, 200, b"", {})
+
+    def _commit(self, h: BaseHTTPRequestHandler, repo: str, branch: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        parent = self.refs[repo][branch]
+        if lines[0]["value"].get("parentCommit", parent) != parent:
+            return self._json(
+                h, 412, {"error": "no"}, {"X-Error-Message": "A commit has happened since. Please refresh and try again."}
+            )
+        files = dict(self.commits[parent])
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "deletedFile":
+                del files[value["path"]]
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.blobs[value["oid"]]
+            else:
+                files[value["path"]] = base64.b64decode(value["content"])
+        commit = self.commit(repo, branch, files)
+        self._json(h, 200, {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit})
+
+    # --- bytes
 
     def _data(self, h: BaseHTTPRequestHandler, data: bytes, headers: dict[str, str]) -> None:
         with self._lock:
@@ -212,6 +300,10 @@ class HubServer:
         h.end_headers()
         if h.command != "HEAD":
             h.wfile.write(data)
+
+
+def _mode(path: str) -> dict[str, Any]:
+    return {"path": path, "uploadMode": "lfs" if path.endswith(LARGE) else "regular", "shouldIgnore": False}
 
 
 def _git_sha1(data: bytes) -> str:
