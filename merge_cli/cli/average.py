@@ -58,7 +58,7 @@ def average_command(
     is_first = me.source == WORKER and not me.rank and not dry_run
     with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
         with errors_said_once(me):
-            plan = plan_average(paths, output, rank=me, **given)
+            plan = plan_average(paths, output, rank=me, typed=sys.argv[1:], **given)
         if not quiet:
             show_plan(plan)
         if dry_run:

@@ -69,6 +69,7 @@ def sweep_command(
                 at=split_list("--at", at),
                 combinations=read_list(list_file) if list_file is not None else (),
                 rank=me,
+                typed=sys.argv[1:],
                 **given,
             )
         if not quiet:

@@ -20,7 +20,7 @@ from merge_cli.formats.twins import twin_warnings
 from merge_cli.planning.plan import MergePlan, Output
 from merge_cli.planning.planner import build_plan
 from merge_cli.ranks.launcher import Rank
-from merge_cli.request.destination import default_destination, destination_of
+from merge_cli.request.destination import default_destination, default_destinations, destination_of
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import check_tokens_per_step, coefficients_of, select_checkpoints
@@ -84,6 +84,7 @@ def plan_average(
     spec: MergeSpec | None = None,
     run: RunConfig | None = None,
     rank: Rank | None = None,
+    typed: Sequence[str] = (),
     **options: Any,
 ) -> AveragePlan:
     """Plan the average of the checkpoints at `paths` (folders, files, or one run folder) into the
@@ -91,7 +92,9 @@ def plan_average(
 
     `selection`, `spec` and `run` hold the options; a keyword of theirs (`last=6`, `method="ema"`,
     `alpha=0.1`, `memory="4GiB"`) is laid over them. `rank` is this process if several make one
-    average. Without `output` the result goes to `./merged-<method>-<oldest step>-<newest step>`.
+    average, `typed` its words on the command line: a command that began before the run had grown
+    keeps its checkpoints. Without `output` the result goes to `./merged-<method>-<oldest
+    step>-<newest step>`.
 
     Raises UsageError, InputError, MismatchError or UnsupportedError. Problems that would only stop
     the writing (an existing destination, too little space) are in `findings` instead, so that a
@@ -103,6 +106,11 @@ def plan_average(
     if run.verify_resume and not rank.is_alone:
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
     found, skipped, left_out = find_candidates(paths, selection)
+    if typed and not run.restart:
+        from merge_cli.output.resumed import keep_selected
+
+        found, newer = keep_selected(found, [destination] if destination else default_destinations(spec.method), typed)
+        skipped += newer
     check_tokens_per_step(selection.tokens_per_step, selection.amounts.values())
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates

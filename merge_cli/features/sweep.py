@@ -152,6 +152,7 @@ def plan_sweep(
     spec: MergeSpec | None = None,
     run: RunConfig | None = None,
     rank: Rank | None = None,
+    typed: Sequence[str] = (),
     **options: Any,
 ) -> SweepPlan:
     """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`.
@@ -161,7 +162,7 @@ def plan_sweep(
     combination without its checkpoints is skipped; of several with equal inputs and coefficients
     the first is made. `spec` and `run` hold the options of all outputs; a keyword of theirs
     (`dtype="fp32"`, `memory="4GiB"`) is laid over them. `rank` is this process if several make one
-    sweep.
+    sweep, `typed` as in `plan_average`.
 
     Raises UsageError (also if no combination is left), InputError, MismatchError or
     UnsupportedError. Problems that would only stop the writing are in `findings`.
@@ -182,6 +183,11 @@ def plan_sweep(
     for flag, amount in {flag: amount for each in asked for flag, amount in each.amounts.items()}.items():
         parse_amount(amount, selection.tokens_per_step, option=flag)
     candidates, notes, left_out = find_candidates(paths, selection)
+    if typed and not run.restart:
+        from merge_cli.output.resumed import keep_selected
+
+        candidates, newer = keep_selected(candidates, [folder / each.name for each in wanted], typed)
+        notes += newer
     chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, selection)
     inputs, merges = _plan_groups(spec, chosen)
     for checkpoint in inputs:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_cli.errors import UsageError
+from merge_cli.names import STAGING_SUFFIX
 from merge_cli.request.labels import Candidate
 from merge_cli.stores.store import StrPath, as_path, name_of
 
@@ -33,3 +34,9 @@ def default_destination(method: str, candidates: Sequence[Candidate]) -> Path:
     ends = [candidates[0], candidates[-1]]
     labels = [str(c.step) if c.step is not None else name_of(c.path).removesuffix(".safetensors") for c in ends]
     return Path(f"merged-{method}-{labels[0]}-{labels[1]}")
+
+
+def default_destinations(method: str) -> list[Path]:
+    """The destinations in the current folder that have such a name, finished or not."""
+    there = Path().glob(f"merged-{method}-*")
+    return sorted({path.with_name(path.name.removesuffix(STAGING_SUFFIX)) for path in there})
