@@ -141,9 +141,9 @@ def flags() -> dict[str, list[str]]:
     """
     import typer
 
-    from merge_cli.cli.app import app
+    from merge_cli.cli.app import make_app
 
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(make_app())
     return {
         name: sorted(word for parameter in each.params for word in (*parameter.opts, *parameter.secondary_opts))
         for name, each in sorted({"pmerge": command, **command.commands}.items())  # type: ignore[attr-defined]

@@ -38,11 +38,11 @@ SCRIPT = """
 import json, sys
 from typer.testing import CliRunner
 from merge_cli import average, finalize, plan_average, sweep, verify
-from merge_cli.cli.app import app
+from merge_cli.cli.app import make_app
 from merge_cli.errors import PmergeError
 
 def pmerge(*arguments):
-    done = CliRunner().invoke(app, list(map(str, arguments)))
+    done = CliRunner().invoke(make_app(), list(map(str, arguments)))
     return done.stdout or str(done.exception)
 
 def refused(call):

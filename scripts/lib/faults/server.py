@@ -58,9 +58,10 @@ def import_everything() -> None:
     from safetensors.torch import save_file
 
     import merge_cli
-    from merge_cli.cli.app import app
+    from merge_cli.cli.app import make_app
 
     torch.set_num_threads(1)
+    app = make_app()
     package = Path(merge_cli.__file__).parent
     for path in package.rglob("*.py"):  # pkgutil would take the library of the kernels for a module
         importlib.import_module(".".join(("merge_cli", *path.relative_to(package).with_suffix("").parts)).removesuffix(".__init__"))
