@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_cli.errors import OutputError
 from merge_cli.output.existing import read_manifest
 from merge_cli.output.joint import JointDestination
 from merge_cli.output.manifest import count_nonfinite
@@ -159,8 +160,13 @@ def _publish(job: Job, finished: Sequence[Destination]) -> dict[Path, Mapping[st
     waiting = [each for each in finished if not each.is_published]
     waiting.sort(key=lambda each: each.folder.path)  # the same order in all ranks, which wait for each other
     ready = [(each, records) for each in waiting if (records := each.begin_to_publish())]
-    if ready:
-        publish(job.merge, ready, job.command)
+    try:
+        if ready:
+            publish(job.merge, ready, job.command)
+    except OutputError:
+        if not all(isinstance(each, JointDestination) and each.is_over() for each, _ in ready):
+            raise
+        ready = []  # where a lock failed, another rank has published the same bytes meanwhile
     return {each.folder.destination: records for each, records in ready}
 
 

@@ -22,8 +22,8 @@ class Writer(Protocol):
         """
 
     def finish(self) -> str:
-        """Make the bytes durable under their name; the sha256 of a whole file, "" for a piece of
-        one.
+        """Make the bytes durable under their name; the result for the record: the sha256 of a whole
+        file, the inode number of the file for a piece of one.
         """
 
     def abandon(self) -> None:

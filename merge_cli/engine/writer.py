@@ -1,13 +1,16 @@
 """Write one output file at planned offsets, from several threads, and know its sha256 at the end.
 
-The file grows under a `.partial` name and its header is written last, so that a torn file can never
-be read as a checkpoint. The sha256 follows the contiguous front of what has been written: a chunk
-that extends the front is hashed from memory, chunks that came early are read back when the front
-reaches them. Bytes between values that depend on the CRC-32 of those before them (see `Gap`) are
-written as the front passes.
+The file grows in `partial/` of the staging folder and its header is written last, so that a torn
+file can never be read as a checkpoint. A whole file has a name of its process there, so two
+processes that write the same file, because a lock failed, cannot disturb each other: the second to
+finish replaces the file by the same bytes. The sha256 follows the contiguous front of what has been
+written: a chunk that extends the front is hashed from memory, chunks that came early are read back
+when the front reaches them. Bytes between values that depend on the CRC-32 of those before them
+(see `Gap`) are written as the front passes.
 
-Several processes, also on several hosts, may write pieces of one file; whoever finds all of them
-durable reads the file once, for its sha256, and completes it.
+Several processes, also on several hosts, may write pieces of one file, at the same name; whoever
+finds all of them durable reads the file once, for its sha256, and completes it. Two that write one
+piece write the same bytes at the same place.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ import os
 import threading
 import zlib
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from merge_cli.planning.plan import OutputFile, WorkItem
-from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, open_own, output_error, reserve, write_all
+from merge_cli.system.durable import fsync_file, output_error, reserve, write_all
 from merge_cli.system.files import pieces_of
+from merge_cli.system.held import GROWING, HeldFolder, escaped, own_name
+
+CHECKPOINT = "checkpoint"  # the folder in the staging folder that has the complete files
 
 
 class ShardWriter:
@@ -29,10 +36,11 @@ class ShardWriter:
     file returns True.
     """
 
-    def __init__(self, file: OutputFile, folder: Path) -> None:
+    def __init__(self, file: OutputFile, staging: HeldFolder) -> None:
         self.file = file
-        self.path = folder / file.name
-        self.partial = partial_path(self.path)
+        self.path = final_path(staging, file)
+        self._staging = staging
+        self._own = own_name(file.name)
         self._lock = threading.Lock()
         self._remaining = file.value_bytes
         self._front = len(file.header)
@@ -40,12 +48,11 @@ class ShardWriter:
         self._hashing = False
         self._hash = _FrontHash(file)
         try:
-            make_folder(self.path.parent)
-            self._fd = open_own(self.partial, os.O_RDWR | os.O_TRUNC)
+            self._fd = staging.open(self._own, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         except OSError as error:
-            raise output_error(error, f"cannot create {self.partial}", self.partial, file.file_bytes) from error
+            raise output_error(error, f"cannot create {self.path}", self.path, file.file_bytes) from error
         try:
-            reserve(self._fd, file.file_bytes, self.partial)
+            reserve(self._fd, file.file_bytes, self.path)
         except BaseException:
             self.abandon()
             raise
@@ -59,7 +66,7 @@ class ShardWriter:
         """Write `data` at byte `offset`; True for the one call after which all data is written and
         hashed.
         """
-        write_all(self._fd, data, offset, self.partial)
+        write_all(self._fd, data, offset, self.path)
         with self._lock:
             self._remaining -= len(data)
             self._written[offset] = offset + len(data)
@@ -76,26 +83,35 @@ class ShardWriter:
         while True:
             with self._lock:
                 front = self._written.pop(start)
-            front = self._hash.fill_gaps(front, self._fd, self.partial)
+            front = self._hash.fill_gaps(front, self._fd, self.path)
             with self._lock:
                 self._front = start = front
                 end = self._written.get(start)
                 if end is None:
                     self._hashing = False
                     return self._remaining == 0 and not self._written
-            _hash_range(self._fd, start, end, self._hash, self.partial)
+            _hash_range(self._fd, start, end, self._hash, self.path)
 
     def finish(self) -> str:
         """Write the header, fsync, rename to the final name, fsync the folder; the file's sha256."""
         fd, self._fd = self._fd, -1
-        _complete(fd, self.file, self.path)
+        try:
+            _complete(fd, self.file, self._staging, self._own)
+        except BaseException:
+            self._remove()
+            raise
         return self._hash.sha256.hexdigest()
 
     def abandon(self) -> None:
-        """Close the file, leaving the partial one where it is."""
+        """Close the file and remove it: nobody else could go on with it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self._remove()
+
+    def _remove(self) -> None:
+        with suppress(OSError):
+            self._staging.remove(self._own)
 
 
 class PieceWriter:
@@ -103,17 +119,17 @@ class PieceWriter:
     plan says.
     """
 
-    def __init__(self, file: OutputFile, folder: Path, num_bytes: int) -> None:
-        self.partial = partial_path(folder / file.name)
+    def __init__(self, file: OutputFile, staging: HeldFolder, num_bytes: int) -> None:
+        self.path = final_path(staging, file)
+        self._staging = staging
         self._lock = threading.Lock()
         self._remaining = num_bytes
         try:
-            make_folder(self.partial.parent)
-            self._fd = open_own(self.partial, os.O_RDWR)
+            self._fd = staging.open(pieces_name(file), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise output_error(error, f"cannot create {self.partial}", self.partial, file.file_bytes) from error
+            raise output_error(error, f"cannot create {self.path}", self.path, file.file_bytes) from error
         try:
-            reserve(self._fd, file.file_bytes, self.partial)
+            reserve(self._fd, file.file_bytes, self.path)
         except BaseException:
             self.abandon()
             raise
@@ -127,22 +143,25 @@ class PieceWriter:
         """Write `data` at byte `offset`; True for the one call after which all of the piece is
         written.
         """
-        write_all(self._fd, data, offset, self.partial)
+        write_all(self._fd, data, offset, self.path)
         with self._lock:
             self._remaining -= len(data)
             return self._remaining == 0
 
     def finish(self) -> str:
-        """Sync the piece and the name of its file; there is no sha256 yet."""
+        """Sync the piece and the name of its file; its inode, as that name may be another file's by
+        now.
+        """
         fd, self._fd = self._fd, -1
         try:
+            inode = os.fstat(fd).st_ino
             fsync_file(fd)
-            fsync_folder(self.partial.parent)
+            self._staging.sync(GROWING)
         except OSError as error:
-            raise output_error(error, f"cannot make a piece of {self.partial} durable", self.partial) from error
+            raise output_error(error, f"cannot make a piece of {self.path} durable", self.path) from error
         finally:
             os.close(fd)
-        return ""
+        return str(inode)
 
     def abandon(self) -> None:
         """Close the file, leaving it where it is."""
@@ -151,27 +170,25 @@ class PieceWriter:
             self._fd = -1
 
 
-def assemble(file: OutputFile, folder: Path) -> str:
-    """Complete a file of which every piece is durable under its partial name; the file's sha256.
-    Raises OutputError.
-    """
-    path = folder / file.name
+def assemble(file: OutputFile, staging: HeldFolder) -> str:
+    """Complete a file of which every piece is durable; the file's sha256. Raises OutputError."""
+    path, pieces, whole = final_path(staging, file), pieces_name(file), final_name(file)
     found = _FrontHash(file)
     try:
-        if path.exists() and not partial_path(path).exists():
-            path.rename(partial_path(path))  # whoever completed it died before the sha256 was recorded
-        fd = os.open(partial_path(path), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if not staging.exists(pieces) and staging.exists(whole):
+            staging.rename(whole, pieces)  # whoever completed it died before the sha256 was recorded
+        fd = staging.open(pieces, os.O_RDWR)
     except OSError as error:
-        raise output_error(error, f"cannot open {partial_path(path)}", path) from error
+        raise output_error(error, f"cannot open the pieces of {path}", path) from error
     try:
         start = len(file.header)
         for end in (*(gap.offset for gap in file.gaps), file.file_bytes):
-            _hash_range(fd, start, end, found, partial_path(path))
-            start = found.fill_gaps(end, fd, partial_path(path))
+            _hash_range(fd, start, end, found, path)
+            start = found.fill_gaps(end, fd, path)
     except BaseException:
         os.close(fd)
         raise
-    _complete(fd, file, path)
+    _complete(fd, file, staging, pieces)
     return found.sha256.hexdigest()
 
 
@@ -201,9 +218,19 @@ class _FrontHash:
         return front
 
 
-def partial_path(path: Path) -> Path:
-    """Where a file grows before it is complete."""
-    return path.with_name(path.name + ".partial")
+def final_name(file: OutputFile) -> str:
+    """A complete file's name in the staging folder."""
+    return f"{CHECKPOINT}/{file.name}"
+
+
+def final_path(staging: HeldFolder, file: OutputFile) -> Path:
+    """The same as a path, for messages."""
+    return staging.path / CHECKPOINT / file.name
+
+
+def pieces_name(file: OutputFile) -> str:
+    """The name in the staging folder that a file has while several processes write pieces of it."""
+    return f"{GROWING}/{escaped(file.name)}.partial"
 
 
 def _hash_range(fd: int, start: int, end: int, found: _FrontHash, path: Path) -> None:
@@ -215,22 +242,21 @@ def _hash_range(fd: int, start: int, end: int, found: _FrontHash, path: Path) ->
         raise output_error(error, f"cannot read back {path} at byte {start}", path) from error
 
 
-def _complete(fd: int, file: OutputFile, path: Path) -> None:
+def _complete(fd: int, file: OutputFile, staging: HeldFolder, growing: str) -> None:
     """Write the header, fsync and close `fd`, give the file its final name, fsync the folder."""
+    path = final_path(staging, file)
     try:
-        write_all(fd, memoryview(file.header), 0, partial_path(path))
-        fsync_file(fd)
-    except OSError as error:
-        raise output_error(error, f"cannot complete {path}", path, file.file_bytes) from error
-    finally:
-        os.close(fd)
-    try:
-        partial_path(path).rename(path)
-        fsync_folder(path.parent)
+        try:
+            write_all(fd, memoryview(file.header), 0, path)
+            fsync_file(fd)
+        finally:
+            os.close(fd)
+        staging.rename(growing, final_name(file))
+        staging.sync(str(Path(final_name(file)).parent))
     except OSError as error:
         raise output_error(error, f"cannot complete {path}", path, file.file_bytes) from error
 
 
-def shard_writer(item: WorkItem, folder: Path) -> ShardWriter | PieceWriter:
-    """The writer of a work item into `folder`."""
-    return ShardWriter(item.file, folder) if item.is_whole else PieceWriter(item.file, folder, item.bytes_to_write)
+def shard_writer(item: WorkItem, staging: HeldFolder) -> ShardWriter | PieceWriter:
+    """The writer of a work item into the staging folder."""
+    return ShardWriter(item.file, staging) if item.is_whole else PieceWriter(item.file, staging, item.bytes_to_write)

@@ -4,15 +4,19 @@
 
     state.json      the request: options, fingerprints of the inputs, hash of the plan; and the command that began
     lock            held (flock) by the run that works on it
+    partial/        files as they are written, each under a name of its process, see `engine/writer.py`
     done/           one record per finished file, see `records.py`
-    checkpoint/     the result as it grows: shards, then side files and pmerge.json, the index last
+    checkpoint/     the complete files: shards, then side files and pmerge.json, the index last
     claims/, ranks/, control    with several ranks, see `joint.py`
     publish.json    the checkpoint that is about to get the final name, see `publish.py`
     replaced/       with --overwrite, the old result in the moment between two renames
 
 A run that dies leaves the staging folder, and the same command continues with the files that are
 not done. A staging folder of another request, or of inputs that have changed since, is an error
-that names the differences: nothing is ever mixed.
+that names the differences: nothing is ever mixed. A run holds the folder, and the one above, open
+from the moment in which it has the lock, and works through these descriptors (`system/held.py`): if
+somebody removes the folder and another run begins there, the first one fails and the second never
+notices.
 
 This module knows the names and the content. Who may touch them when is decided by `solo.py`,
 `joint.py`, and `publish.py`.
@@ -22,8 +26,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -32,18 +36,21 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.engine.sink import Writer
-from merge_cli.engine.writer import shard_writer
+from merge_cli.engine.writer import CHECKPOINT, shard_writer
 from merge_cli.errors import OutputError, first_ten
 from merge_cli.formats.checkpoint import recorded_fingerprint
 from merge_cli.names import STAGING_SUFFIX
-from merge_cli.output.records import Records
+from merge_cli.output.lock import Lock
+from merge_cli.output.records import DONE, Records
 from merge_cli.output.schema import SCHEMA, check_schema
+from merge_cli.output.trust import check_made_by_us
 from merge_cli.planning.plan import WorkItem
-from merge_cli.system.durable import write_file
 from merge_cli.system.files import read_json
+from merge_cli.system.held import GROWING, HeldFolder, is_of_dead
 
 _DERIVED = {"coefficients", "rational", "plan"}  # of a state: they follow from the request and the inputs
-_WITHOUT_STATE = {"lock", "lock.owner", "control", "control.owner", "state.json.partial"}
+_WITHOUT_STATE = {"lock", "lock.owner", "control", "control.owner", GROWING}
+_STATE, _PUBLISH = "state.json", "publish.json"
 
 
 def staging_path(destination: Path) -> Path:
@@ -57,19 +64,54 @@ class StagingFolder:
     def __init__(self, destination: Path, state: Mapping[str, Any]) -> None:
         self.destination = destination
         self.path = staging_path(destination)
-        self.checkpoint = self.path / "checkpoint"
-        self.claims = self.path / "claims"
+        self.checkpoint = self.path / CHECKPOINT
         self.ranks = self.path / "ranks"
         self.replaced = self.path / "replaced"
-        self.state_file = self.path / "state.json"
-        self.publish_file = self.path / "publish.json"
+        self.state_file = self.path / _STATE
+        self.publish_file = self.path / _PUBLISH
         self.state: Mapping[str, Any] = json.loads(json.dumps(state))
-        self.records = Records(self.path / "done", self.checkpoint, _hash_of(self.state))
+        self.above = HeldFolder(destination.parent)
+        self.held = HeldFolder(self.path)
+        self.records = Records(self.held, _hash_of(self.state))
 
-    def make(self, *more: Path) -> None:
+    def hold(self, *locks: Lock) -> None:
+        """Hold the folder in which these locks are, and the one above. Raises OSError or
+        OutputError.
+        """
+        self.above.hold()
+        self.held.hold(within=self.above)
+        if not all(lock.is_in(self.held) for lock in locks):
+            raise self.exchanged()
+        if os.fstat(self.held.fd).st_dev != os.fstat(self.above.fd).st_dev:
+            raise OutputError(
+                f"{self.path} is on another filesystem than {self.destination.parent}: nothing can be renamed from there",
+                hint=f"remove it, or unmount it:  ls -ld {shlex.quote(str(self.path))}",
+            )
+
+    def release(self) -> None:
+        """Hold the folder no longer."""
+        self.held.release()
+        self.above.release()
+
+    def is_exchanged(self) -> bool:
+        """Whether the folder that is held has lost its name, or is another one now."""
+        return self.held.fd >= 0 and not self.held.is_same()
+
+    def exchanged(self) -> OutputError:
+        """The error for a folder that has lost its name."""
+        return OutputError(
+            f"{self.path} was removed or exchanged while this run worked in it: its work is lost, and nothing was published",
+            hint="find out who did that, then run the same command again",
+        )
+
+    def check_made_by_us(self, *, thoroughly: bool = True) -> None:
+        """Raise OutputError if anything in the folder is a link or belongs to another user."""
+        self.owners = check_made_by_us(self.path, thoroughly=thoroughly)
+
+    def make(self, *more: str) -> None:
         """Create the folders, and state.json unless it is there. Raises OSError or OutputError."""
-        for part in (self.records.folder, self.checkpoint, *more):
-            part.mkdir(exist_ok=True)
+        for part in (GROWING, DONE, CHECKPOINT, *more):
+            self.held.make_folder(part)
         if not self.state_file.exists():
             about = "an unfinished pmerge run: run the same command again to continue it, with --restart to begin afresh"
             made_by = {
@@ -78,7 +120,7 @@ class StagingFolder:
                 "command": shlex.join(["pmerge", *sys.argv[1:]]),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             }
-            write_file(self.state_file, json.dumps({**made_by, "state": self.state}, indent=2).encode())
+            self.held.write_file(_STATE, json.dumps({**made_by, "state": self.state}, indent=2).encode())
         self.records.request = _hash_of(read_json(self.state_file).get("state"))  # of an older version: in its form
 
     def recorded_state(self) -> dict[str, Any]:
@@ -87,7 +129,15 @@ class StagingFolder:
 
     def writer(self, item: WorkItem) -> Writer:
         """A writer of a file, or of a piece of one, in the growing checkpoint."""
-        return shard_writer(item, self.checkpoint)
+        return shard_writer(item, self.held)
+
+    def note_publishing(self, marker: Mapping[str, Any]) -> None:
+        """Write publish.json."""
+        self.held.write_file(_PUBLISH, json.dumps(marker).encode())
+
+    def forget_publishing(self) -> None:
+        """Remove publish.json."""
+        self.held.remove(_PUBLISH)
 
     def check_schema(self) -> None:
         """Raise OutputError if a newer version of pmerge began the folder."""
@@ -110,8 +160,8 @@ class StagingFolder:
         self.check_schema()
         if self.recorded_state() == self.state:
             return
-        if not any(self.records.folder.glob("*.json")):  # nothing is finished: nothing is lost by beginning afresh
-            self.state_file.unlink()
+        if not self.records.names():  # nothing is finished: nothing is lost by beginning afresh
+            self.held.remove(_STATE)
             return
         older = ", or of an older version of pmerge" if read_json(self.state_file).get("schema", 0) < SCHEMA else ""
         raise OutputError(
@@ -135,15 +185,20 @@ class StagingFolder:
 
     def discard(self) -> None:
         """Remove the work of an earlier run, and nothing else. Raises OSError."""
-        for part in (self.records.folder, self.checkpoint, self.claims, self.ranks):
-            _remove(part)
-        self.state_file.unlink(missing_ok=True)
+        for part in (DONE, CHECKPOINT, GROWING, "claims", "ranks", _STATE):
+            self.held.remove(part)
+
+    def remove_left_by_dead(self) -> None:
+        """Remove the torn files of processes that are known to be dead. Raises OSError."""
+        for name in self.held.names(GROWING):
+            if is_of_dead(name):
+                self.held.remove(f"{GROWING}/{name}")
 
     def remove_content(self) -> None:
         """Remove all that any run writes into the folder, but for the locks. Raises OSError."""
-        _remove(self.replaced)
+        self.held.remove("replaced")
         self.discard()
-        self.publish_file.unlink(missing_ok=True)
+        self.forget_publishing()
 
     def remove_if_empty(self) -> None:
         """Remove the folder unless there is something in it, which is then somebody else's."""
@@ -178,11 +233,3 @@ def differences(was: Any, now: Any, where: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value) if not isinstance(value, dict) else "present"
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder if it is there. Raises OSError; its `ignore_errors` would make `rmtree`
-    swallow an interruption.
-    """
-    if folder.exists():
-        shutil.rmtree(folder)

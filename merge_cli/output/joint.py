@@ -15,8 +15,10 @@ publishes: whoever comes last sees everything, since it looks after it has writt
 
 Not guaranteed: that ranks take over from each other where the filesystem has no flock; each then
 does its own share, and those of dead ranks wait for the same ranks to be run again. Where flock is
-local to each host (NFS with local_lock, Lustre with localflock), two hosts may do a piece twice,
-with the same bytes.
+local to each host (NFS with local_lock, Lustre with localflock), or a lease has expired, two hosts
+may do a piece or a file twice, with the same bytes: nothing depends on a claim but the time. A rank
+that finds its file recorded by another throws its own away, and one that finds the result published
+is through.
 """
 
 from __future__ import annotations
@@ -36,17 +38,18 @@ from merge_cli.output.existing import already_there, is_in_the_way, is_published
 from merge_cli.output.folder import StagingFolder
 from merge_cli.output.lock import Lock, flock
 from merge_cli.output.publish import recover
-from merge_cli.output.records import FileRecord, escaped
-from merge_cli.output.sink import Claim
+from merge_cli.output.records import FileRecord
+from merge_cli.output.sink import Claim, Discard
 from merge_cli.output.solo import complete_records
-from merge_cli.output.trust import check_made_by_us
 from merge_cli.planning.plan import MergePlan, OutputFile, WorkItem
 from merge_cli.planning.record import describe
 from merge_cli.ranks.launcher import Rank
 from merge_cli.request.spec import RunConfig
-from merge_cli.system.durable import open_own, output_error
+from merge_cli.system.durable import output_error
 from merge_cli.system.files import read_json
+from merge_cli.system.held import escaped
 
+_CLAIMS = "claims"
 _CONTROL_WAIT_S = 300.0
 _SHARED_WAIT_S = 2.0
 
@@ -82,6 +85,7 @@ class JointDestination:
         try:
             with self._control:
                 self._lock.acquire()
+                self.folder.hold(self._lock, self._control)
                 self._join()
         except OSError as error:
             self.__exit__()
@@ -96,39 +100,41 @@ class JointDestination:
             if fd >= 0:
                 os.close(fd)
         self._claims.clear()
+        is_exchanged = not self.is_published and self.folder.is_exchanged()
         self._lock.release()
         self._control.release()
+        self.folder.release()
         if self._is_cleaned:
             self.folder.remove_if_empty()  # after the release: NFS keeps an open file that is removed under another name
+        elif is_exchanged and any(isinstance(each, OutputError) for each in exc):
+            raise self.folder.exchanged()
 
     # --- the folder
 
     def _join(self) -> None:
         folder = self.folder
-        check_made_by_us(folder.path, thoroughly=not self._lock.has_flock or self._lock.is_alone())
+        is_alone = self._lock.has_flock and self._lock.is_alone()
+        folder.check_made_by_us(thoroughly=is_alone or not self._lock.has_flock)
         if self._find_published(hashed=self.overwrite or self._run.verify_existing):
             self.reused = len(self.merge.files)
             return
         if is_in_the_way(folder.destination) and not self.overwrite:
             raise already_there(folder.destination, self.merge)
         self._keep_or_discard()
-        folder.make(folder.claims, folder.ranks)
+        folder.make(_CLAIMS, "ranks")
         self._agree_on_world_size()
-        if not self._lock.has_flock or self._lock.is_alone():
+        if is_alone or not self._lock.has_flock:
             folder.records.drop_stale(self.merge.files)
+        if is_alone:
+            folder.remove_left_by_dead()
         self.reused = len(self.merge.files) - len(self.missing())
 
     def _find_published(self, *, hashed: bool) -> bool:
         """Whether the result of this plan is published; leftovers of the rank that published it are
         removed.
-
-        The folder that holds the result is opened because an NFS client then asks the server for
-        its content. Else the client may go on for up to a minute with the content from when this
-        rank began.
         """
         folder = self.folder
-        with suppress(OSError):
-            os.close(os.open(folder.destination.parent, os.O_RDONLY | os.O_DIRECTORY))
+        self._look_anew()
         is_being_replaced = self.overwrite and folder.recorded_state() == folder.state
         self.is_published = recover(folder) or (
             not is_being_replaced and is_published(folder.destination, self.merge, hashed=hashed)
@@ -136,6 +142,14 @@ class JointDestination:
         if self.is_published and folder.recorded_state() in ({}, folder.state):
             self.clean()
         return self.is_published
+
+    def _look_anew(self) -> None:
+        """Open the folder that holds the result, whereupon an NFS client asks the server for its
+        content. Else the client may go on for up to a minute with the content from when this rank
+        began.
+        """
+        with suppress(OSError):
+            os.close(os.open(self.folder.destination.parent, os.O_RDONLY | os.O_DIRECTORY))
 
     def _keep_or_discard(self) -> None:
         """Keep the work of this request; discard, with `restart` or if nothing is finished, that of
@@ -180,9 +194,7 @@ class JointDestination:
                 details=[f"found     rank {self._rank.rank} of {size}", f"expected  one of {other} ranks"],
                 hint=f"wait for them, or stop them; what they have finished is kept. Without flock:  --world-size {other}",
             )
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"world_size": size}))
-        partial.rename(path)
+        self.folder.held.write_file("ranks/world_size", json.dumps({"world_size": size}).encode(), durable=False)
 
     def missing(self) -> list[str]:
         """The names of the files that no record says are complete; none once it is published, also
@@ -191,15 +203,32 @@ class JointDestination:
         if self.is_published:
             return []
         names = self.folder.records.missing(self.merge.files)
-        if names and not self._lock.is_current:  # cleaned away
-            self.is_published = is_published(self.folder.destination, self.merge)
+        if names and self._is_gone() and not self.is_published:
+            raise self.folder.exchanged()
         return [] if self.is_published else names
+
+    def _is_gone(self) -> bool:
+        """Whether the staging folder is no longer in use: another rank has published the result,
+        which is then noted, or somebody has removed the folder.
+        """
+        if self._lock.is_current:
+            return False
+        self._look_anew()
+        self.is_published = is_published(self.folder.destination, self.merge)
+        return True
 
     def begin_to_publish(self) -> dict[str, FileRecord]:
         """Become the one rank that publishes; the records of all files, or none if another rank has
         published.
         """
         self._control.acquire()
+        if self._is_gone():  # and the control that is locked may lie in a folder that was made for it
+            with suppress(OSError):
+                self._control.remove_files()
+                self.folder.path.rmdir()
+            if not self.is_published:
+                raise self.folder.exchanged()
+            return {}
         return {} if self._find_published(hashed=False) else complete_records(self.folder, self.merge)
 
     def clean(self) -> None:
@@ -252,13 +281,13 @@ class JointDestination:
         """The open file of a claim; -1 if it cannot exist, because the result was published and the
         folder cleaned away.
         """
-        path = self.folder.claims / escaped(item.name)
+        name = f"{_CLAIMS}/{escaped(item.name)}"
         try:
-            return open_own(path, os.O_RDWR)
+            return self.folder.held.open(name, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             return -1
         except OSError as error:
-            raise output_error(error, f"cannot create {path}", path) from error
+            raise output_error(error, f"cannot create {self.folder.path / name}", self.folder.path / name) from error
 
     def _lock_claim(self, fd: int, item: WorkItem, is_own: bool) -> Claim:
         """Without flock a rank has no other claims than its own."""
@@ -279,22 +308,37 @@ class JointDestination:
 
     def open(self, item: WorkItem) -> Writer:
         """A writer of the file or the piece in the staging folder."""
-        return self.folder.writer(item)
+        try:
+            return _Writer(self.folder.writer(item), item, self)
+        except OutputError:
+            if not self.is_over():
+                raise
+            return Discard()
 
-    def done(self, item: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
+    def is_over(self) -> bool:
+        """Whether another rank has published, so that an error of this one's own work is none."""
+        return self._is_gone() and self.is_published
+
+    def done(self, item: WorkItem, result: str, nonfinite: Mapping[str, int]) -> None:
         """Record an item that is durable, and give its claim back. After the last piece of a file,
-        complete the file.
+        complete the file. An item without a result was recorded by another rank.
         """
         try:
-            self.folder.records.add(item, sha256, nonfinite)
-        except OutputError:
-            if self._lock.is_current:
+            if result:
+                self.folder.records.add(item, result, nonfinite)
+        except OutputError as error:  # another rank may publish as soon as the record has its name
+            if not self.is_done_by_another(item, error):
                 raise
-            # another rank saw the record as soon as it had its name, published, and cleaned the
-            # folder away
         self.release(item)
         if not item.is_whole:
             self._assemble(item.file)
+
+    def is_done_by_another(self, item: WorkItem, error: OutputError) -> bool:
+        """Whether an error of this rank's work on an item is none: its file has gone to its final
+        name and is recorded, or all is published.
+        """
+        is_renamed = isinstance(error.__cause__, FileNotFoundError) and self.folder.records.covers(item)
+        return is_renamed or self.is_over()
 
     def assemble_files(self) -> None:
         """Complete every file all of whose pieces are recorded, unless another rank is at it."""
@@ -303,5 +347,42 @@ class JointDestination:
 
     def _assemble(self, file: OutputFile) -> None:
         nonfinite, whole = self.folder.records.assembled(file), WorkItem.whole(file)
-        if nonfinite is not None and self._take(whole, is_own=True) is Claim.TAKEN:
-            self.done(whole, assemble(file, self.folder.checkpoint), nonfinite)
+        if nonfinite is None or self._take(whole, is_own=True) is not Claim.TAKEN:
+            return
+        try:
+            sha256 = assemble(file, self.folder.held)
+        except OutputError as error:
+            self.release(whole)
+            if not self.is_done_by_another(whole, error):
+                raise
+            return
+        self.done(whole, sha256, nonfinite)
+
+
+class _Writer:
+    """A writer that throws its file away if another rank has recorded the same one meanwhile."""
+
+    def __init__(self, writer: Writer, item: WorkItem, destination: JointDestination) -> None:
+        self._writer = writer
+        self._item = item
+        self._destination = destination
+
+    @property
+    def is_finished(self) -> bool:
+        return self._writer.is_finished
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        return self._writer.write(offset, data)
+
+    def finish(self) -> str:
+        try:
+            if not self._destination.folder.records.covers(self._item):
+                return self._writer.finish()
+            self._writer.abandon()
+        except OutputError as error:
+            if not self._destination.is_done_by_another(self._item, error):
+                raise
+        return ""
+
+    def abandon(self) -> None:
+        self._writer.abandon()

@@ -22,6 +22,7 @@ from merge_cli.errors import OutputError
 from merge_cli.output.trust import check_made_by_us
 from merge_cli.system.durable import NOT_SUPPORTED, make_folder, open_own, output_error
 from merge_cli.system.files import read_json
+from merge_cli.system.held import HeldFolder
 from merge_cli.system.process import identity, is_dead
 
 _NO_FLOCK = (*NOT_SUPPORTED, errno.ENOLCK)
@@ -86,6 +87,10 @@ class Lock:
         """Whether the file that is locked is still the one that has the name."""
         return self._is_still_there(self._fd)
 
+    def is_in(self, folder: HeldFolder) -> bool:
+        """Whether the file that is locked is the one in this folder. Raises OSError."""
+        return os.path.samestat(os.fstat(self._fd), folder.stat(self.path.name))
+
     def is_alone(self) -> bool:
         """Whether no other process shares the lock, which is held; others who ask in this moment
         are told that it is taken.
@@ -122,7 +127,7 @@ class Lock:
         try:
             make_folder(self.path.parent)
             check_made_by_us(self.path.parent, thoroughly=False)
-            fd = open_own(self.path, os.O_RDWR)
+            fd = open_own(self.path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             return False
         except OSError as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merge_cli.engine.writer import CHECKPOINT
 from merge_cli.errors import InputError, OutputError
 from merge_cli.formats.checkpoint import INDEX_SUFFIX, Checkpoint
 from merge_cli.formats.dcp.clone import DcpParts, write_metadata
@@ -26,7 +27,7 @@ from merge_cli.planning.plan import ALGORITHM, MergePlan
 from merge_cli.planning.planner import stem_of
 from merge_cli.planning.record import describe_result
 from merge_cli.stores.store import join, read_file
-from merge_cli.system.durable import write_file
+from merge_cli.system.held import HeldFolder
 from merge_cli.version import __version__
 
 MAX_MANIFEST_BYTES = 64 << 20
@@ -123,13 +124,11 @@ def side_files(base: Checkpoint, dtype: str, dequantized: bool = False) -> Itera
         yield name, data
 
 
-def write_side_files(base: Checkpoint, folder: Path, dtype: str, dequantized: bool = False) -> dict[str, FileRecord]:
-    """Write the side files of a result into `folder`, following the umask. Returns size and sha256
-    of each.
-    """
+def write_side_files(base: Checkpoint, staging: HeldFolder, dtype: str, dequantized: bool = False) -> dict[str, FileRecord]:
+    """Write the side files of a result, following the umask. Returns size and sha256 of each."""
     written: dict[str, FileRecord] = {}
     for name, data in side_files(base, dtype, dequantized):
-        write_file(folder / name, data)
+        staging.write_file(f"{CHECKPOINT}/{name}", data)
         written[name] = digest(data)
     return written
 
@@ -166,22 +165,25 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def write_metadata_files(merge: MergePlan, folder: Path, done: Mapping[str, FileRecord], command: Sequence[str]) -> None:
-    """Write the files of a checkpoint in `folder` that are not weights: side files, pmerge.json,
-    the index last.
+def write_metadata_files(
+    merge: MergePlan, staging: HeldFolder, done: Mapping[str, FileRecord], command: Sequence[str]
+) -> dict[str, FileRecord]:
+    """Write the files of a checkpoint that are not weights: side files, pmerge.json, the index
+    last; their records.
 
     `done` are the records of the weight files. Every header is read back, and nothing is published
     if one is wrong.
     """
-    beside = write_side_files(merge.inputs[merge.base], folder, merge.spec.dtype, merge.dequantized)
+    beside = write_side_files(merge.inputs[merge.base], staging, merge.spec.dtype, merge.dequantized)
     index = index_of(merge)
     if index is not None:
         beside[index[0]] = digest(index[1])
-    content = manifest(merge, done, list(command or sys.argv), beside)
-    write_file(folder / MANIFEST, seal(content))
+    content = seal(manifest(merge, done, list(command or sys.argv), beside))
+    staging.write_file(f"{CHECKPOINT}/{MANIFEST}", content)
     if index is not None:
-        write_file(folder / index[0], index[1])
-    _check_complete(merge, folder)
+        staging.write_file(f"{CHECKPOINT}/{index[0]}", index[1])
+    _check_complete(merge, staging.path / CHECKPOINT)
+    return {**beside, MANIFEST: digest(content)}
 
 
 def _check_complete(merge: MergePlan, folder: Path) -> None:

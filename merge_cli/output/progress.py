@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from merge_cli.errors import OutputError
 from merge_cli.output.sink import Destination
 from merge_cli.ranks.launcher import Rank
 from merge_cli.system.files import read_json
@@ -84,8 +85,8 @@ class RunProgress:
         """Remove this rank's file."""
         if self._rank is not None:
             for each in self._destinations:
-                with suppress(OSError):
-                    (each.folder.ranks / self._name).unlink(missing_ok=True)
+                with suppress(OSError, OutputError):
+                    each.folder.held.remove(f"ranks/{self._name}")
 
     @property
     def _name(self) -> str:
@@ -100,10 +101,9 @@ class RunProgress:
             self._shared = time.perf_counter()
             about = {"unrecorded": written - self._recorded, "host": socket.gethostname(), "pid": os.getpid()}
         unpublished = [each for each in self._destinations if not each.is_published]
-        path = (unpublished or self._destinations)[0].folder.ranks / self._name
-        with suppress(OSError):  # for people only: a run does not fail for it
-            path.with_suffix(".partial").write_text(json.dumps(about))
-            path.with_suffix(".partial").rename(path)
+        staging = (unpublished or self._destinations)[0].folder.held
+        with suppress(OSError, OutputError):  # for people only: a run does not fail for it
+            staging.write_file(f"ranks/{self._name}", json.dumps(about).encode(), durable=False)
 
     def _part_of_all(self) -> float:
         """The part of the outputs that all ranks have written, as known at most a moment ago."""

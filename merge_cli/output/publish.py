@@ -4,8 +4,8 @@ and many, one process and ranks.
     1. side files, pmerge.json, and the index are written beside the weights; every header is read
        back
     2. the inputs are compared once more with the plan
-    3. every folder of the checkpoint is made durable, and publish.json notes what is about to be
-       published
+    3. every folder of the checkpoint is made durable, publish.json notes what is about to be
+       published, and the checkpoint must have the files that were recorded, and no other
     4. one rename gives the checkpoint its final name, which is made durable
     5. the staging folder is removed
 
@@ -16,26 +16,26 @@ the rename it died on.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from merge_cli.errors import OutputError
+from merge_cli.engine.writer import CHECKPOINT
+from merge_cli.errors import OutputError, first_ten
 from merge_cli.names import MANIFEST
 from merge_cli.output.existing import already_there, is_empty_folder, is_merged
 from merge_cli.output.folder import StagingFolder, with_fingerprints
 from merge_cli.output.manifest import write_metadata_files
-from merge_cli.output.records import FileRecord
+from merge_cli.output.records import DONE, FileRecord, files_have_changed
 from merge_cli.output.schema import SCHEMA, check_schema
 from merge_cli.planning.plan import MergePlan
-from merge_cli.system.durable import NOT_SUPPORTED, exchange, fsync_folder, fsync_tree, output_error, rename_to_new, write_file
-from merge_cli.system.files import files_in, read_json, sha256_of
+from merge_cli.system.durable import NOT_SUPPORTED, exchange, output_error
+from merge_cli.system.files import read_json, sha256_of
+from merge_cli.system.held import HeldFolder
 
 _NO_FOLDER_RENAME = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EISDIR, errno.EMLINK)
+_REPLACED = "replaced"
 
 
 class Ready(Protocol):
@@ -55,32 +55,37 @@ def publish(merge: MergePlan, ready: Sequence[tuple[Ready, Mapping[str, FileReco
     """
     from merge_cli.engine.input_checks import check_inputs_unchanged
 
-    for each, records in ready:
-        write_metadata_files(each.merge, each.folder.checkpoint, records, command)
-    check_inputs_unchanged(merge)
     for each, _ in ready:
-        _give_final_name(each.folder, each.overwrite)
+        each.folder.records.remove_side_files(each.merge.files)
+    complete = [
+        (each, {**records, **write_metadata_files(each.merge, each.folder.held, records, command)}) for each, records in ready
+    ]
+    check_inputs_unchanged(merge)
+    for each, files in complete:
+        _give_final_name(each.folder, files, each.overwrite)
         each.clean()
 
 
-def _give_final_name(folder: StagingFolder, overwrite: bool) -> None:
-    """Make the checkpoint durable and rename it; with `overwrite` an older one is replaced only
-    now.
+def _give_final_name(folder: StagingFolder, files: Mapping[str, FileRecord], overwrite: bool) -> None:
+    """Make the checkpoint, which consists of `files`, durable and rename it; with `overwrite` an
+    older one is replaced only now.
     """
     destination = folder.destination
     try:
-        fsync_tree(folder.checkpoint)
+        folder.held.sync_tree(CHECKPOINT)
     except OSError as error:
         with suppress(OSError):  # nobody knows which names were lost: nothing here is finished any more
-            shutil.rmtree(folder.records.folder)
+            folder.held.remove(DONE)
         raise output_error(error, f"cannot make {folder.checkpoint} durable", folder.checkpoint) from error
-    marker = {
-        "schema": SCHEMA,
-        "inode": folder.checkpoint.stat().st_ino,
-        "manifest": sha256_of(folder.checkpoint / MANIFEST),
-        "state": folder.state,
-    }
-    write_file(folder.publish_file, json.dumps(marker).encode())
+    folder.note_publishing(
+        {
+            "schema": SCHEMA,
+            "inode": folder.held.stat(CHECKPOINT).st_ino,
+            "manifest": files[MANIFEST].sha256,
+            "state": folder.state,
+        }
+    )
+    _check_files(folder, files)
     try:
         if overwrite and is_merged(destination):
             _replace(folder)
@@ -91,19 +96,33 @@ def _give_final_name(folder: StagingFolder, overwrite: bool) -> None:
     except OSError as error:
         raise output_error(error, f"cannot publish {destination}", destination) from error
     try:
-        fsync_folder(destination.parent)
+        folder.above.sync()
     except OSError as error:
         with suppress(OSError):
             _take_back(folder)
         raise output_error(error, f"cannot make the name {destination} durable", destination) from error
 
 
+def _check_files(folder: StagingFolder, files: Mapping[str, FileRecord]) -> None:
+    """Raise OutputError unless the checkpoint has these files, as they were recorded, and no other."""
+    found = folder.held.files(CHECKPOINT)
+    if strangers := sorted(found.keys() - files.keys()):
+        raise OutputError(
+            f"{folder.checkpoint} holds files that this run has not made: they would be published with the result",
+            details=first_ten(strangers),
+            hint="find out who put them there and remove them, then run the same command again",
+        )
+    same = {name for name, status in found.items() if status.st_uid in folder.owners and status.st_nlink == 1}
+    if changed := [name for name, record in files.items() if name not in same or not folder.records.matches(name, record)]:
+        raise files_have_changed(folder.checkpoint, changed)
+
+
 def _appear(folder: StagingFolder) -> None:
     try:
         if is_empty_folder(folder.destination):
-            folder.checkpoint.rename(folder.destination)  # which replaces an empty folder, and nothing else
+            _rename(folder, CHECKPOINT, "")  # which replaces an empty folder, and nothing else
         else:
-            rename_to_new(folder.checkpoint, folder.destination)
+            folder.held.rename_to_new(CHECKPOINT, folder.above, folder.destination.name)
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder.destination)) from error
@@ -112,48 +131,60 @@ def _appear(folder: StagingFolder) -> None:
         _move_files(folder)
 
 
+def _rename(folder: StagingFolder, source: str, target: str) -> None:
+    """Rename within the staging folder, "" being the destination."""
+    name = folder.destination.name
+    (folder.held if source else folder.above).rename(source or name, target or name, to=folder.held if target else folder.above)
+
+
 def _move_files(folder: StagingFolder) -> None:
     """Where folders cannot be renamed: file by file, the marks of a checkpoint (pmerge.json, the
     index) last.
     """
-    destination = folder.destination
-    if not is_empty_folder(destination):
-        destination.mkdir()
-    marker = {**read_json(folder.publish_file), "inode": destination.stat().st_ino, "by_file": True}
-    write_file(folder.publish_file, json.dumps(marker).encode())
-    try:
-        for path in sorted(files_in(folder.checkpoint), key=_publishing_order):
-            target = destination / path.relative_to(folder.checkpoint)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if _publishing_order(path)[0]:
-                fsync_tree(destination)  # the weights' names are durable before the index can be
-            path.rename(target)
-        fsync_tree(destination)
-    except OSError:
-        with suppress(OSError):
-            _move_files_back(folder)
-        raise
-    shutil.rmtree(folder.checkpoint)
+    folder.above.make_folder(folder.destination.name)
+    with _held_destination(folder) as destination:
+        marker = {**read_json(folder.publish_file), "inode": os.fstat(destination.fd).st_ino, "by_file": True}
+        folder.note_publishing(marker)
+        try:
+            for name in sorted(folder.held.files(CHECKPOINT), key=_publishing_order):
+                if _publishing_order(name)[0]:
+                    destination.sync_tree(".")  # the weights' names are durable before the index can be
+                folder.held.rename(f"{CHECKPOINT}/{name}", name, to=destination, make_after=0)
+            destination.sync_tree(".")
+        except OSError:
+            with suppress(OSError):
+                _move_files_back(folder)
+            raise
+    folder.held.remove(CHECKPOINT)
 
 
 def _move_files_back(folder: StagingFolder) -> None:
-    for path in sorted(files_in(folder.destination), key=_publishing_order, reverse=True):
-        target = folder.checkpoint / path.relative_to(folder.destination)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-    shutil.rmtree(folder.destination)
+    with _held_destination(folder) as destination:
+        for name in sorted(destination.files("."), key=_publishing_order, reverse=True):
+            destination.rename(name, f"{CHECKPOINT}/{name}", to=folder.held)
+    folder.above.remove(folder.destination.name)
 
 
-def _publishing_order(path: Path) -> tuple[int, str]:
-    is_index = path.name.endswith(".index.json") or path.name == ".metadata"
-    return (2 if is_index else path.name == MANIFEST, str(path))
+@contextmanager
+def _held_destination(folder: StagingFolder) -> Iterator[HeldFolder]:
+    destination = HeldFolder(folder.destination)
+    destination.hold(within=folder.above)
+    try:
+        yield destination
+    finally:
+        destination.release()
+
+
+def _publishing_order(name: str) -> tuple[int, str]:
+    is_index = name.endswith(".index.json") or name.rpartition("/")[2] == ".metadata"
+    return (2 if is_index else name == MANIFEST, name)
 
 
 def _replace(folder: StagingFolder) -> None:
-    if exchange(folder.checkpoint, folder.destination):
+    if _exchange(folder):
         return
     try:
-        folder.destination.rename(folder.replaced)
+        _rename(folder, "", _REPLACED)
     except OSError as error:
         if error.errno not in _NO_FOLDER_RENAME:
             raise
@@ -162,24 +193,29 @@ def _replace(folder: StagingFolder) -> None:
             hint="remove it, then run the same command again: what is finished is kept",
         ) from error
     try:
-        fsync_folder(folder.path)
-        rename_to_new(folder.checkpoint, folder.destination)
+        folder.held.sync()
+        folder.held.rename_to_new(CHECKPOINT, folder.above, folder.destination.name)
     except BaseException:
-        folder.replaced.rename(folder.destination)
+        _rename(folder, _REPLACED, "")
         raise
+
+
+def _exchange(folder: StagingFolder) -> bool:
+    """Let the checkpoint and the destination change places; False where the filesystem cannot."""
+    return exchange((folder.held.fd, CHECKPOINT), (folder.above.fd, folder.destination.name))
 
 
 def _take_back(folder: StagingFolder) -> None:
     """Undo the rename whose durability failed, so that the next run does it anew instead of
     believing a second fsync.
     """
-    if folder.replaced.exists():
-        folder.destination.rename(folder.checkpoint)
-        folder.replaced.rename(folder.destination)
-    elif folder.checkpoint.exists():
-        exchange(folder.checkpoint, folder.destination)
+    if folder.held.exists(_REPLACED):
+        _rename(folder, "", CHECKPOINT)
+        _rename(folder, _REPLACED, "")
+    elif folder.held.exists(CHECKPOINT):
+        _exchange(folder)
     else:
-        folder.destination.rename(folder.checkpoint)
+        _rename(folder, "", CHECKPOINT)
 
 
 def recover(folder: StagingFolder) -> bool:
@@ -190,22 +226,22 @@ def recover(folder: StagingFolder) -> bool:
     marker = read_json(folder.publish_file)
     hint = "let that version finish what it was publishing: run its command again"
     check_schema(marker, folder.publish_file, hint, OutputError)
-    half_moved = bool(marker.get("by_file")) and folder.checkpoint.exists()
-    ours = destination.is_dir() and destination.stat().st_ino == marker.get("inode")
+    half_moved = bool(marker.get("by_file")) and folder.held.exists(CHECKPOINT)
+    ours = destination.is_dir() and not destination.is_symlink() and destination.stat().st_ino == marker.get("inode")
     if ours and not half_moved:
         ours = sha256_of(destination / MANIFEST) == marker.get("manifest")
-    if folder.replaced.exists() and not ours:
+    if folder.held.exists(_REPLACED) and not ours:
         _put_back_replaced(folder)
     if ours and half_moved:
         _move_files_back(folder)
     elif ours:
-        fsync_folder(destination.parent)
+        folder.above.sync()
         if with_fingerprints(marker.get("state")) == folder.state:
             return True
         folder.remove_content()
     elif marker and is_empty_folder(destination):
         destination.rmdir()  # made to be filled file by file
-    folder.publish_file.unlink(missing_ok=True)
+    folder.forget_publishing()
     return False
 
 
@@ -215,5 +251,5 @@ def _put_back_replaced(folder: StagingFolder) -> None:
             f"{folder.replaced} was moved aside to be replaced, but {folder.destination} is not what should replace it",
             hint=f"keep one of the two; to keep what was moved aside:  mv {folder.replaced} SOMEWHERE",
         )
-    folder.replaced.rename(folder.destination)
-    fsync_folder(folder.destination.parent)
+    _rename(folder, _REPLACED, "")
+    folder.above.sync()

@@ -2,72 +2,79 @@
 
 `done/NAME.json` belongs to a whole file, `done/NAME@BEGIN-END.json` to a piece of one, "/" in a
 name being "%2F". A record counts if it was made for the same request, and if its file is still the
-one: a whole file has the recorded size and modification time; pieces lie in the file with the
-recorded inode.
+one: a whole file has the recorded size, and the recorded modification time or else the recorded
+sha256; pieces lie in the file with the recorded inode.
 
-Not guaranteed: that a recorded file still has its bytes, unless it is hashed.
+Not guaranteed: that a file with the recorded time still has its bytes, unless it is hashed.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.writer import partial_path
+from merge_cli.engine.writer import CHECKPOINT, final_name, pieces_name
+from merge_cli.errors import OutputError, first_ten
 from merge_cli.output.schema import SCHEMA, is_newer
 from merge_cli.planning.plan import OutputFile, WorkItem
-from merge_cli.system.durable import fsync_folder, write_file
-from merge_cli.system.files import files_in, read_json, sha256_of
+from merge_cli.system.durable import output_error
+from merge_cli.system.files import read_json
+from merge_cli.system.held import GROWING, HeldFolder, escaped
+
+DONE = "done"  # the folder in the staging folder that has the records
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A finished file: its size in bytes, its sha256, and the number of elements that were NaN or
-    Inf, by tensor.
+    """A finished file: its size in bytes, its sha256, the number of elements that were NaN or Inf,
+    by tensor, and its modification time, 0 if that is not known.
     """
 
     file_bytes: int
     sha256: str
     nonfinite: Mapping[str, int] = field(default_factory=dict)
+    mtime_ns: int = 0
 
 
 class Records:
-    """The records in `folder` of files in `checkpoint`, made for the request with the hash
-    `request`.
-    """
+    """The records in a staging folder, made for the request with the hash `request`."""
 
-    def __init__(self, folder: Path, checkpoint: Path, request: str) -> None:
-        self.folder = folder
-        self._checkpoint = checkpoint
+    def __init__(self, staging: HeldFolder, request: str) -> None:
+        self.folder = staging.path / DONE
+        self._staging = staging
         self.request = request
 
     def path(self, name: str) -> Path:
         """The record of a file or a piece."""
         return self.folder / f"{escaped(name)}.json"
 
-    def add(self, item: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
-        """Record that `item` is complete and durable. Raises OutputError."""
+    def add(self, item: WorkItem, result: str, nonfinite: Mapping[str, int]) -> None:
+        """Record that `item` is complete and durable; `result` is that of its writer. Raises
+        OutputError.
+        """
         entry: dict[str, Any] = {"schema": SCHEMA, "request": self.request, "nonfinite": dict(nonfinite)}
-        path = self._checkpoint / item.file.name
         if item.is_whole:
-            mtime_ns = path.stat().st_mtime_ns
-            entry |= {"name": item.file.name, "file_bytes": item.file.file_bytes, "mtime_ns": mtime_ns, "sha256": sha256}
+            try:
+                mtime_ns = self._staging.stat(final_name(item.file)).st_mtime_ns
+            except OSError as error:
+                raise output_error(error, f"cannot record {item.name}", self.path(item.name)) from error
+            entry |= {"name": item.file.name, "file_bytes": item.file.file_bytes, "mtime_ns": mtime_ns, "sha256": result}
         else:
-            entry |= {"begin": item.begin, "end": item.end, "inode": partial_path(path).stat().st_ino}
-        write_file(self.path(item.name), json.dumps(entry).encode())
+            entry |= {"begin": item.begin, "end": item.end, "inode": int(result)}
+        self._staging.write_file(f"{DONE}/{self.path(item.name).name}", json.dumps(entry).encode())
 
     def names(self) -> set[str]:
         """The file names of all records, without a look into them: there may be thousands, and as
         many ranks that ask.
         """
         try:
-            return {path.name for path in self.folder.iterdir() if path.suffix == ".json"}
+            return {name for name in self._staging.names(DONE) if name.endswith(".json")}
         except FileNotFoundError:
             return set()
 
@@ -81,29 +88,41 @@ class Records:
         another sha256.
         """
         found = {}
-        for path in sorted(self.folder.glob("*.json")) if only is None else [self.path(only)]:
+        for path in [self.folder / name for name in sorted(self.names())] if only is None else [self.path(only)]:
             entry = read_json(path)
             try:
-                file, record = self._checkpoint / entry["name"], _record(entry)
-                status = file.stat()
-                now = (status.st_size, status.st_mtime_ns, self.request)
-                if is_newer(entry) or now != (record.file_bytes, entry["mtime_ns"], entry["request"]):
+                name, record = str(entry["name"]), _record(entry)
+                if is_newer(entry) or entry["request"] != self.request:
                     continue
-            except (OSError, KeyError, TypeError, ValueError):
-                continue  # a torn record, or its file is gone: that file is written again
-            if not hashed or sha256_of(file) == record.sha256:
-                found[str(entry["name"])] = record
+            except (KeyError, TypeError, ValueError):
+                continue  # a torn record: that file is written again
+            if self.matches(name, record, hashed=hashed):
+                found[name] = record
         return found
+
+    def matches(self, name: str, record: FileRecord, *, hashed: bool = False) -> bool:
+        """Whether a file of the checkpoint is still the recorded one. A file with another time is
+        read: a process that wrote it too has replaced it by the same bytes.
+        """
+        try:
+            status = self._staging.stat(f"{CHECKPOINT}/{name}")
+        except OSError:
+            return False
+        if not stat.S_ISREG(status.st_mode) or status.st_size != record.file_bytes:
+            return False
+        if status.st_mtime_ns == record.mtime_ns and not hashed:
+            return True
+        return self._staging.sha256(f"{CHECKPOINT}/{name}") == record.sha256
 
     def covers(self, item: WorkItem) -> bool:
         """Whether records that count cover `item`, or all of its file."""
         if self.finished(item.file.name):
             return True
-        return not item.is_whole and self._cover(self._pieces(item.file), item)
+        return not item.is_whole and self._cover(self._pieces(item.file).values(), item)
 
     def assembled(self, file: OutputFile) -> Mapping[str, int] | None:
         """The NaN and Inf of all pieces together if they cover the file, else None."""
-        records = self._pieces(file)
+        records = self._pieces(file).values()
         if not self._cover(records, WorkItem.whole(file)):
             return None
         counts = Counter[str]()
@@ -136,18 +155,25 @@ class Records:
         self._remove(sorted(stale))
 
     def keep_only(self, done: Mapping[str, FileRecord]) -> None:
-        """Remove every record, and every file of the checkpoint, but those of `done`: parts of
-        files, old side files.
+        """Remove every record and every file but those of `done`: torn files, those of dead
+        processes, old side files.
         """
-        kept = {self._checkpoint / name for name in done} | {self.path(name) for name in done}
-        for path in (*files_in(self._checkpoint), *files_in(self.folder)):
-            if path not in kept:
-                path.unlink()
-        for folder, _, _ in os.walk(self._checkpoint, topdown=False):
-            with suppress(OSError):  # not empty
-                if Path(folder) != self._checkpoint:
-                    Path(folder).rmdir()
-        fsync_folder(self.folder)  # no record may come back after a power cut and count for later bytes
+        kept = {f"{CHECKPOINT}/{name}" for name in done} | {f"{DONE}/{self.path(name).name}" for name in done}
+        for part in (CHECKPOINT, GROWING, DONE):
+            for name in self._staging.files(part):
+                if f"{part}/{name}" not in kept:
+                    self._staging.remove(f"{part}/{name}")
+        self._staging.remove_empty_folders(CHECKPOINT)
+        self._staging.sync(DONE)  # no record may come back after a power cut and count for later bytes
+
+    def remove_side_files(self, files: Sequence[OutputFile]) -> None:
+        """Remove everything in the checkpoint but the files of the plan, before side files are
+        copied: those of an earlier try may be gone from the base.
+        """
+        planned = {file.name for file in files}
+        for name in self._staging.files(CHECKPOINT):
+            if name not in planned:
+                self._staging.remove(f"{CHECKPOINT}/{name}")
 
     def num_bytes(self, files: Sequence[OutputFile]) -> int:
         """The bytes of the finished files and pieces, as far as the names of records tell."""
@@ -158,10 +184,10 @@ class Records:
             total += sum(int(end) - int(begin) for begin, end in ranges)
         return total
 
-    def _pieces(self, file: OutputFile) -> list[dict[str, Any]]:
-        """The records of pieces of a file that count."""
+    def _pieces(self, file: OutputFile) -> dict[str, dict[str, Any]]:
+        """The records of pieces of a file that count, by their name."""
         names, inode = _pieces_by_file(self.names()).get(self.path(file.name).name, []), self._inode(file)
-        return [record for name in names if self._matches(record := read_json(self.folder / name), inode)]
+        return {name: record for name in names if self._matches(record := read_json(self.folder / name), inode)}
 
     def _matches(self, record: Mapping[str, Any], inode: int | None) -> bool:
         same = (record.get("inode"), record.get("request")) == (inode, self.request)
@@ -171,13 +197,13 @@ class Records:
         """Of the file that its pieces are written into; it has its final name if a rank died before
         it could record that.
         """
-        for path in (partial_path(self._checkpoint / file.name), self._checkpoint / file.name):
+        for name in (pieces_name(file), final_name(file)):
             with suppress(FileNotFoundError):
-                return path.stat().st_ino
+                return self._staging.stat(name).st_ino
         return None
 
     @staticmethod
-    def _cover(records: Sequence[Mapping[str, Any]], item: WorkItem) -> bool:
+    def _cover(records: Iterable[Mapping[str, Any]], item: WorkItem) -> bool:
         """Whether the byte ranges of `records` together cover the item."""
         begin = item.begin
         for record in sorted(records, key=lambda record: int(record["begin"])):
@@ -187,18 +213,22 @@ class Records:
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            self._staging.remove(f"{DONE}/{name}")
         if names:
-            fsync_folder(self.folder)
+            self._staging.sync(DONE)
 
 
-def escaped(name: str) -> str:
-    """The name of a file or a piece as the name of one file."""
-    return name.replace("/", "%2F")
+def files_have_changed(checkpoint: Path, names: Sequence[str]) -> OutputError:
+    """The error for finished files that are no longer as they were recorded."""
+    return OutputError(
+        f"{len(names)} finished files of {checkpoint} are gone or have changed",
+        details=first_ten(names),
+        hint="run the same command again: they are written again",
+    )
 
 
 def _record(entry: Mapping[str, Any]) -> FileRecord:
-    return FileRecord(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]))
+    return FileRecord(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]), entry["mtime_ns"])
 
 
 def _pieces_by_file(records: set[str]) -> dict[str, list[str]]:

@@ -7,14 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from merge_cli.engine.sink import Writer
-from merge_cli.errors import OutputError, first_ten
+from merge_cli.errors import OutputError
 from merge_cli.output.existing import already_there, is_in_the_way, is_published
 from merge_cli.output.folder import StagingFolder
 from merge_cli.output.lock import Lock
 from merge_cli.output.publish import recover
-from merge_cli.output.records import FileRecord
+from merge_cli.output.records import FileRecord, files_have_changed
 from merge_cli.output.sink import Claim
-from merge_cli.output.trust import check_made_by_us
 from merge_cli.planning.plan import MergePlan, WorkItem
 from merge_cli.planning.record import describe
 from merge_cli.request.spec import RunConfig
@@ -39,26 +38,31 @@ class SoloDestination:
         self._is_cleaned = False
 
     def __enter__(self) -> SoloDestination:
-        self._lock.acquire()
         try:
+            self._lock.acquire()
+            self.folder.hold(self._lock)
             self._prepare()
         except OSError as error:
-            self._lock.release()
+            self.__exit__()
             raise output_error(error, f"cannot work in {self.folder.path}", self.folder.state_file) from error
         except BaseException:
-            self._lock.release()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
+        is_exchanged = not self.is_published and self.folder.is_exchanged()
         self._lock.release()
+        self.folder.release()
         if self._is_cleaned:
             self.folder.remove_if_empty()  # after the release: NFS keeps an open file that is removed under another name
+        elif is_exchanged and any(isinstance(each, OutputError) for each in exc):
+            raise self.folder.exchanged()
 
     def _prepare(self) -> None:
         folder, destination = self.folder, self.folder.destination
         hashed = self.overwrite or self._run.verify_existing
-        check_made_by_us(folder.path, thoroughly=True)
+        folder.check_made_by_us()
         if recover(folder) or is_published(destination, self.merge, hashed=hashed):
             self.is_published = True
             self.reused = len(self.merge.files)
@@ -91,9 +95,9 @@ class SoloDestination:
         """A writer of the file in the staging folder."""
         return self.folder.writer(item)
 
-    def done(self, item: WorkItem, sha256: str, nonfinite: Mapping[str, int]) -> None:
+    def done(self, item: WorkItem, result: str, nonfinite: Mapping[str, int]) -> None:
         """Record a file that is complete and durable."""
-        self.folder.records.add(item, sha256, nonfinite)
+        self.folder.records.add(item, result, nonfinite)
 
     def begin_to_publish(self) -> dict[str, FileRecord]:
         """The records of all files."""
@@ -111,11 +115,7 @@ def complete_records(folder: StagingFolder, merge: MergePlan) -> dict[str, FileR
     """
     records = folder.records.finished()
     if torn := [file.name for file in merge.files if file.name not in records]:
-        raise OutputError(
-            f"{len(torn)} finished files of {folder.checkpoint} are gone or have changed",
-            details=first_ten(torn),
-            hint="run the same command again: they are written again",
-        )
+        raise files_have_changed(folder.checkpoint, torn)
     return records
 
 
@@ -125,14 +125,16 @@ def remove_stale_staging(destination: Path) -> None:
     """
     folder = StagingFolder(destination, {})
     if folder.path.is_dir() and not folder.state_file.exists() and not folder.publish_file.exists():
-        with suppress(OutputError), Lock(folder.path / "lock", destination) as lock:
+        with suppress(OutputError, OSError), Lock(folder.path / "lock", destination) as lock:
+            folder.hold(lock)
             _remove(folder, lock)
+        folder.release()
         folder.remove_if_empty()
 
 
 def _remove(folder: StagingFolder, lock: Lock) -> None:
     with suppress(OSError):  # the result is published: leftovers are harmless
         folder.remove_content()
-        (folder.path / "control").unlink(missing_ok=True)
+        folder.held.remove("control")
         lock.remove_files()
         folder.path.rmdir()

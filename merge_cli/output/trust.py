@@ -20,20 +20,20 @@ from merge_cli.system.durable import foreign
 _REPLACED = "replaced"  # the old result of a user: links in it are the user's own, and are never followed
 
 
-def check_made_by_us(staging: Path, *, thoroughly: bool) -> None:
+def check_made_by_us(staging: Path, *, thoroughly: bool) -> set[int]:
     """Raise OutputError unless the staging folder and its parts are real folders and files of this
-    user.
+    user; the uids that files of this user may have there.
 
     Its parts are looked at, and `thoroughly` all that is in them. A folder that is missing is fine.
     Raises OSError.
     """
+    users = {os.geteuid()}
     try:
         owner = os.lstat(staging)
     except FileNotFoundError:
-        return
+        return users
     if not stat.S_ISDIR(owner.st_mode):
         raise foreign(staging)
-    users = {os.geteuid()}
     if owner.st_uid not in users:
         users.add(_uid_of_a_new_file(staging))  # root squash and FUSE give files to another user
     _check_owner(staging, owner, users)
@@ -46,6 +46,7 @@ def check_made_by_us(staging: Path, *, thoroughly: bool) -> None:
         if not (stat.S_ISDIR(status.st_mode) or is_file) or (is_file and status.st_nlink > 1):
             raise foreign(path)
         _check_owner(path, status, users)
+    return users
 
 
 def _names_in(staging: Path, thoroughly: bool) -> Iterator[Path]:

@@ -14,13 +14,14 @@ import errno
 import os
 import shlex
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from merge_cli.errors import OutputError
 from merge_cli.system.files import TMPFS, filesystem_type
 
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-_AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+_NO_REPLACE, _EXCHANGE = 1, 2  # linux/fcntl.h, linux/fs.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -80,12 +81,6 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def fsync_tree(folder: Path) -> None:
-    """Make the names in `folder` and in every folder below it durable. Raises OSError."""
-    for path, _, _ in os.walk(folder, topdown=False):
-        fsync_folder(Path(path))
-
-
 def make_folder(folder: Path) -> None:
     """Make `folder` and what is missing above it, each name durable. Raises OSError."""
     if folder.is_dir():
@@ -99,16 +94,19 @@ def make_folder(folder: Path) -> None:
     fsync_folder(folder.parent)
 
 
-def open_own(path: Path, flags: int) -> int:
-    """Open or create a file of pmerge's own for writing; `flags` may hold O_TRUNC. Raises OSError
-    or OutputError.
+def open_own(path: Path, flags: int, at: tuple[int, str] | None = None) -> int:
+    """Open a file of pmerge's own for writing; `flags` may hold O_CREAT, O_EXCL and O_TRUNC. Raises
+    OSError or OutputError.
+
+    `at`: the open folder that the file lies in, and its name there; `path` is then for messages.
 
     Strangers may plant names on shared scratch: a link is not followed, and a second name of
     another file, a pipe or a device is refused before a byte of it changes.
     """
-    created = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    safe = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    folder, name = at or (None, path)
     try:
-        fd = os.open(path, created | (flags & ~os.O_TRUNC), 0o666)
+        fd = os.open(name, safe | (flags & ~os.O_TRUNC), 0o666, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise foreign(path) from error
@@ -146,7 +144,7 @@ def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
     fd = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = open_own(partial, os.O_WRONLY | os.O_TRUNC)
+        fd = open_own(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         write_all(fd, memoryview(data), 0, partial)
         fsync_file(fd)
         partial.rename(path)
@@ -158,8 +156,9 @@ def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
             os.close(fd)
 
 
-def rename_to_new(source: Path, destination: Path) -> None:
-    """Rename in one step, never onto something. Raises FileExistsError and other OSErrors.
+def rename_to_new(source: tuple[int, str], destination: tuple[int, str]) -> None:
+    """Rename in one step, never onto something; each is an open folder and a name in it. Raises
+    FileExistsError and other OSErrors.
 
     Where the system has no such call, the name is looked up first; a file or a folder with
     something in it that appears in between is still never replaced, only an empty folder.
@@ -169,14 +168,16 @@ def rename_to_new(source: Path, destination: Path) -> None:
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-        if os.path.lexists(destination):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination)) from None
-        source.rename(destination)
+        folder, name = destination
+        with suppress(FileNotFoundError):
+            os.stat(name, dir_fd=folder, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+        os.rename(source[1], name, src_dir_fd=source[0], dst_dir_fd=folder)
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Let two names change places in one step; False where the filesystem cannot. Raises other
-    OSErrors.
+def exchange(one: tuple[int, str], other: tuple[int, str]) -> bool:
+    """Let two names, each in an open folder, change places in one step; False where the filesystem
+    cannot. Raises other OSErrors.
     """
     try:
         _rename2(one, other, _EXCHANGE)
@@ -187,10 +188,10 @@ def exchange(one: Path, other: Path) -> bool:
     return True
 
 
-def _rename2(source: Path, destination: Path, flags: int) -> None:
+def _rename2(source: tuple[int, str], destination: tuple[int, str], flags: int) -> None:
     if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    _call(_LIBC.renameat2, _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(destination), flags)
+    _call(_LIBC.renameat2, source[0], os.fsencode(source[1]), destination[0], os.fsencode(destination[1]), flags)
 
 
 def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> None:

@@ -36,13 +36,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, "" if it cannot be read."""
-    digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
-            for piece in pieces_of(file.fileno(), 0, os.fstat(file.fileno()).st_size):
-                digest.update(piece)
+            return sha256_of_open(file.fileno())
     except OSError:
         return ""
+
+
+def sha256_of_open(fd: int) -> str:
+    """The sha256 of an open file. Raises OSError."""
+    digest = hashlib.sha256()
+    for piece in pieces_of(fd, 0, os.fstat(fd).st_size):
+        digest.update(piece)
     return digest.hexdigest()
 
 

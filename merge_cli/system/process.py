@@ -22,7 +22,7 @@ def identity() -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "boot": _text("/proc/sys/kernel/random/boot_id"),
         "namespace": _link("/proc/self/ns/pid"),
-        "started": _start_time(os.getpid()),
+        "started": start_time(os.getpid()),
     }
 
 
@@ -36,16 +36,16 @@ def is_dead(holder: dict[str, Any]) -> bool:
         return bool(holder.get("boot"))
     if holder.get("namespace") != _link("/proc/self/ns/pid"):
         return False
-    return holder.get("started") != _start_time(holder.get("pid"))
+    return holder.get("started") != start_time(holder.get("pid"))
 
 
 def process_start() -> float:
     """When this process was started, in seconds since the epoch."""
-    ticks = int(_start_time(os.getpid()) or 0)
+    ticks = int(start_time(os.getpid()) or 0)
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
-def _start_time(pid: object) -> str:
+def start_time(pid: object) -> str:
     """The start time of a process in clock ticks since boot, "" where there is no such process."""
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 else ""

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from schemes import quantized_run
 
 from faults import ranks
+from faults.attacks import shared
+from faults.attacks.world import World
 from faults.ground import Ground
 from faults.runs import Ended, FaultRuns
 from merge_cli import Rank, average, finalize, plan_average, run_average
@@ -39,6 +42,7 @@ from merge_cli.output.sink import Claim
 from merge_cli.planning.plan import OutputFile, WorkItem
 from merge_cli.request.spec import RunConfig
 from merge_cli.system.files import read_json
+from merge_cli.system.held import HeldFolder
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID", "PMERGE_RANK")
 
@@ -218,10 +222,10 @@ def test_two_threads_never_complete_one_file(tmp_path: Path, monkeypatch: pytest
     completed: list[str] = []
     assemble = writer.assemble
 
-    def slowly(file: OutputFile, folder: Path) -> str:
+    def slowly(file: OutputFile, staging: HeldFolder) -> str:
         completed.append(file.name)
         time.sleep(0.3)
-        return assemble(file, folder)
+        return assemble(file, staging)
 
     monkeypatch.setattr(joint, "assemble", slowly)
     monkeypatch.setattr(joint, "flock", lambda fd: False)
@@ -529,3 +533,13 @@ def test_a_rank_stopped_anywhere_while_another_runs(ground: Ground) -> None:
 def test_ranks_at_once_killed_at_random(ground: Ground) -> None:
     row = ranks.together(ground, rounds=2, seed=1)
     assert row.ok, row.wrong
+
+
+@pytest.mark.parametrize(("at", "after", "then"), [(2, 1, "goes on"), (3, 2, "is killed")])
+def test_two_ranks_may_write_one_file(at: int, after: int, then: str) -> None:
+    """Where flock is local to each host, both write the first shard; real processes that are
+    stopped in the middle.
+    """
+    with tempfile.TemporaryDirectory(prefix="pmerge-test-") as folder, ExitStack() as stack:
+        world = World(Path(folder) / "world", stack.enter_context(FaultRuns()), stack, thorough=False)
+        assert shared.interleaved(world, shared.FIRST, at, after, then, shared.WHOLE) == ""

@@ -41,22 +41,25 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "shard: no fsync",
-        "memoryview(file.header), 0, partial_path(path))\n        fsync_file(fd)\n",
-        "memoryview(file.header), 0, partial_path(path))\n",
+        "memoryview(file.header), 0, path)\n            fsync_file(fd)\n",
+        "memoryview(file.header), 0, path)\n",
         POWER,
     ),
     Mutant(
-        "small files: no fsync", "        fsync_file(fd)\n        partial.rename(path)\n", "        partial.rename(path)\n", POWER
+        "small files: no fsync",
+        "            if durable:\n                fsync_file(fd)\n            self.rename",
+        "            self.rename",
+        POWER,
     ),
     Mutant(
         "publish: parent folder not synced",
-        "    try:\n        fsync_folder(destination.parent)\n    except",
+        "    try:\n        folder.above.sync()\n    except",
         "    try:\n        pass\n    except",
         POWER,
     ),
     Mutant(
         "ranks: piece not synced",
-        "            fsync_file(fd)\n            fsync_folder(self.partial.parent)\n",
+        "            fsync_file(fd)\n            self._staging.sync(GROWING)\n",
         "            pass\n",
         POWER,
     ),
@@ -68,8 +71,8 @@ MUTANTS = (
     ),
     Mutant(
         "by-file publishing: index first",
-        "return (2 if is_index else path.name == MANIFEST, str(path))",
-        "return (0 if is_index else 1 + (path.name == MANIFEST), str(path))",
+        "return (2 if is_index else name == MANIFEST, name)",
+        "return (0 if is_index else 1 + (name == MANIFEST), name)",
         "test_promise_2_and_3_killed_anywhere_it_is_absent_or_complete_and_goes_on",
     ),
     Mutant(
@@ -97,14 +100,14 @@ MUTANTS = (
     Mutant("changed header ignored", "    if hashlib.sha256(header).hexdigest() != file.header.sha256:", "    if False:", CHANGED),
     Mutant(
         "--verify-resume hashes nothing",
-        "            if not hashed or sha256_of(file) == record.sha256:",
-        "            if True:",
+        "        if status.st_mtime_ns == record.mtime_ns and not hashed:",
+        "        if status.st_mtime_ns == record.mtime_ns:",
         DAMAGED,
     ),
     Mutant(
         "resume: size and time not compared",
-        'or now != (record.file_bytes, entry["mtime_ns"], entry["request"]):',
-        'or self.request != entry["request"]:',
+        "        if status.st_mtime_ns == record.mtime_ns and not hashed:",
+        "        if not hashed:",
         DAMAGED,
     ),
     Mutant(
@@ -115,8 +118,8 @@ MUTANTS = (
     ),
     Mutant(
         "overwrite: old removed first",
-        "    if exchange(folder.checkpoint, folder.destination):\n        return\n",
-        "    shutil.rmtree(folder.destination)\n    folder.checkpoint.rename(folder.destination)\n    return\n",
+        "    if _exchange(folder):\n        return\n",
+        '    folder.above.remove(folder.destination.name)\n    _rename(folder, CHECKPOINT, "")\n    return\n',
         "test_promise_2_overwrite_loses_neither_the_old_nor_the_new",
     ),
     Mutant(
@@ -124,6 +127,30 @@ MUTANTS = (
         "        return begin >= item.end\n",
         "        return bool(records)\n",
         RANKS,
+    ),
+    Mutant(
+        "publish: files that are not recorded accepted",
+        "    if strangers := sorted(found.keys() - files.keys()):",
+        "    if strangers := []:",
+        "test_files_that_are_not_recorded_are_refused_by_name",
+    ),
+    Mutant(
+        "publish: changed files accepted",
+        "name not in same or not folder.records.matches(name, record)]",
+        "name not in same]",
+        "test_files_that_have_changed_since_they_were_recorded_are_not_published",
+    ),
+    Mutant(
+        "publish: side files of an earlier try kept",
+        "        each.folder.records.remove_side_files(each.merge.files)\n",
+        "        pass\n",
+        "test_a_side_file_that_is_gone_from_the_base_is_not_published",
+    ),
+    Mutant(
+        "ranks: one name for all processes that write a file",
+        "        self._own = own_name(file.name)\n",
+        '        self._own = f"{GROWING}/x"\n',
+        "test_two_ranks_may_write_one_file",
     ),
     Mutant(
         "verify: index not checked",
@@ -151,7 +178,6 @@ MUTANTS = (
     ),
 )
 OPEN = (
-    "resume: unrecorded files of the checkpoint kept (--attack strangers)",
     "rename not undone when its sync fails",
     "old result not put back",
     "ranks: inode or request of a piece's record ignored",

@@ -1,0 +1,87 @@
+"""A held folder: whatever happens to its name, and whatever links are in it, nothing else is
+touched.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from merge_cli.errors import OutputError
+from merge_cli.system.held import GROWING, HeldFolder, is_of_dead, own_name
+from merge_cli.system.process import start_time
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[HeldFolder]:
+    (tmp_path / "folder").mkdir()
+    folder = HeldFolder(tmp_path / "folder")
+    folder.hold()
+    folder.make_folder(GROWING)
+    folder.make_folder("part")
+    yield folder
+    folder.release()
+
+
+def replace(folder: Path) -> None:
+    """Another folder gets the name."""
+    folder.rename(folder.with_name("away"))
+    for part in ("part", GROWING):
+        (folder / part).mkdir(parents=True)
+
+
+def test_names_are_those_of_the_folder_that_is_held(held: HeldFolder) -> None:
+    held.write_file("part/deep/file", b"1")
+    assert held.is_same() and held.files("part").keys() == {"deep/file"}
+    replace(held.path)
+    assert not held.is_same()
+    held.write_file("part/deep/more", b"2")
+    held.rename("part/deep/file", "part/moved")
+    assert held.files("part").keys() == {"deep/more", "moved"}
+    held.remove("part")
+    assert {path.name for path in held.path.rglob("*")} == {"part", GROWING} and not held.exists("part")
+
+
+def test_a_folder_that_was_removed_gets_no_files(held: HeldFolder) -> None:
+    (held.path / GROWING).rmdir()
+    (held.path / "part").rmdir()
+    held.path.rmdir()
+    with pytest.raises(OutputError, match="No such file"):
+        held.write_file("part/file", b"")
+    with pytest.raises(FileNotFoundError):
+        held.make_folder("part")
+
+
+def test_links_below_are_not_followed(held: HeldFolder, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("precious")
+    (held.path / "part" / "link").symlink_to(victim)
+    (held.path / "part" / "file").symlink_to(victim / "file")
+    for name in ("part/link/file", "part/link/new"):
+        with pytest.raises(OutputError, match="did not make it"):
+            held.write_file(name, b"")
+        with pytest.raises(OutputError, match="did not make it"):
+            held.remove(name)
+    with pytest.raises(OutputError, match="did not make it"):
+        held.open("part/file", os.O_WRONLY | os.O_TRUNC)
+    assert held.sha256("part/file") == ""
+    held.write_file("part/file", b"replaces the link")
+    held.remove("part")
+    assert {path.name: path.read_text() for path in victim.iterdir()} == {"file": "precious"}
+
+
+def test_only_a_name_of_a_process_of_this_host_that_is_gone_is_of_a_dead_one() -> None:
+    name = own_name("a/b.safetensors").removeprefix(f"{GROWING}/")
+    assert name.startswith("a%2Fb.safetensors.") and not is_of_dead(name)
+    me = f".{os.getpid()}.{start_time(os.getpid())}."
+    assert is_of_dead(name.replace(me, f".{os.getpid()}.1.")) and is_of_dead(name.replace(me, f".{2**22 + 1}.7."))
+    host = name.split(me)[0].rpartition(".")[2]
+    assert not is_of_dead(name.replace(f".{host}.", ".elsewhere.").replace(me, f".{os.getpid()}.1."))
+    assert not is_of_dead("model.safetensors.partial") and not is_of_dead("x")
+
+
+def test_names_of_files_that_grow_are_short(held: HeldFolder) -> None:
+    held.write_file("part/" + "ü" * 120, b"")
+    assert len(os.fsencode(own_name("ü" * 120))) < 255
