@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli import console
+from merge_cli.cli.options import InputsRoot
 
 
 def finalize_command(
     output: Annotated[Path, typer.Argument(help="The destination that was given to pmerge average.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    inputs_root: InputsRoot = None,
 ) -> None:
     """Publish an average whose files are all finished, or list the missing ones; only needed if no
     rank was left to do it.
@@ -21,4 +23,4 @@ def finalize_command(
     """
     from merge_cli.features.finalize import finalize
 
-    console.out(finalize(output, overwrite=overwrite))
+    console.out(finalize(output, overwrite=overwrite, inputs_root=inputs_root))

@@ -25,6 +25,7 @@ Given = dict[str, Any]
 Checkpoints = Annotated[list[str], typer.Argument(help="One run folder, or checkpoint folders and .safetensors files.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and its problems; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")]
+InputsRoot = Annotated[str | None, typer.Option(metavar="PATH", help="The folder in which the checkpoints lie now, if they moved.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
 
 

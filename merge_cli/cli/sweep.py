@@ -13,6 +13,7 @@ from merge_cli.cli.lists import read_list, split_list
 from merge_cli.cli.options import Checkpoints, DryRun, Given, Json, Quiet, flags, takes
 from merge_cli.errors import UsageError, first_ten
 from merge_cli.request.amounts import parse_whole
+from merge_cli.request.methods import DEFAULT
 from merge_cli.request.spec import MergeSpec, Processes, RunConfig, Selection, lay_over
 
 if TYPE_CHECKING:
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
 )
 def sweep_command(
     checkpoints: Checkpoints,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Folder in which each result gets its own.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH", help="Folder in which each result gets its own.")
+    ] = None,
     *,
-    method: Annotated[str | None, typer.Option(metavar="LIST", help="As sma,wma,ema:0.1,decay:1-sqrt,power:0.2.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="LIST", help="As sma,wma,ema:0.1,decay:1-sqrt,power:0.2. [default: sma]")
+    ] = None,
     last: Annotated[str | None, typer.Option(metavar="LIST", help="Only the newest N, for each N of 3,6,10.")] = None,
     every: Annotated[str | None, typer.Option(metavar="LIST", help="One every V steps, for each V of 1000,2k.")] = None,
     at: Annotated[str | None, typer.Option(metavar="LIST", help="Ending at the checkpoint of each step of 8000,10000.")] = None,
@@ -53,10 +58,12 @@ def sweep_command(
 
     me = this_process(lay_over(Processes(), given))
     muted, quiet = quiet, speak_for(me, quiet)
-    if list_file is None and method is None:
-        raise UsageError("a sweep needs --method or --list", hint="--method sma,wma,ema:0.1,ema:0.2 --last 6,10")
-    if method is None and (last or every or at):
-        raise UsageError("--last, --every and --at are axes of a grid, which needs --method", hint="--method sma,ema:0.1")
+    if list_file is None:
+        method = method or DEFAULT
+    elif method is None and (last or every or at):
+        raise UsageError(
+            "with --list, --last, --every and --at are axes of a grid that needs --method", hint="--method sma,ema:0.1"
+        )
     is_first = me.source == WORKER and not me.rank and not dry_run
     with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
         with errors_said_once(me):

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from merge_cli.cli import console
-from merge_cli.cli.options import Json, Quiet
+from merge_cli.cli.options import InputsRoot, Json, Quiet
 from merge_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from merge_cli.features.verify import Verification
+    from merge_cli.output.progress import Progress
 
 
 def verify_command(
-    output: Annotated[Path, typer.Argument(help="A folder written by pmerge average.")],
+    output: Annotated[Path, typer.Argument(help="A folder written by pmerge average or pmerge sweep.")],
     against_inputs: Annotated[
         bool, typer.Option("--against-inputs", help="Compute tensors again from the inputs, and compare bits.")
     ] = False,
     sample: Annotated[
         str | None, typer.Option(metavar="N", help="Tensors to compute again, drawn at random, or all. [default: 64]")
     ] = None,
+    inputs_root: InputsRoot = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -28,28 +34,54 @@ def verify_command(
 
     Example:  pmerge verify merged-ema-1000-10000 --against-inputs
     """
-    from merge_cli.features.verify import verify
+    from merge_cli.features.verify import results_in
 
     given: dict[str, Any] = {} if sample is None else {"sample": _parse_sample(sample)}
     if sample is not None and not against_inputs:
         raise UsageError("--sample is the number of tensors to compute again", hint="add --against-inputs")
-    with console.ProgressLine(quiet) as line:
-        found = verify(output, against_inputs=against_inputs, **given, on_progress=line.update)
-    if as_json:
-        console.out_json(
-            {
-                "path": str(found.path),
-                "ok": found.ok,
-                "files": found.files,
-                "problems": found.problems,
-                "notes": found.notes,
-                "recomputed": found.recomputed,
-                "tensors": found.num_tensors,
-                "bytes_read": found.bytes_read,
-                "seconds": found.seconds,
-            }
-        )
-    elif not quiet:
+    if inputs_root is not None:
+        if not against_inputs:
+            raise UsageError("--inputs-root is for inputs that are read again", hint="add --against-inputs")
+        given["inputs_root"] = inputs_root
+    results = results_in(output)
+    found = []
+    for path in results:
+        with console.ProgressLine(quiet) as line:
+            found.append(_verify(path, against_inputs, given, line.update))
+        if not as_json:
+            _show(found[-1], quiet, named=len(results) > 1)
+    if as_json and found[0].path == output:
+        console.out_json(_as_dict(found[0]))
+    elif as_json:
+        console.out_json({"path": str(output), "ok": all(each.ok for each in found), "outputs": [_as_dict(each) for each in found]})
+    if not all(each.ok for each in found):
+        raise typer.Exit(1)
+
+
+def _verify(path: Path, against_inputs: bool, given: dict[str, Any], on_progress: Callable[[Progress], None]) -> Verification:
+    from merge_cli.features.verify import verify
+
+    return verify(path, against_inputs=against_inputs, **given, on_progress=on_progress)
+
+
+def _as_dict(found: Verification) -> dict[str, Any]:
+    return {
+        "path": str(found.path),
+        "ok": found.ok,
+        "files": found.files,
+        "problems": found.problems,
+        "notes": found.notes,
+        "recomputed": found.recomputed,
+        "tensors": found.num_tensors,
+        "bytes_read": found.bytes_read,
+        "seconds": found.seconds,
+    }
+
+
+def _show(found: Verification, quiet: bool, named: bool) -> None:
+    if not quiet:
+        if named:
+            console.out(f"{found.path}:")
         for row in console.table(("file", "state"), [(name, state[:100]) for name, state in found.files.items()], indent=""):
             console.out(row)
         if found.num_tensors:
@@ -62,8 +94,6 @@ def verify_command(
     if not quiet:
         for note in found.notes[:10]:
             console.say(f"note: {note}")
-    if not found.ok:
-        raise typer.Exit(1)
 
 
 def _parse_sample(text: str) -> int | None:

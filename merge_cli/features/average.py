@@ -109,7 +109,7 @@ def plan_average(
     if typed and not run.restart:
         from merge_cli.output.resumed import keep_selected
 
-        found, newer = keep_selected(found, [destination] if destination else default_destinations(spec.method), typed)
+        found, newer = keep_selected(found, [destination] if destination else default_destinations(f"merged-{spec.method}"), typed)
         skipped += newer
     check_tokens_per_step(selection.tokens_per_step, selection.amounts.values())
     selected = select_checkpoints(found, selection, spec.method)
@@ -120,7 +120,7 @@ def plan_average(
     base = _find_base(candidates, selection.base)
     steps = [candidate.step for candidate in candidates]
     merge = build_plan(spec, inputs, steps, base, [Output(tuple(range(len(inputs))), coefficients, base)])
-    destination = destination or default_destination(spec.method, candidates)
+    destination = destination or default_destination(f"merged-{spec.method}", candidates)
     from merge_cli.output.existing import is_published
     from merge_cli.output.preflight import check_destinations
     from merge_cli.tuning.tune import tune

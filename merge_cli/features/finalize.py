@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from merge_cli.errors import InputError, OutputError, UsageError, first_ten
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
-from merge_cli.planning.record import describe, from_state, replan
+from merge_cli.planning.record import describe, from_state, moved_paths, replan
 from merge_cli.request.spec import RunConfig
 from merge_cli.stores.store import StrPath, as_path
 
 
-def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
+def finalize(destination: StrPath, *, overwrite: bool = False, inputs_root: StrPath | None = None) -> Path:
     """Publish the result whose ranks have finished all files without one of them publishing it;
-    returns its path.
+    returns its path. `inputs_root` is the folder in which its inputs lie now, if they have moved.
 
     Raises OutputError, naming the files that are missing, if there are any; InputError if inputs
     have changed since.
@@ -41,7 +42,9 @@ def finalize(destination: StrPath, *, overwrite: bool = False) -> Path:
         planned = from_state(state)
         seen = Seen()
         kept = planned.spec.training_state
-        merge = replan(planned, [open_checkpoint(each, seen=seen, training_state=kept) for each in planned.paths])
+        places = moved_paths(planned.paths, as_path(inputs_root)) if inputs_root is not None else {}
+        opened = [open_checkpoint(places.get(each, each), seen=seen, training_state=kept) for each in planned.paths]
+        merge = replan(planned, [replace(each, path=path) for each, path in zip(opened, planned.paths, strict=True)])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise OutputError(
             f"{folder / 'state.json'} does not describe a run of this version of pmerge: {error!r:.200}",

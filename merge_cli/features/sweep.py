@@ -36,12 +36,12 @@ from merge_cli.planning.record import fingerprint
 from merge_cli.ranks.launcher import Rank
 from merge_cli.request.amounts import parse_amount
 from merge_cli.request.coefficients import Coefficients
-from merge_cli.request.destination import destination_of
+from merge_cli.request.destination import default_destination, default_destinations, destination_of
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.grid import SELECTION, Combination, entry, grid, unique
 from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import PARAMETERS
-from merge_cli.request.selection import check_tokens_per_step, coefficients_of, select_checkpoints
+from merge_cli.request.selection import check_tokens_per_step, coefficients_of, order_candidates, select_checkpoints
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
 from merge_cli.stores.store import StrPath
 from merge_cli.system.files import read_json
@@ -140,8 +140,8 @@ class SweepResult:
 
 
 def plan_sweep(
-    paths: Sequence[StrPath],
-    output: StrPath,
+    paths: StrPath | Sequence[StrPath],
+    output: StrPath | None = None,
     *,
     methods: Sequence[str] = (),
     last: Sequence[int] = (),
@@ -155,7 +155,8 @@ def plan_sweep(
     typed: Sequence[str] = (),
     **options: Any,
 ) -> SweepPlan:
-    """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`.
+    """Plan the averages of the checkpoints at `paths` into folders inside the folder `output`, by
+    default `./sweep-<oldest step>-<newest step>`.
 
     The outputs are a grid (`request/grid.py`), `combinations` (objects with options of `average`),
     or both. `at` is the step of the newest checkpoint; in tokens, of the last one up to there. A
@@ -171,7 +172,7 @@ def plan_sweep(
         if name == "method" or name in (SELECTION | PARAMETERS):
             raise TypeError(f"{name} belongs to each output of a sweep: methods=[...], or combinations=[{{...}}]")
     selection, spec, run = read_options({**options, "tokens_per_step": tokens_per_step}, None, spec, run)
-    folder = destination_of(output, "sweep")
+    folder = None if output is None else destination_of(output, "sweep")
     rank = rank or Rank()
     if run.verify_resume and not rank.is_alone:
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the results")
@@ -186,8 +187,10 @@ def plan_sweep(
     if typed and not run.restart:
         from merge_cli.output.resumed import keep_selected
 
-        candidates, newer = keep_selected(candidates, [folder / each.name for each in wanted], typed)
+        folders = default_destinations("sweep") if folder is None else [folder]
+        candidates, newer = keep_selected(candidates, [each / name.name for each in folders for name in wanted], typed)
         notes += newer
+    folder = folder or default_destination("sweep", order_candidates(candidates, "step", needs_order=False))
     chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, selection)
     inputs, merges = _plan_groups(spec, chosen)
     for checkpoint in inputs:
@@ -233,8 +236,8 @@ def plan_sweep(
 
 
 def sweep(
-    paths: Sequence[StrPath],
-    output: StrPath,
+    paths: StrPath | Sequence[StrPath],
+    output: StrPath | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,
     command: Sequence[str] = (),

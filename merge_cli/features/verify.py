@@ -25,13 +25,15 @@ from typing import Any
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import INDEX_SUFFIX
 from merge_cli.formats.untrusted_json import check_depth
-from merge_cli.names import MANIFEST
+from merge_cli.names import MANIFEST, SWEEP_REPORT
 from merge_cli.output.check import Meter, check_files, check_index, check_metadata, listed_files, look_around
 from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed
 from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import ALGORITHM
+from merge_cli.planning.record import with_inputs_below
 from merge_cli.stores.local import STORE as LOCAL
 from merge_cli.stores.store import as_path, read_file
+from merge_cli.system.files import read_json
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     against_inputs: bool = False,
+    inputs_root: str | os.PathLike[str] | None = None,
     sample: int | None = 64,
     device: str = "auto",
     on_progress: Callable[[Progress], None] | None = None,
@@ -69,7 +72,8 @@ def verify(
     """Check the merged checkpoint in the folder `path` against its `pmerge.json`.
 
     `against_inputs` also computes `sample` tensors, drawn at random (None: all), again from the
-    recorded inputs, on `device`. What does not hold is in the result. Raises UsageError or
+    recorded inputs, on `device`; `inputs_root` is the folder in which they lie now, if they have
+    moved. What does not hold is in the result. Raises UsageError or
     InputError where there is no result of pmerge to check.
     """
     folder = Path(as_path(path))
@@ -92,6 +96,7 @@ def verify(
         from merge_cli.features.recompute import differing_tensors, restricted, tensors_of
         from merge_cli.output.published import differences, plan_again
 
+        manifest = manifest if inputs_root is None else _with_inputs_below(manifest, inputs_root, folder)
         plan = plan_again(manifest, problems)
         todo = None if plan is None else restricted(plan, sample)
     meter = Meter(sum(r.file_bytes for r in (*weights.values(), *beside.values())), todo, on_progress)
@@ -119,6 +124,18 @@ def verify(
     )
 
 
+def results_in(path: str | os.PathLike[str]) -> list[Path]:
+    """The result at `path`; of a sweep's folder, the outputs that its sweep.json lists, missing
+    ones too.
+    """
+    folder = Path(as_path(path))
+    outputs = read_json(folder / SWEEP_REPORT).get("outputs") if not os.path.lexists(folder / MANIFEST) else None
+    names = [each.get("name") for each in outputs if isinstance(each, dict)] if isinstance(outputs, list) else []
+    return [folder / name for name in names if isinstance(name, str) and "/" not in name and name not in ("", ".", "..")] or [
+        folder
+    ]
+
+
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """The content of `pmerge.json` ({} where it cannot be read), and "ok" or what is wrong with it."""
     try:
@@ -133,6 +150,13 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(content, dict):
         return {}, "is not a JSON object"
     return content, "ok" if is_sealed(raw) else "does not fit the sha256 at its own end: it was changed"
+
+
+def _with_inputs_below(manifest: Mapping[str, Any], root: str | os.PathLike[str], folder: Path) -> dict[str, Any]:
+    try:
+        return with_inputs_below(manifest, as_path(root))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST} does not name inputs that may have moved: {error!r:.200}") from error
 
 
 def _check_versions(manifest: Mapping[str, Any], folder: Path, against_inputs: bool) -> None:

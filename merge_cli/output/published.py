@@ -53,7 +53,7 @@ def plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan | 
             problems += [
                 f"{join(checkpoint.path, name)}: this input has changed since it was averaged, so nothing can be computed again"
                 for name in sorted(now.keys() | then.keys())
-                if now.get(name) != then.get(name)
+                if name not in now or name not in then or {**now[name], **then[name]} != now[name]
             ]
             inputs.append(checkpoint)
         if problems:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,30 @@ def from_result(manifest: Mapping[str, Any]) -> Recorded:
         base=manifest["base"],
         coefficients=_coefficients([each["coefficient"] for each in inputs], manifest["numerators"], manifest["denominator"]),
     )
+
+
+def moved_paths(paths: Sequence[str], root: str) -> dict[str, str]:
+    """The places of recorded inputs below `root`, the folder in which all of them lie now as they
+    lay in their own.
+    """
+    above = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    return {path: posixpath.join(root, posixpath.relpath(path, above)) for path in paths}
+
+
+def with_inputs_below(manifest: Mapping[str, Any], root: str) -> dict[str, Any]:
+    """A result's record whose inputs have moved to `root`; their times do not count, as a copy has
+    others. Raises KeyError, TypeError or ValueError for another content.
+    """
+    places = moved_paths([each["path"] for each in manifest["inputs"]], root)
+    inputs = [
+        {
+            **each,
+            "path": places[each["path"]],
+            "files": [{key: file[key] for key in file.keys() - {"version", "mtime_ns", "inode"}} for file in each["files"]],
+        }
+        for each in manifest["inputs"]
+    ]
+    return {**manifest, "inputs": inputs, "base": places[manifest["base"]]}
 
 
 def replan(record: Recorded, inputs: Sequence[Checkpoint]) -> MergePlan:

@@ -29,14 +29,14 @@ def destination_of(output: StrPath, example: str = "merged") -> Path:
     return destination
 
 
-def default_destination(method: str, candidates: Sequence[Candidate]) -> Path:
-    """`merged-<method>-<oldest step>-<newest step>` in the current folder."""
+def default_destination(name: str, candidates: Sequence[Candidate]) -> Path:
+    """`<name>-<oldest step>-<newest step>` in the current folder."""
     ends = [candidates[0], candidates[-1]]
     labels = [str(c.step) if c.step is not None else name_of(c.path).removesuffix(".safetensors") for c in ends]
-    return Path(f"merged-{method}-{labels[0]}-{labels[1]}")
+    return Path(f"{name}-{labels[0]}-{labels[1]}")
 
 
-def default_destinations(method: str) -> list[Path]:
+def default_destinations(name: str) -> list[Path]:
     """The destinations in the current folder that have such a name, finished or not."""
-    there = Path().glob(f"merged-{method}-*")
+    there = Path().glob(f"{name}-*")
     return sorted({path.with_name(path.name.removesuffix(STAGING_SUFFIX)) for path in there})

@@ -451,10 +451,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.stdout == "out/ema-0.1-last3\nout/w\n" and again.stderr.count("done already") == 2
 
 
+def test_without_options_a_sweep_is_an_average_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    for step in (1000, 2000):
+        write(tmp_path / "run" / f"ckpt_{step}", step)
+    assert pmerge("sweep", "run", cwd=tmp_path).stdout == "sweep-1000-2000/sma\n"
+    assert pmerge("sweep", "run", "--last", "1,2", "--dry-run", cwd=tmp_path).stdout.split() == [
+        "sweep-1000-2000/sma-last1",
+        "sweep-1000-2000/sma-last2",
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["run", "--last", "3"], "--method or --list"),
+        (["run", "--last", "3"], "no combination"),
         (["run", "--list", "list.json", "--last", "3"], "needs --method"),
         (["run", "--list", "nowhere.json"], "cannot read nowhere.json"),
         (["run", "--list", "list.json"], "not valid JSON"),

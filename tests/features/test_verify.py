@@ -308,6 +308,33 @@ def test_the_command(out: Path) -> None:
     assert found["ok"] is False and "tokenizer.json" in found["problems"][0] and found["files"][INDEX] == "ok"
 
 
+def test_inputs_that_moved_are_found_below_their_new_root(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "old" / "run", layout="sharded")
+    average(paths, tmp_path / "out")
+    shutil.copytree(tmp_path / "old" / "run", tmp_path / "new", copy_function=shutil.copyfile)  # with other times
+    shutil.rmtree(tmp_path / "old")
+    lost = pmerge("verify", "out", "--against-inputs", cwd=tmp_path, expect=1)
+    assert "no such checkpoint" in lost.stderr
+    again = ("verify", "out", "--against-inputs", "--inputs-root", "new")
+    assert "computed again" in pmerge(*again, cwd=tmp_path).stdout
+    assert "add --against-inputs" in pmerge("verify", "out", "--inputs-root", "new", cwd=tmp_path, expect=2).stderr
+    shard = next((tmp_path / "new").rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    pmerge(*again, cwd=tmp_path, expect=1)
+
+
+def test_the_folder_of_a_sweep_is_verified_output_by_output(tmp_path: Path) -> None:
+    nasty_run(tmp_path / "run", layout="sharded")
+    pmerge("sweep", "run", "--method", "sma,wma", "-o", "sweep", cwd=tmp_path)
+    good = pmerge("verify", "sweep", "--against-inputs", cwd=tmp_path)
+    assert good.stdout.count("\nok\n") == 2 and "sweep/wma:" in good.stdout
+    (tmp_path / "sweep" / "wma" / "config.json").write_text("{}")
+    found = json.loads(pmerge("verify", "sweep", "--json", cwd=tmp_path, expect=1).stdout)
+    assert [each["ok"] for each in found["outputs"]] == [True, False] and found["ok"] is False
+    shutil.rmtree(tmp_path / "sweep" / "sma")
+    assert "no result of pmerge: sweep/sma" in pmerge("verify", "sweep", cwd=tmp_path, expect=2).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -258,6 +258,17 @@ def test_finalize_publishes_what_is_finished(tmp_path: Path) -> None:
     assert finalize(tmp_path / "out") == tmp_path / "out"  # it stands
 
 
+def test_finalize_finds_inputs_that_moved(tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run")
+    expected = average(paths, tmp_path / "one").output
+    stop_at_publishing(paths, tmp_path / "out", 1, 3)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="no such checkpoint"):
+        finalize(tmp_path / "out")
+    finalize(tmp_path / "out", inputs_root=tmp_path / "moved")
+    as_single(expected, tmp_path / "out")
+
+
 def test_finalize_says_what_is_missing_and_changes_nothing(tmp_path: Path) -> None:
     paths = nasty_run(tmp_path / "run", layout="sharded")
     with pytest.raises(UsageError, match="no unfinished run"):
