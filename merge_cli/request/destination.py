@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from merge_cli.errors import UsageError
 from merge_cli.names import STAGING_SUFFIX
 from merge_cli.request.labels import Candidate
-from merge_cli.stores.store import StrPath, as_path, name_of
+from merge_cli.stores.store import StrPath, as_path, is_local, name_of
 
 
 def destination_of(output: StrPath, example: str = "merged") -> Path:
@@ -18,6 +19,11 @@ def destination_of(output: StrPath, example: str = "merged") -> Path:
         raise UsageError("-o is empty", hint=f"name the folder of the result:  -o {example}")
     if any(ord(character) < 32 for character in os.fspath(output)):
         raise UsageError("-o holds a line break or another control character", hint=f"name the folder of the result:  -o {example}")
+    if not is_local(os.fspath(output)):
+        raise UsageError(
+            f"the result is written to a folder of this machine, and {os.fspath(output)} is none",
+            hint=f"-o {example}, and then  pmerge push {example} {shlex.quote(os.fspath(output))}",
+        )
     destination = Path(as_path(output))
     if destination.suffix == ".safetensors":
         without = destination.with_suffix("")

@@ -85,7 +85,7 @@ class ObjectSource:
             except Exception as error:  # what obstore raises has no common type that is public
                 failed += 1
                 if failed == _TRIES or not _may_pass(error):
-                    raise _translated(error, self.path, offset + done) from error
+                    raise translated(error, self.path, offset + done) from error
 
     def _pieces(self, begin: int, end: int) -> Any:
         options = {"range": (begin, end), **({"if_match": self._etag} if self._etag else {})}
@@ -110,7 +110,7 @@ class ObjectStore:
         self._listings: dict[Place, Listing] = {}
 
     def expand(self, path: str) -> Sequence[str]:
-        place = _parse(path)
+        place = parse_place(path)
         with self._lock:
             self._listings = {key: each for key, each in self._listings.items() if key.bucket != place.bucket}
         if not is_glob(path):
@@ -121,13 +121,13 @@ class ObjectStore:
         return found
 
     def list(self, path: str) -> Sequence[Entry]:
-        listing = self._listing(_parse(path))
+        listing = self._listing(parse_place(path))
         if not listing:
             raise InputError(f"cannot list {path}: there is nothing below it")
         return [Entry(name, "folder" if found is None else "file") for name, found in sorted(listing.items())]
 
     def stat(self, path: str) -> Stat | None:
-        place = _parse(path)
+        place = parse_place(path)
         above = self._listing_above(place)
         if above is not None:
             name = place.key.rpartition("/")[2]
@@ -138,7 +138,7 @@ class ObjectStore:
         return None if found is None else _stat_of(found)
 
     def open(self, path: str) -> ObjectSource:
-        place = _parse(path)
+        place = parse_place(path)
         above = self._listing_above(place)
         found = self._head(path, place) if above is None else above.get(place.key.rpartition("/")[2])
         if found is None:
@@ -175,7 +175,7 @@ class ObjectStore:
         except Exception as error:
             if _is_missing(error) or "404 Not Found" in str(error):
                 raise InputError(f"there is no bucket {place.bucket}", hint="is it the right region and endpoint?") from error
-            raise _translated(error, f"{place.bucket}/{place.key}") from error
+            raise translated(error, f"{place.bucket}/{place.key}") from error
         found: dict[str, Object | None] = {}
         for each in answer["objects"]:
             if each["path"] != place.key:  # an empty object that stands for the folder itself
@@ -191,19 +191,19 @@ class ObjectStore:
         except Exception as error:
             if _is_missing(error):
                 return None
-            raise _translated(error, path) from error
+            raise translated(error, path) from error
 
     def _bucket(self, bucket: str) -> Any:
         with self._lock:
             if bucket not in self._buckets:
-                self._buckets[bucket] = _connect(bucket)
+                self._buckets[bucket] = connect(bucket)
             return self._buckets[bucket]
 
 
 STORE = ObjectStore()
 
 
-def _parse(path: str) -> Place:
+def parse_place(path: str) -> Place:
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
     if not bucket:
@@ -223,7 +223,7 @@ def _stat_of(found: Object | None) -> Stat:
     return Stat("folder", 0, 0) if found is None else Stat("file", found.num_bytes, found.mtime_ns)
 
 
-def _connect(bucket: str) -> Any:
+def connect(bucket: str) -> Any:
     """The client of a bucket. Raises UsageError without obstore."""
     scheme = bucket.partition("://")[0]
     if find_spec("obstore") is None:
@@ -291,8 +291,8 @@ def _is_missing(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError) or type(error).__name__ == "NotFoundError"
 
 
-def _translated(error: Exception, path: str, offset: int | None = None) -> Exception:
-    """An error of obstore as one of pmerge."""
+def translated(error: Exception, path: str, offset: int | None = None, verb: str = "read") -> Exception:
+    """An error of obstore as one of pmerge; `verb` is what failed."""
     kind, text = type(error).__name__, str(error).partition("\n")[0][:300]
     place = "" if offset is None else f" at byte {offset}"
     if isinstance(error, UsageError | InputError):
@@ -300,7 +300,7 @@ def _translated(error: Exception, path: str, offset: int | None = None) -> Excep
     if kind == "PreconditionError" or (offset is not None and _is_missing(error)):
         return ChangedError(f"{path} was replaced or removed during the run", offset=offset)
     if _is_missing(error):
-        return InputError(f"cannot read {path}: not found", details=[text])
+        return InputError(f"cannot {verb} {path}: not found", details=[text])
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         hint = "are keys and region those of the bucket?"
         if path.startswith("s3://"):
@@ -309,4 +309,4 @@ def _translated(error: Exception, path: str, offset: int | None = None) -> Excep
     hint = "run the same command again once the store answers"
     if path.startswith("s3://"):
         hint += "; AWS_REGION and AWS_ENDPOINT_URL name another one"
-    return StoreError(f"cannot read {path}{place}: {text}", hint=hint, offset=offset)
+    return StoreError(f"cannot {verb} {path}{place}: {text}", hint=hint, offset=offset)

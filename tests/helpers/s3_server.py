@@ -1,5 +1,5 @@
-"""An S3 server on loopback, as far as reading needs it: objects in memory, ranges, If-Match,
-listing with a delimiter, faults.
+"""An S3 server on loopback: objects in memory, ranges, If-Match, listing with a delimiter, faults;
+uploads as a whole and in parts, If-None-Match, the hash that each request is signed with.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -24,6 +25,10 @@ class S3Server:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.faults: list[str] = []
+        self.put_faults: list[str] = []  # one an upload, of an object or of a part: "403", "damage"
+        self.metadata: dict[str, dict[str, str]] = {}
+        self.parts: dict[str, dict[int, bytes]] = {}  # of uploads that are not complete
+        self.on_put: Callable[[str], None] = lambda path: None
         self._lock = threading.Lock()
         server = self
 
@@ -35,7 +40,7 @@ class S3Server:
             def do_GET(self) -> None:
                 server._answer(self)
 
-            do_HEAD = do_GET
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -56,6 +61,8 @@ class S3Server:
         with self._lock:
             self.requests.append((h.command, h.path, {key.lower(): value for key, value in h.headers.items()}))
             fault = self.faults.pop(0) if "list-type" not in query and h.command == "GET" and self.faults else ""
+        if h.command in ("PUT", "POST", "DELETE"):
+            return self._receive(h, path, query)
         if "list-type" in query:
             return self._list(h, path, query.get("prefix", ""), query.get("delimiter", ""))
         if fault in ("503", "403"):
@@ -66,6 +73,7 @@ class S3Server:
         if (wanted := h.headers.get("If-Match")) is not None and wanted != etag:
             return self._reply(h, 412, b"<Error><Code>PreconditionFailed</Code></Error>", {})
         headers = {"ETag": etag, "Last-Modified": "Thu, 26 Nov 2026 15:00:00 GMT", "Accept-Ranges": "bytes"}
+        headers |= self.metadata.get(path, {})
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", h.headers.get("Range") or "")
         if asked is None or fault == "norange":
             return self._reply(h, 200, data, headers)
@@ -74,6 +82,42 @@ class S3Server:
             return self._reply(h, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
         self._reply(h, 206, data[begin:end], headers, truncate=fault == "truncate")
+
+    def _receive(self, h: BaseHTTPRequestHandler, path: str, query: dict[str, str]) -> None:
+        body = h.rfile.read(int(h.headers.get("Content-Length") or 0))
+        if h.command == "DELETE":
+            self.parts.pop(query.get("uploadId", ""), None)
+            return self._reply(h, 204, b"", {})
+        if h.command == "POST" and "uploadId" not in query:
+            name = f"{path}#{len(self.requests)}"
+            self.parts[name] = {}
+            self.metadata[name] = _metadata(h)
+            answer = f"<InitiateMultipartUploadResult><UploadId>{escape(name)}</UploadId></InitiateMultipartUploadResult>"
+            return self._reply(h, 200, answer.encode(), {})
+        if h.command == "POST":
+            self.on_put(path)
+            parts = self.parts.pop(query["uploadId"])
+            self.metadata[path] = self.metadata.pop(query["uploadId"])
+            self.objects[path] = b"".join(parts[number] for number in sorted(parts))
+            etag = escape(_etag(self.objects[path]))
+            answer = f"<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>"
+            return self._reply(h, 200, answer.encode(), {})
+        fault = self.put_faults.pop(0) if self.put_faults else ""
+        if fault == "403":
+            return self._reply(h, 403, b"<Error><Code>AccessDenied</Code></Error>", {})
+        if fault == "damage":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if hashlib.sha256(body).hexdigest() != h.headers.get("x-amz-content-sha256"):
+            return self._reply(h, 400, b"<Error><Code>XAmzContentSHA256Mismatch</Code></Error>", {})
+        if "uploadId" in query:
+            self.parts[query["uploadId"]][int(query["partNumber"])] = body
+        else:
+            self.on_put(path)
+            if h.headers.get("If-None-Match") == "*" and path in self.objects:
+                return self._reply(h, 412, b"<Error><Code>PreconditionFailed</Code></Error>", {})
+            self.objects[path] = body
+            self.metadata[path] = _metadata(h)
+        self._reply(h, 200, b"", {"ETag": _etag(body)})
 
     def _list(self, h: BaseHTTPRequestHandler, bucket: str, prefix: str, delimiter: str) -> None:
         keys = [key[len(bucket) + 1 :] for key in sorted(self.objects) if key.startswith(f"{bucket}/{prefix}")]
@@ -103,6 +147,10 @@ class S3Server:
             h.wfile.write(data[: len(data) // 2] if truncate else data)
         if truncate:
             h.close_connection = True
+
+
+def _metadata(h: BaseHTTPRequestHandler) -> dict[str, str]:
+    return {key: value for key, value in h.headers.items() if key.lower().startswith("x-amz-meta-")}
 
 
 def _etag(data: bytes) -> str:
