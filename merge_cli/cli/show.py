@@ -37,7 +37,8 @@ def show_plan(plan: AveragePlan) -> None:
     console.say(
         f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
         f" in {console.count(len(merge.files), 'file')}, buffers {console.human_bytes(plan.budget.bytes)}"
-        f" ({console.count(plan.budget.workers, 'thread')}), device {plan.device.name}"
+        f" ({console.count(plan.budget.workers, 'thread')}), device {plan.device.name},"
+        f" kernel {plan.kernel}"
         + (f" ({console.human_bytes(plan.budget.device_bytes)} of its memory)" if plan.device.is_accelerator else "")
     )
     side = merge.inputs[merge.base].side_files
@@ -157,6 +158,7 @@ def plan_as_json(plan: AveragePlan) -> dict[str, Any]:
         "files": len(merge.files),
         "memory_bytes": plan.budget.bytes,
         "device": plan.device.name,
+        "kernel": plan.kernel,
         "rank": None if plan.rank.is_alone else str(plan.rank),
         "device_memory_bytes": plan.budget.device_bytes,
         "notes": list(plan.notes),

@@ -153,7 +153,8 @@ def _show_plan(plan: SweepPlan) -> None:
             f"  {first}{console.count(len(group.outputs), 'output')} from {console.count(len(group.merge.inputs), 'checkpoint')}:"
             f" read {console.human_bytes(group.bytes_to_read)} (separate runs: {console.human_bytes(group.bytes_read_separately)}),"
             f" write {console.human_bytes(group.merge.bytes_to_write)}, buffers {console.human_bytes(group.budget.bytes)}"
-            f" ({console.count(group.budget.workers, 'thread')}), device {plan.device.name}"
+            f" ({console.count(group.budget.workers, 'thread')}), device {plan.device.name},"
+            f" kernel {plan.kernel}"
         )
     for note in plan.notes:
         console.say(f"note: {note}")
@@ -198,6 +199,7 @@ def _costs(plan: SweepPlan) -> dict[str, Any]:
         "groups": [[each.combination.name for each in group.outputs] for group in plan.groups],
         "memory_bytes": max((group.budget.bytes for group in plan.groups), default=0),
         "device": plan.device.name,
+        "kernel": plan.kernel,
         "device_memory_bytes": max((group.budget.device_bytes for group in plan.groups), default=0),
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),

@@ -49,6 +49,7 @@ class AveragePlan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     device: Device
+    kernel: str
     budget: Budget
     run: RunConfig
     findings: tuple[PmergeError, ...]
@@ -135,6 +136,7 @@ def plan_average(
         notes=(*skipped, *selected.notes, *(note for each in inputs for note in each.notes), *merge.notes, *tuning.notes),
         warnings=(*left_out, *selected.warnings, *twin_warnings(inputs), *doubts, *merge.warnings),
         device=tuning.device,
+        kernel=tuning.kernel,
         budget=tuning.fit(merge),
         run=run,
         findings=tuple(findings),

@@ -108,6 +108,7 @@ class SweepPlan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     device: Device
+    kernel: str
     run: RunConfig
     rank: Rank
     findings: tuple[PmergeError, ...]
@@ -229,6 +230,7 @@ def plan_sweep(
         notes=(*notes, *tuning.notes),
         warnings=(*left_out, *twin_warnings(inputs), *warnings),
         device=tuning.device,
+        kernel=tuning.kernel,
         run=run,
         rank=rank,
         findings=(*findings, *_check_report(folder / SWEEP_REPORT)),

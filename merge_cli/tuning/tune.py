@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from merge_cli.engine.budget import Budget, fit_memory
 from merge_cli.engine.device import Device
+from merge_cli.engine.kernels.native import VARIABLE, why_none
+from merge_cli.engine.reducers.kinds import kernel_of
 from merge_cli.engine.storage import requests_at_once, requests_for
 from merge_cli.planning.plan import MergePlan
 from merge_cli.ranks.launcher import WORKER, Rank
@@ -20,11 +22,12 @@ from merge_cli.tuning.direct import choose_direct
 
 
 class Tuning(NamedTuple):
-    """The device, the reasons for it, and the use of memory there for this merge or others of its
-    inputs.
+    """The device and the kernel on it, the reasons for them, and the use of memory there for this
+    merge or others of its inputs.
     """
 
     device: Device
+    kernel: str
     notes: tuple[str, ...]
     fit: Callable[[MergePlan], Budget]
 
@@ -52,4 +55,11 @@ def tune(merge: MergePlan, run: RunConfig, rank: Rank | None = None) -> Tuning:
     device, budget, reasons = settle(run.device, merge, partial(fit, plan=merge), rank.local_rank)
     requests = requests_for(merge, budget.size.num_bytes)
     far = f"reading takes about {requests:,} requests, {budget.workers} at once" if requests else ""
-    return Tuning(device, (*filter(None, [direct.note, far]), *reasons), partial(fit, device))
+    kernel = kernel_of(device)
+    return Tuning(device, kernel, (*filter(None, [direct.note, far, _slower(device, kernel)]), *reasons), partial(fit, device))
+
+
+def _slower(device: Device, kernel: str) -> str:
+    """A note where torch does the sums on the CPU though nobody chose it."""
+    is_chosen = device.is_accelerator or kernel != "torch" or os.environ.get(VARIABLE)
+    return "" if is_chosen else f"{why_none()}: torch does the sums, with the same bytes, some times slower"

@@ -35,6 +35,12 @@ def kinds_in(plan: MergePlan, work: Sequence[WorkItem] | None = None) -> list[st
     return list({kind_of(extent, item.reducer): None for item in items for extent in item.file.extents})
 
 
+def kernel_of(device: Device) -> str:
+    """The name of what does the sums on `device`: one of the native kernels, or "torch"."""
+    kernel = None if device.is_accelerator else load()
+    return "torch" if kernel is None else kernel.name
+
+
 def class_of(kind: str, device: Device) -> type[Reducer]:
     """The class of the reducer of `kind` on `device`. All are made by `(plan, size, device,
     reads)`.
