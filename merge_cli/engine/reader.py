@@ -17,6 +17,7 @@ from pathlib import Path
 
 from merge_cli.errors import ChangedError, StoreError
 from merge_cli.formats.checkpoint import WeightFile
+from merge_cli.formats.dcp.gather import Gathered
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES, LocalSource
 from merge_cli.stores.store import Source, read_bytes
 
@@ -51,6 +52,9 @@ class InputFiles:
         """Fill `buffer` from byte `offset` of `file`. Raises ChangedError where it is another now,
         StoreError on I/O errors.
         """
+        if isinstance(file, Gathered):
+            file.gather(self.read_into, offset, buffer)
+            return
         with self._in_use(file) as source:
             source.read_into(offset, buffer)
             if not self._keep_cached and isinstance(source, LocalSource):
@@ -65,7 +69,7 @@ class InputFiles:
         what O_DIRECT cannot read, comes through the page cache. Raises what `read_into` raises.
         """
         begin = offset % DIRECT_BLOCK_BYTES
-        if self._direct and size >= DIRECT_BLOCK_BYTES and begin % item_bytes == 0:
+        if self._direct and size >= DIRECT_BLOCK_BYTES and begin % item_bytes == 0 and not isinstance(file, Gathered):
             with self._in_use(file) as source:
                 if isinstance(source, LocalSource) and source.read_direct(offset - begin, begin + size, block):
                     return begin

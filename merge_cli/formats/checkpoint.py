@@ -63,6 +63,10 @@ class WeightFile:
     def file_bytes(self) -> int:
         return self.header.file_bytes
 
+    def moved(self, files: Files) -> WeightFile:
+        """The file of another checkpoint that stands for this one in `files`."""
+        return files[self]
+
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the file's content, on every host and after a remount: size, version and
@@ -93,7 +97,7 @@ class Stored(NamedTuple):
 
     def moved(self, files: Files) -> Stored:
         """The tensor of the same name and place in another file."""
-        return Stored(files[self.file], self.name, self.info)
+        return Stored(self.file.moved(files), self.name, self.info)
 
 
 class Contents(NamedTuple):

@@ -28,7 +28,10 @@ def check_clone(spec: MergeSpec, base: Checkpoint, outputs: Sequence[Output]) ->
         (spec.shard_bytes is not None, "--shard-size", "keeps its own files"),
     ):
         if given:
-            raise UsageError(f"{flag} cannot be used with {base.path}: a distributed checkpoint {why}", hint=f"leave {flag} out")
+            raise UsageError(
+                f"{flag} cannot be used with {base.path}: a distributed checkpoint {why}",
+                hint=f"leave {flag} out, or write whole tensors:  --format safetensors",
+            )
     if spec.training_state == AVERAGE and any(c < 0 for output in outputs for c in output.coefficients.values):
         raise UsageError(
             f"--training-state average cannot be used with {spec.method}: it has negative coefficients, and second moments"

@@ -51,7 +51,7 @@ class Location(NamedTuple):
 
     def moved(self, files: Files) -> Location:
         """The same place in another file."""
-        return Location(files[self.file], self.offset, self.dtype)
+        return Location(self.file.moved(files), self.offset, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class PartLocation(NamedTuple):
 
     def moved(self, files: Files) -> PartLocation:
         """The same place in another file."""
-        return self._replace(file=files[self.file])
+        return self._replace(file=self.file.moved(files))
 
 
 class QuantizedSource(NamedTuple):

@@ -18,6 +18,7 @@ from merge_cli.errors import UnsupportedError, UsageError, first_ten
 from merge_cli.formats.alike import Moved, original_of
 from merge_cli.formats.checkpoint import SHARD_NUMBER, Checkpoint, Stored
 from merge_cli.formats.dcp.checkpoint import tensor_name
+from merge_cli.formats.dcp.gather import as_chunks_of, whole
 from merge_cli.formats.experts import as_dialect_of
 from merge_cli.formats.logical import Coded, Logical, View, Viewed, kind_of, view
 from merge_cli.formats.safetensors import DTYPES
@@ -32,6 +33,8 @@ from merge_cli.request.spec import MergeSpec
 
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 DEQUANTIZED = "BF16"
+SAFETENSORS = "safetensors"
+SHARD_BYTES = 5_000_000_000  # of what has no shards of its own: the Hub's usual size
 ROUTER_BIAS = "e_score_correction_bias"
 _IN_ONE_FILE = ("adapter_model", "consolidated")
 """Stems of weights whose loaders (PEFT, Mistral) know no shards."""
@@ -52,6 +55,8 @@ def build_plan(
     nothing to average.
     """
     seen = Viewed()
+    if spec.format == SAFETENSORS:
+        inputs = [whole(each) for each in inputs]
     views = [view(checkpoint, seen) for checkpoint in inputs]
     notes: list[str] = []
     tensors = [_with_cache_scales(views[base], other, _in_base_dialect(views[base], other, notes)) for other in views]
@@ -140,6 +145,11 @@ def _with_cache_scales(base: View, other: View, tensors: Mapping[str, Logical]) 
 def _in_base_dialect(base: View, other: View, notes: list[str]) -> Mapping[str, Logical]:
     if other is base:
         return base.tensors
+    if base.checkpoint.dcp is not None and other.checkpoint.dcp is not None:
+        chunks, gathered = as_chunks_of(base.checkpoint, other.checkpoint)
+        if gathered:
+            notes.append(f"{other.checkpoint.path} has other chunks: {gathered} tensors are gathered into those of the base")
+        return chunks
     tensors, note = as_dialect_of(base.tensors, other.tensors, str(other.checkpoint.path))
     if note:
         notes.append(note)
@@ -259,8 +269,8 @@ def _files_of(spec: MergeSpec, base: Checkpoint, entries: Sequence[Entry]) -> li
     """The output files: name, metadata and their tensors, in order. A file of the base that held
     only scales is not written.
     """
-    if spec.shard_bytes is not None:
-        return _resharded(spec.shard_bytes, base, entries)
+    if spec.shard_bytes is not None or _is_gathered(base):
+        return _resharded(spec.shard_bytes or SHARD_BYTES, base, entries)
     by_file: dict[str, list[Entry]] = {file.name: [] for file in base.files}
     for entry in entries:
         by_file[entry.file].append(entry)
@@ -270,6 +280,11 @@ def _files_of(spec: MergeSpec, base: Checkpoint, entries: Sequence[Entry]) -> li
         for file in base.files
         if by_file[file.name] or not file.header.tensors
     ]
+
+
+def _is_gathered(base: Checkpoint) -> bool:
+    """Whether no file of the base is one that could be written again, with other values."""
+    return any(file.name.endswith(".distcp") for file in base.files)
 
 
 def _resharded(shard_bytes: int, base: Checkpoint, entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, str], list[Entry]]]:

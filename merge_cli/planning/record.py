@@ -32,6 +32,7 @@ _IMPLIED = ("method", "parameters", "shard_bytes")
 """Fields of the request that the fingerprint leaves out: the coefficients and the headers of the
 files decide.
 """
+_OF_DCP = ("training_state", "format")
 _OLDEST = ("dtype", "accumulate", "include", "exclude", "int_policy", "allow_nonfinite", "requantize")
 """Fields in every fingerprint ever made. A younger one is in it unless it has its default: older
 results keep theirs.
@@ -50,11 +51,11 @@ class Recorded:
 
 
 def request_record(spec: MergeSpec) -> dict[str, Any]:
-    """The options of a merge by field, as JSON has them; one that only distributed checkpoints have
-    is left out if not given.
+    """The options of a merge by field, as JSON has them; those that only distributed checkpoints
+    have are left out if not given.
     """
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(spec).items()}
-    return {name: value for name, value in found.items() if name != "training_state" or value != MergeSpec.training_state}
+    return {name: value for name, value in found.items() if name not in _OF_DCP or value != getattr(MergeSpec, name)}
 
 
 def fingerprint(plan: MergePlan) -> str:

@@ -136,8 +136,21 @@ class MergeSpec(Options):
         choices=("drop", "base", "average"),
     )
 
+    format: str = option(
+        "keep",
+        "Layout of the result: the base's, or safetensors with whole tensors of a distributed checkpoint.",
+        choices=("keep", "safetensors"),
+        synonyms={"hf": "safetensors", "dcp": "keep", "base": "keep"},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.format == "safetensors" and self.training_state != "drop":
+            raise UsageError(
+                f"--training-state {self.training_state} keeps what only a distributed checkpoint can hold, and --format"
+                " safetensors writes weights only",
+                hint="leave one of them out",
+            )
         object.__setattr__(self, "parameters", check_parameters(self.method, self.parameters))
         if self.requantize and self.dtype != "keep":
             raise UsageError("--requantize keeps the base's dtypes, and --dtype changes them", hint="use one of them")

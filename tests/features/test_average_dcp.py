@@ -17,6 +17,7 @@ import torch
 from builders import tensor_bytes
 from dcp_checkpoints import grid, load_dcp, load_state, save_dcp, write_clone
 from forging import record_again
+from safetensors.torch import load_file
 from torch import Tensor
 
 from merge_cli import average, open_checkpoint, plan_average, run_average, sweep, verify
@@ -169,16 +170,89 @@ def test_a_save_under_way_is_left_out_and_reported(run: Path, tmp_path: Path) ->
         plan_average([tmp_path / "step-40", tmp_path / "step-30"], tmp_path / "out")
 
 
-def test_layouts_that_differ_do_not_fit_together(run: Path, tmp_path: Path) -> None:
-    save_dcp(tmp_path / "step-40", state(40), {"model.w": grid((40, 30), (2, 1))}, files=1)
+OTHER_CUTS = {**CUTS, "model.w": grid((40, 30), (1, 3)), "model.v": grid((6, 50), (4, 1))}
+
+
+@pytest.fixture(scope="module")
+def resharded(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A run that changed its parallelism, and the layout of one tensor in memory, after step 20."""
+    folder = tmp_path_factory.mktemp("resharded")
+    changed = state(40)
+    changed["model"]["t"] = changed["model"]["t"].contiguous()
+    return [run / "step-10", run / "step-20", save_dcp(folder / "step-40", changed, OTHER_CUTS, files=2)]
+
+
+def mean_of(paths: list[Path], name: str) -> bytes:
+    tensors = [load_dcp(path)[name] for path in paths]
+    if not tensors[0].is_floating_point():
+        return tensor_bytes(tensors[-1])
+    return tensor_bytes(torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[-1].dtype))
+
+
+@pytest.mark.parametrize("training_state", ["drop", "average"])
+def test_other_chunks_are_gathered_into_those_of_the_base(resharded: list[Path], tmp_path: Path, training_state: str) -> None:
+    average(resharded, tmp_path / "out", training_state=training_state, threads=2, chunk_size=100)
+    found, layout = load_dcp(tmp_path / "out"), open_folder(tmp_path / "out").metadata.tensors
+    for name in MODEL | (MOMENTS if training_state == "average" else set()):
+        assert tensor_bytes(found[name]) == mean_of(resharded, name), name
+    assert [chunk.sizes for chunk in layout["model.w"].chunks] == [(40, 10)] * 3
+    assert verify(tmp_path / "out", against_inputs=True, sample=None).problems == ()
+    average(resharded, tmp_path / "again", training_state=training_state, threads=1)
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def test_any_of_the_layouts_may_be_the_base(resharded: list[Path], tmp_path: Path) -> None:
+    """But for a tensor that the base stores permuted, and another checkpoint does not."""
+    with pytest.raises(MismatchError, match=r"model\.t strides \(1, 20\)"):
+        plan_average(resharded, tmp_path / "out", base=resharded[0])
+    average(resharded, tmp_path / "out", base=resharded[0], exclude=["model.t"])
+    found = load_dcp(tmp_path / "out")
+    for name in MODEL - {"model.t"}:
+        assert tensor_bytes(found[name]) == mean_of(resharded, name), name
+    assert tensor_bytes(found["model.t"]) == tensor_bytes(load_dcp(resharded[0])["model.t"])
+
+
+def test_a_tensor_of_another_shape_is_still_an_error(run: Path, tmp_path: Path) -> None:
+    changed = state(40)
+    changed["model"]["w"] = torch.zeros(41, 30)
+    save_dcp(tmp_path / "step-40", changed, {"model.w": grid((41, 30), (2, 1))}, files=1)
     with pytest.raises(MismatchError, match="disagree on which tensors") as caught:
         plan_average([run / "step-30", tmp_path / "step-40"], tmp_path / "out")
     assert "model.w[0:20, 0:30]" in str(caught.value) or "model.w[0:10, 0:30]" in str(caught.value)
-    changed = state(40)
-    changed["model"]["t"] = changed["model"]["t"].contiguous()
-    save_dcp(tmp_path / "step-50", changed, CUTS, files=3)
-    with pytest.raises(MismatchError, match=r"model\.t strides \(1, 20\)"):
-        plan_average([run / "step-30", tmp_path / "step-50"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shard_size": 3000}, {"dtype": "bf16", "chunk_size": 100}, {"shard_size": 700, "last": 2}], ids=str
+)
+def test_whole_tensors_are_written_as_safetensors(resharded: list[Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    average(resharded, tmp_path / "out", format="safetensors", **options)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert (files == ["model.safetensors"]) == ("shard_size" not in options)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == ("shard_size" in options)
+    found: dict[str, Tensor] = {}
+    for name in files:
+        found |= load_file(tmp_path / "out" / name)
+    assert set(found) == MODEL and not list((tmp_path / "out").glob("*.distcp"))
+    for name, tensor in found.items():
+        tensors = [load_dcp(path)[name] for path in resharded[-options.get("last", 3) :]]
+        expected = tensors[-1]
+        if expected.is_floating_point():
+            dtype = torch.bfloat16 if "dtype" in options else expected.dtype
+            expected = torch.stack([each.double() for each in tensors]).mean(0).float().to(dtype)
+        assert tensor.shape == expected.shape and tensor_bytes(tensor) == tensor_bytes(expected), name
+    assert verify(tmp_path / "out", against_inputs=True, sample=None).problems == ()
+    assert open_checkpoint(tmp_path / "out").dcp is None
+
+
+def test_whole_tensors_leave_out_what_the_trainers_loader_wants(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step100"
+    save_dcp(folder / "model_and_optim", state(100), CUTS)
+    (folder / ".metadata.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
+    average([folder], tmp_path / "out", format="safetensors")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "pmerge.json"]
+    with pytest.raises(UsageError, match="--training-state base keeps"):
+        plan_average(run, tmp_path / "out2", format="safetensors", training_state="base")
 
 
 def test_integers_that_differ_are_an_error(run: Path, tmp_path: Path) -> None:
@@ -251,17 +325,34 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(run: Path, tmp_path: Path) ->
     """In a process of its own, because it is killed."""
     average(run, tmp_path / "expected", training_state="base")
     command = [sys.executable, "-m", "merge_cli", "average", str(run), "-o", str(tmp_path / "out"), "--training-state", "base"]
-    slow = [*command, "--threads", "1", "--chunk-size", "64"]
+    _kill_in_the_middle([*command, "--threads", "1", "--chunk-size", "64"], tmp_path)
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("format", ["keep", "safetensors"])
+def test_a_killed_gathering_is_resumed_to_the_same_bytes(resharded: list[Path], tmp_path: Path, format: str) -> None:
+    """In a process of its own, because it is killed."""
+    average(resharded, tmp_path / "expected", format=format)
+    command = [sys.executable, "-m", "merge_cli", "average", *map(str, resharded), "-o", str(tmp_path / "out"), "--format", format]
+    _kill_in_the_middle([*command, "--threads", "1", "--chunk-size", "64"], tmp_path)
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+def _kill_in_the_middle(slow: list[str], tmp_path: Path) -> None:
     process = subprocess.Popen(slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     staged = tmp_path / "out.pmerge-partial"
     deadline = time.monotonic() + 60
-    while not list(staged.rglob("*.distcp*")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not [path for end in ("distcp", "safetensors") for path in staged.rglob(f"*.{end}*")]
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
 
 
 def test_the_step_of_a_folder_without_one_is_the_recorded_one(run: Path, tmp_path: Path) -> None:

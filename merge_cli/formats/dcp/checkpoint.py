@@ -4,7 +4,7 @@ itself, raw bytes at an offset.
 A chunk's key is the tensor's name, with the box if there are several (`wq.weight[0:64, 0:128]`) and
 the strides if its values are not in C order (`w strides (1, 12)`). So checkpoints of one layout
 have the same keys, and nothing has to be gathered; those of a run that changed its parallelism have
-other keys, and do not fit together.
+other keys, and are gathered into the base's chunks (`gather.py`).
 """
 
 from __future__ import annotations
