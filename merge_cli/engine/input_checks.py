@@ -44,7 +44,7 @@ def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: Inpu
         raise MismatchError(
             f"{len(different)} tensors that are not averaged (integers, activation scales) differ between the checkpoints",
             details=first_ten(lines),
-            hint="take them from the newest checkpoint:  --int-policy newest",
+            hint="take them from the newest checkpoint:  --int-policy newest ; or some of them from the base:  --exclude GLOB",
         )
 
 

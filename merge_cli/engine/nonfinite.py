@@ -4,6 +4,7 @@ something did.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def nonfinite_error(
         details = [f"{results} results are too large for {dtype}"] if results else []
         return NonFiniteError(f"`{key}` overflows {dtype}", details=details, hint="write a wider dtype:  --dtype fp32")
     details = [f"{path}  {number} elements in the chunk that was read" for path, number in by_file.items()]
-    hint = "leave that checkpoint out"
+    hint = f"leave that checkpoint out, or copy the tensor from the base, as a mask or a bound:  --exclude {shlex.quote(key)}"
     if may_continue:
         hint += "; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
     return NonFiniteError(f"`{key}` has NaN or Inf in an input", details=details, hint=hint)

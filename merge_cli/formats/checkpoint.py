@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_cli.errors import IncompleteError, InputError, first_ten
 from merge_cli.formats.alike import Files, Moved
+from merge_cli.formats.foreign import recognize
 from merge_cli.formats.safetensors import Header, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
 from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
-from merge_cli.names import OTHER_WEIGHTS
 from merge_cli.stores.local import version_of_time
 from merge_cli.stores.store import Entry, Source, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
 
@@ -192,7 +192,7 @@ def open_safetensors(path: StrPath, *, seen: Opened | None = None) -> Checkpoint
     else:
         wanted = found or _rank_files(store, path, entries)
         if not wanted:
-            raise InputError(f"no safetensors files in {path}", hint=_what_is_there(names))
+            raise InputError(f"no safetensors files in {path}", hint=_next_command(path))
         _check_numbering(path, wanted)
         files = _open_files(store, path, wanted, names, seen)
         contents = _contents(files, seen, tuple(wanted), lambda: _without_index(files))
@@ -330,7 +330,10 @@ def _open_files(store: Store, folder: str, names: Sequence[str], listed: Sequenc
     if missing:
         raise IncompleteError(
             f"{len(missing)} of {len(names)} weight files are missing in {folder}",
-            details=first_ten(missing),
+            details=[
+                *first_ten(missing),
+                *(_beside(name) for name in listed if name.endswith(".safetensors") and name not in names),
+            ],
         )
     for name in names:
         store.check_inside(folder, join(folder, name))
@@ -477,8 +480,10 @@ def _stored(files: Sequence[WeightFile], per_rank: bool = False) -> dict[str, St
     }
 
 
-def _what_is_there(entries: Sequence[str]) -> str:
-    other = [name for name in entries if name.endswith(OTHER_WEIGHTS)]
-    if other:
-        return f"pmerge reads safetensors; convert {other[0]} first (for example with transformers' save_pretrained)"
-    return "name a folder with *.safetensors files, or a run folder that contains such folders"
+def _beside(name: str) -> str:
+    return f"{name} is there, and the index does not name it: if it has all weights, remove the index"
+
+
+def _next_command(folder: str) -> str:
+    foreign = recognize(folder)
+    return foreign.hint if foreign else "name a folder with *.safetensors files, or a run folder that contains such folders"

@@ -17,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from merge_cli.errors import IncompleteError, InputError
+from merge_cli.errors import IncompleteError, InputError, UnsupportedError
 from merge_cli.formats.untrusted_json import DECODER, may_hold_surrogates, walk_object
 from merge_cli.stores.store import Source, open_store, read_bytes
 
@@ -77,6 +79,7 @@ inputs, or an error.
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit when reading
 MAX_WRITTEN_HEADER_BYTES = 25_000_000  # the Hub refuses larger ones
 DATA_ALIGNMENT = 4096  # the data of a written file begins on a page, so that it can be read and written directly
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FIRST_BYTES = 32 << 10  # most headers are shorter: one read brings them whole
 _U64 = 1 << 64
 _ENTRY = re.compile(r"\{[^{}]{0,4096}\}")  # a tensor's entry: nothing nested, and short
@@ -136,6 +139,11 @@ def read_header(source: Source, seen: dict[str, Header] | None = None) -> Header
         raise IncompleteError(f"not a complete safetensors file: {source.path}", details=["found     an empty file"])
     first = read_bytes(source, 0, min(file_bytes, _FIRST_BYTES))
     length = int.from_bytes(first[:8], "little")
+    if first.startswith(LFS_POINTER):
+        raise UnsupportedError(
+            f"{source.path} is a Git LFS pointer: the file itself was not fetched",
+            hint=f"git -C {shlex.quote(str(Path(source.path).parent))} lfs pull",
+        )
     if len(first) < 8 or 8 + length > file_bytes or length > MAX_HEADER_BYTES or length < 2:
         kind = InputError if length > MAX_HEADER_BYTES else IncompleteError
         raise kind(

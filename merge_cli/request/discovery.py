@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
-from merge_cli.names import MANIFEST, OTHER_WEIGHTS, STAGING_SUFFIX
+from merge_cli.formats.foreign import recognize
+from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
 from merge_cli.request.screening import check_none_is_merged, find_incomplete
 from merge_cli.request.spec import Selection
+from merge_cli.stores.addresses import meant_address, name_on_the_hub
 from merge_cli.stores.store import (
     Entry,
     Store,
@@ -100,9 +103,15 @@ def no_such_checkpoint(path: str) -> InputError:
     if not is_local(path):
         return InputError(f"no such checkpoint: {path}")
     parent = next((above for above in Path(path).parents if above.exists() and not is_glob(str(above))), Path())
-    hint = f"list the folder:  ls {parent}"
+    look = f"list the folder:  ls {parent}"
     if is_glob(path):
-        return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=hint)
+        return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=look)
+    near = get_close_matches(
+        name_of(path), [entry.name for entry in _entries(str(parent))] if parent == Path(path).parent else [], 1
+    )
+    meant = meant_address(path) or (str(parent / near[0]) if near else None)
+    on_the_hub = name_on_the_hub(path) if not Path(path).parent.exists() else None
+    hint = f"did you mean  {meant}" if meant else f"{look};  for a model on the Hub:  {on_the_hub}" if on_the_hub else look
     return InputError(f"no such checkpoint: {path}", hint=hint)
 
 
@@ -304,20 +313,20 @@ def _nothing_found(path: str) -> InputError:
     folders = [join(path, entry.name) for entry in entries if entry.kind == "folder"]
     runs = [folder for folder in folders if _checkpoints_in(folder)[0]]
     names = [entry.name for entry in entries]
-    deeper = [f"{name_of(folder)}/{entry.name}" for folder in folders for entry in _entries(folder)]
-    other = next((name for name in [*names, *deeper] if name.endswith(OTHER_WEIGHTS)), None)
+    unfinished = next((folder for folder in [path, *folders] if is_unfinished(folder)), None)
+    foreign = recognize(path)
     hint = "name a folder with *.safetensors files, or a run folder that contains such folders"
     if runs:
         hint = f"the checkpoints are one folder down:  pmerge average {runs[0]}"
-    elif other is not None:
-        if other.endswith(".distcp"):
-            hint = f"the save of {folder_of(join(path, other))} is not finished: it has no .metadata"
-        else:
-            hint = f"pmerge reads safetensors; convert {other} first (for example with transformers' save_pretrained)"
+    elif unfinished is not None:
+        hint = f"the save of {unfinished} is not finished: it has no .metadata"
+    elif foreign is not None:
+        hint = foreign.hint
     return InputError(
         f"no checkpoints in {path}",
         details=[
             f"found     {', '.join(names[:10]) or 'an empty folder'}",
+            *([f"found     {foreign.what}"] if foreign and not runs else []),
             "expected  *.safetensors or .metadata with *.distcp, or folders that hold them",
         ],
         hint=hint,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from merge_cli.errors import InputError
+from merge_cli.stores.addresses import meant_address
 
 StrPath = str | os.PathLike[str]
 
@@ -123,10 +124,11 @@ def open_store(path: str) -> Store:
     scheme = match[1] if match else ""
     if scheme not in STORES:
         known = ", ".join(f"{each}://" for each in STORES if each) or "paths of this machine"
+        meant = meant_address(path)
         raise InputError(
             f"{path}: pmerge does not read {scheme}://",
             details=[f"known  {known}"],
-            hint="copy the checkpoints to a folder, and name that",
+            hint=f"did you mean  {meant}" if meant else "copy the checkpoints to a folder, and name that",
         )
     store: Store = import_module(STORES[scheme]).STORE
     return store
