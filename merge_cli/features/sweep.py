@@ -43,6 +43,7 @@ from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import PARAMETERS
 from merge_cli.request.selection import check_tokens_per_step, coefficients_of, order_candidates, select_checkpoints
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
+from merge_cli.request.tokens import with_tokens_of_names
 from merge_cli.stores.store import StrPath
 from merge_cli.system.files import read_json
 from merge_cli.version import __version__
@@ -181,10 +182,12 @@ def plan_sweep(
     if not wanted:
         raise UsageError("a sweep of nothing", hint="--method sma,ema:0.1 --last 6,10, or a list:  --list FILE")
     asked = [replace(selection, **each.selection) for each in wanted]
-    check_tokens_per_step(selection.tokens_per_step, [amount for each in asked for amount in each.amounts.values()])
-    for flag, amount in {flag: amount for each in asked for flag, amount in each.amounts.items()}.items():
-        parse_amount(amount, selection.tokens_per_step, option=flag)
+    amounts = [(flag, amount) for each in asked for flag, amount in each.amounts.items()]
+    check_tokens_per_step(selection.tokens_per_step, [amount for _, amount in amounts])
     candidates, notes, left_out = find_candidates(paths, selection)
+    selection, told, doubts = with_tokens_of_names(selection, [amount for _, amount in amounts], candidates)
+    for flag, amount in dict(amounts).items():
+        parse_amount(amount, selection.tokens_per_step, option=flag)
     if typed and not run.restart:
         from merge_cli.output.resumed import keep_selected
 
@@ -227,8 +230,8 @@ def plan_sweep(
         same_as=tuple(same_as),
         skipped=tuple(skipped),
         inputs=tuple(inputs),
-        notes=(*notes, *tuning.notes),
-        warnings=(*left_out, *twin_warnings(inputs), *warnings),
+        notes=(*told, *notes, *tuning.notes),
+        warnings=(*left_out, *doubts, *twin_warnings(inputs), *warnings),
         device=tuning.device,
         kernel=tuning.kernel,
         run=run,

@@ -21,6 +21,11 @@ def is_in_tokens(amount: int | str | None) -> bool:
     return isinstance(amount, str) and bool(_AMOUNT.fullmatch(amount)) and amount.strip()[-1].isalpha()
 
 
+def is_in_billions(amount: int | str | None) -> bool:
+    """Whether `amount` has the suffix B or T, and so can be no number of steps."""
+    return is_in_tokens(amount) and str(amount).strip()[-1].upper() in "BT"
+
+
 def parse_amount(
     text: int | str,
     tokens_per_step: int | None = None,

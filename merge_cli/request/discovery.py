@@ -87,6 +87,7 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
         label.ingredient or above.ingredient,
         _weights_time(store, path) if with_time else 0,
         warning,
+        label.tokens if label.step is not None and step in (None, label.step) else None,
     )
 
 

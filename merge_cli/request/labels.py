@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
 
 from merge_cli.errors import InputError
 
@@ -17,16 +19,28 @@ _STEP = re.compile(
 _SHARD = re.compile(r"-[0-9]+-of-[0-9]+$")
 _STAGE = re.compile(r"(?:^|[-_])(stage[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
 _INGREDIENT = re.compile(r"(?:^|[-_])(ingredient[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
+_TOKENS = re.compile(r"(?:^|[-_])(?:tokens?[-_]?(\d{1,6})([MBT])|(\d{1,6})([MBT])T)(?=[-_]|$)", re.IGNORECASE | re.ASCII)
 BARE_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
+class Tokens(NamedTuple):
+    """A rounded number of tokens in a name: 4B is a `number` of 4e9 in a `unit` of 1e9."""
+
+    number: Fraction
+    unit: Fraction
 
 
 @dataclass(frozen=True)
 class StepLabel:
-    """The step in a checkpoint's name, and the stage and ingredient of a run that has several."""
+    """The step in a checkpoint's name, and the stage and ingredient of a run that has several.
+
+    `tokens` only beside a step.
+    """
 
     step: int | None
     stage: str | None = None
     ingredient: str | None = None
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Candidate:
     ingredient: str | None
     mtime_ns: int
     step_warning: InputError | None = None
+    tokens: Tokens | None = None
 
 
 def parse_label(name: str) -> StepLabel:
@@ -50,7 +65,7 @@ def parse_label(name: str) -> StepLabel:
     `iter_0001000`, `0001000`.
 
     The number after step outranks one after iter, checkpoint or ckpt, and these one after epoch.
-    Token labels are rounded, and not used.
+    Tokens are `tokens5B` or `5BT`, beside a step: `7B` is the size of a model.
     """
     name = _SHARD.sub("", name.removesuffix(".safetensors"))
     stage, ingredient = _STAGE.search(name), _INGREDIENT.search(name)
@@ -59,4 +74,10 @@ def parse_label(name: str) -> StepLabel:
     step = next((found[word] for word in found if word.endswith("step")), next(iter(found.values()), epoch))
     if step is None and BARE_NUMBER.fullmatch(name):
         step = int(name)
-    return StepLabel(step, stage and stage[1].lower(), ingredient and ingredient[1].lower())
+    tokens = _TOKENS.search(name) if found else None
+    return StepLabel(step, stage and stage[1].lower(), ingredient and ingredient[1].lower(), tokens and _tokens(tokens))
+
+
+def _tokens(match: re.Match[str]) -> Tokens:
+    unit = Fraction(1000 ** ("MBT".index((match[2] or match[4]).upper()) + 2))
+    return Tokens(int(match[1] or match[3]) * unit, unit)

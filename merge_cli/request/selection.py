@@ -18,6 +18,7 @@ from merge_cli.request.coefficients import Coefficients, warnings_for
 from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import METHODS, coefficients, needs_step_values
 from merge_cli.request.spec import MergeSpec, Selection
+from merge_cli.request.tokens import with_tokens_of_names
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method
     order = asked.order
     if METHODS[method].is_explicit and order == "step":
         order = "given"  # weights belong to the checkpoints as they were typed
+    asked, told, doubts = with_tokens_of_names(asked, asked.amounts.values(), candidates)
     ordered = order_candidates(candidates, order, METHODS[method].needs_order or asked.last is not None)
     selected = select(ordered, asked)
     chosen = selected.candidates
@@ -56,7 +58,7 @@ def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method
         notes.append(f"to train on after a spike, roll back to {newest} with its optimizer: no merge did better (docs/resume.md)")
     if len(chosen) == 1:
         warnings.append(f"only one checkpoint is selected, {chosen[0].path}: nothing is averaged")
-    return Selected(chosen, (*selected.notes, *notes), tuple(warnings))
+    return Selected(chosen, (*told, *selected.notes, *notes), (*doubts, *warnings))
 
 
 def coefficients_of(candidates: Sequence[Candidate], spec: MergeSpec, order: str) -> tuple[Coefficients, list[str]]:

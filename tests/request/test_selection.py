@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from merge_cli.request import selection
 from merge_cli.request.amounts import is_in_tokens, parse_amount
 from merge_cli.request.discovery import discover, find_candidates, is_checkpoint, read_candidate
 from merge_cli.request.labels import Candidate, parse_label
-from merge_cli.request.selection import Selected, check_steps, order_candidates
+from merge_cli.request.selection import Selected, check_steps, order_candidates, select_checkpoints
 from merge_cli.request.spec import Selection
 from merge_cli.stores.store import name_of
 
@@ -46,6 +47,51 @@ from merge_cli.stores.store import name_of
 def test_names_in_the_wild(name: str, step: int | None, stage: str | None, ingredient: str | None) -> None:
     label = parse_label(name)
     assert (label.step, label.stage, label.ingredient) == (step, stage, ingredient)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("stage1-step5000-tokens21B", 21e9),
+        ("step-001000-2BT", 2e9),
+        ("step1000-tokens900M", 9e8),
+        ("step928646-tokens4T", 4e12),
+        ("olmo-7B-step1000", None),
+        ("tokens5B", None),
+        ("step1000", None),
+    ],
+)
+def test_tokens_in_names(name: str, tokens: float | None) -> None:
+    found = parse_label(name).tokens
+    assert (None if found is None else found.number) == tokens
+
+
+def named(*labels: str) -> list[Candidate]:
+    found = [(name, parse_label(name)) for name in labels]
+    return [Candidate(name, label.step, None, None, 0, tokens=label.tokens) for name, label in found]
+
+
+OLMO = named(*(f"stage1-step{step}-tokens{math.ceil(step * 4_194_304 / 1e9)}B" for step in range(1000, 200_000, 1000)))
+
+
+def test_names_give_the_tokens_of_a_step() -> None:
+    selected = select_checkpoints(OLMO, Selection(every="100B", last=3), "sma")
+    assert steps_of(selected.candidates) == [151_000, 175_000, 199_000]
+    assert re.match(r"a step has 4,19\d,\d{3} tokens \(within [1-9],\d{3}\) by the names", selected.notes[0])
+    assert steps_of(select_checkpoints(OLMO, Selection(last=2, every="2k"), "sma").candidates) == [197_000, 199_000]  # steps
+    chosen = select_checkpoints(OLMO, Selection(before="500B", last=1, tokens_per_step=4_194_304), "sma")
+    assert steps_of(chosen.candidates) == [119_000] and not [line for line in chosen.warnings if "--tokens-per-step" in line]
+    chosen = select_checkpoints(OLMO, Selection(before="250B", last=1, tokens_per_step=2_097_152), "sma")
+    assert "--tokens-per-step 2,097,152 is not what the names give: 4,19" in chosen.warnings[0]
+
+
+def test_names_that_say_too_little_of_tokens() -> None:
+    with pytest.raises(UsageError, match="the tokens in the names are too few"):
+        select_checkpoints(OLMO[:3], Selection(every="10B"), "sma")
+    with pytest.raises(UsageError, match="not in proportion to the steps"):
+        select_checkpoints(named("step1000-tokens50B", "step2000-tokens60B"), Selection(every="10B"), "sma")
+    with pytest.raises(UsageError, match="--every 10B is an amount of tokens"):
+        select_checkpoints(run(1, 2), Selection(every="10B"), "sma")
 
 
 def run(*steps: int) -> list[Candidate]:

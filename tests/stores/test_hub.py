@@ -11,6 +11,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from merge_cli import average, plan_average, run_average, verify
 from merge_cli.errors import ChangedError, InputError, PmergeError, StoreError
 from merge_cli.features.inspect import inspect_checkpoints
 from merge_cli.request.discovery import find_candidates
+from merge_cli.request.labels import Tokens
 from merge_cli.stores import http, hub
 from merge_cli.stores.store import Source, open_store, read_bytes, read_file
 
@@ -68,6 +70,7 @@ def test_revisions_are_averaged_by_a_pattern(local: list[Path], published: HubSe
     expected = content(average(local[-3:], tmp_path / "near", device="cpu").output)
     plan = plan_average([f"hf://{REPO}@stage1-step*"], tmp_path / "far", last=3, device="cpu")
     assert [candidate.step for candidate in plan.candidates] == [1000 * i for i in range(len(local) - 2, len(local) + 1)]
+    assert plan.candidates[0].tokens == Tokens(Fraction(4 * (len(local) - 2) * 10**9), Fraction(10**9))
     note = next(line for line in plan.notes if line.startswith("reading takes about"))
     assert plan.budget.workers == 16
     assert content(run_average(plan).output) == expected
@@ -332,6 +335,15 @@ def test_the_local_cache_is_used_and_alone_when_offline(
         find_candidates([f"hf://{REPO}@main"])
     with pytest.raises(InputError, match="cannot be listed with HF_HUB_OFFLINE=1"):
         find_candidates([f"hf://{REPO}@stage1-*"])
+
+
+def test_of_several_revisions_the_one_in_the_cache_is_not_fetched(published: HubServer, local: list[Path], tmp_path: Path) -> None:
+    names = [f"stage1-step{number}000-tokens{4 * number}B" for number in (1, 2)]
+    put_in_cache(tmp_path / "hub", REPO, names[0], published.refs[REPO][names[0]], files_of(local[0]))
+    expected = content(average(local[:2], tmp_path / "near", device="cpu").output)
+    assert content(average([f"hf://{REPO}@{name}" for name in names], tmp_path / "far", device="cpu").output) == expected
+    fetched = [request.target for request in published.requests if request.kind in ("cdn", "resolve")]
+    assert fetched and not [target for target in fetched if published.refs[REPO][names[0]] in target]
 
 
 def put_in_cache(cache: Path, repo: str, ref: str, commit: str, files: dict[str, bytes]) -> None:
