@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from merge_cli.formats.checkpoint import recorded_fingerprint
 from merge_cli.names import MANIFEST
 from merge_cli.output.folder import differences, staging_path
 from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed
+from merge_cli.output.schema import is_newer
 from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.record import fingerprint, input_records, request_record
 from merge_cli.stores.store import read_file
@@ -65,6 +66,34 @@ def is_published(path: Path, merge: MergePlan, *, hashed: bool = False) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def own_files(folder: Path) -> set[str]:
+    """The names of the files in a result that are pmerge's, by its pmerge.json; none if that cannot
+    be read or is by a newer version, which may have files of other kinds.
+    """
+    recorded = read_manifest(folder)
+    try:
+        return set() if is_newer(recorded) else {MANIFEST, *recorded["files"], *recorded["side_files"]}
+    except (KeyError, TypeError):
+        return set()
+
+
+def strangers(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of the files `names` in a result that pmerge did not write, for people."""
+    own = own_files(folder)
+    if not own:
+        return [f"{MANIFEST} cannot be read, or is by a newer version of pmerge, so it is not known what is whose"]
+    return [name for name in names if name not in own]
+
+
+def would_remove(destination: Path, names: Sequence[str]) -> OutputError:
+    """The error for strangers in a result that --overwrite would remove."""
+    return OutputError(
+        f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
+        details=first_ten(names),
+        hint="move them away, or choose another place:  -o PATH",
+    )
 
 
 def corrupt_files(path: Path) -> Iterator[str]:

@@ -317,7 +317,7 @@ class JointDestination:
 
     def is_over(self) -> bool:
         """Whether another rank has published, so that an error of this one's own work is none."""
-        return self._is_gone() and self.is_published
+        return not self._is_cleaned and self._is_gone() and self.is_published
 
     def done(self, item: WorkItem, result: str, nonfinite: Mapping[str, int]) -> None:
         """Record an item that is durable, and give its claim back. After the last piece of a file,

@@ -8,11 +8,17 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from merge_cli.errors import OutputError, UsageError, first_ten
-from merge_cli.names import MANIFEST
-from merge_cli.output.existing import already_there, corrupt_files, is_in_the_way, is_merged, is_published, read_manifest
+from merge_cli.errors import OutputError, UsageError
+from merge_cli.output.existing import (
+    already_there,
+    corrupt_files,
+    is_in_the_way,
+    is_merged,
+    is_published,
+    strangers,
+    would_remove,
+)
 from merge_cli.output.folder import staging_path
-from merge_cli.output.schema import is_newer
 from merge_cli.planning.plan import MergePlan
 from merge_cli.request.spec import RunConfig
 from merge_cli.stores.store import is_local
@@ -74,14 +80,9 @@ def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[
                 hint="remove it yourself, or choose another place:  -o PATH",
             )
         ]
-    strangers = _strangers(destination)
-    return [
-        OutputError(
-            f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
-            details=first_ten(strangers),
-            hint="move them away, or choose another place:  -o PATH",
-        )
-    ][: len(strangers)]
+    found = (path.relative_to(destination).as_posix() for path in sorted(destination.rglob("*")) if not path.is_dir())
+    others = strangers(destination, found)
+    return [would_remove(destination, others)] if others else []
 
 
 def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
@@ -125,16 +126,3 @@ def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Ma
         for what in need
         if have[what] < need[what]
     ]
-
-
-def _strangers(folder: Path) -> list[str]:
-    """What lies in a result of pmerge beside what its pmerge.json records."""
-    recorded = read_manifest(folder)
-    if is_newer(recorded):
-        return [f"{MANIFEST} is by a newer version of pmerge, so it is not known what is whose"]
-    try:
-        known = {MANIFEST, *recorded["files"], *recorded["side_files"]}
-    except (KeyError, TypeError):
-        return [f"{MANIFEST} cannot be read, so it is not known what is whose"]
-    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-    return [name for name in found if name not in known]

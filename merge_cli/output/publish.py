@@ -7,7 +7,8 @@ and many, one process and ranks.
     3. every folder of the checkpoint is made durable, publish.json notes what is about to be
        published, and the checkpoint must have the files that were recorded, and no other
     4. one rename gives the checkpoint its final name, which is made durable
-    5. the staging folder is removed
+    5. with --overwrite, the old result is removed by its own list of files
+    6. the staging folder is removed
 
 Wherever a run dies in between, `recover` of the next one finds out from publish.json which side of
 the rename it died on.
@@ -19,12 +20,14 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
 from typing import Protocol
 
 from merge_cli.engine.writer import CHECKPOINT
 from merge_cli.errors import OutputError, first_ten
 from merge_cli.names import MANIFEST
-from merge_cli.output.existing import already_there, is_empty_folder, is_merged
+from merge_cli.output.existing import already_there, is_empty_folder, is_merged, own_files, strangers, would_remove
 from merge_cli.output.folder import StagingFolder, with_fingerprints
 from merge_cli.output.manifest import write_metadata_files
 from merge_cli.output.records import DONE, FileRecord, files_have_changed
@@ -61,9 +64,16 @@ def publish(merge: MergePlan, ready: Sequence[tuple[Ready, Mapping[str, FileReco
         (each, {**records, **write_metadata_files(each.merge, each.folder.held, records, command)}) for each, records in ready
     ]
     check_inputs_unchanged(merge)
+    kept = []
     for each, files in complete:
         _give_final_name(each.folder, files, each.overwrite)
+        try:
+            kept += _remove_old(each.folder)
+        except OSError:
+            continue  # the result is published: the next run removes the rest
         each.clean()
+    if kept:
+        raise _are_kept(kept)
 
 
 def _give_final_name(folder: StagingFolder, files: Mapping[str, FileRecord], overwrite: bool) -> None:
@@ -181,8 +191,22 @@ def _publishing_order(name: str) -> tuple[int, str]:
 
 
 def _replace(folder: StagingFolder) -> None:
-    if _exchange(folder):
-        return
+    """Put the checkpoint in the place of the old result, which is looked at before and after:
+    others may have put files into it since the run began.
+    """
+    with _held_destination(folder) as destination:
+        _check_old(folder, destination)
+        if _exchange(folder):
+            try:
+                _check_old(folder, destination, CHECKPOINT)
+            except BaseException:
+                _exchange(folder)
+                raise
+            return
+        _move_aside(folder, destination)
+
+
+def _move_aside(folder: StagingFolder, old: HeldFolder) -> None:
     try:
         _rename(folder, "", _REPLACED)
     except OSError as error:
@@ -193,11 +217,63 @@ def _replace(folder: StagingFolder) -> None:
             hint="remove it, then run the same command again: what is finished is kept",
         ) from error
     try:
+        _check_old(folder, old, _REPLACED)
         folder.held.sync()
         folder.held.rename_to_new(CHECKPOINT, folder.above, folder.destination.name)
     except BaseException:
         _rename(folder, _REPLACED, "")
         raise
+
+
+def _check_old(folder: StagingFolder, old: HeldFolder, moved_to: str = "") -> None:
+    """Raise OutputError if the old result has files that pmerge did not write, or is another folder
+    by now.
+    """
+    path = folder.path / moved_to if moved_to else folder.destination
+    if names := strangers(path, sorted(old.files("."))):
+        raise would_remove(folder.destination, names)
+    if not os.path.samestat(os.fstat(old.fd), os.lstat(path)):
+        raise OutputError(
+            f"{folder.destination} was exchanged while this run was about to replace it",
+            hint="find out who did that, then run the same command again",
+        )
+
+
+def _remove_old(folder: StagingFolder) -> list[Path]:
+    """Remove the result that was replaced: the files that its own pmerge.json lists, that one last.
+    If others put files into it in the last moment, they are kept in a folder beside the
+    destination, which is returned. Raises OSError.
+    """
+    kept = []
+    for part in (CHECKPOINT, _REPLACED):
+        if not folder.held.exists(part):
+            continue
+        if own := own_files(folder.path / part):
+            for name in own - {MANIFEST}:
+                folder.held.remove(f"{part}/{name}")
+            folder.held.remove_empty_folders(part)
+            folder.held.sync_tree(part)  # while the list is there, a run that is killed here can go on
+            folder.held.remove(f"{part}/{MANIFEST}")
+        if not folder.held.remove_if_empty(part):
+            kept.append(_keep(folder, part))
+    return kept
+
+
+def _keep(folder: StagingFolder, part: str) -> Path:
+    for number in count(1):
+        path = folder.destination.with_name(f"{folder.destination.name}.kept-{number}")
+        with suppress(FileExistsError):
+            folder.held.rename_to_new(part, folder.above, path.name)
+            return path
+    raise AssertionError
+
+
+def _are_kept(kept: Sequence[Path]) -> OutputError:
+    return OutputError(
+        "published; but others put files into the old result at the last moment, and they are kept",
+        details=[f"in  {path}" for path in kept],
+        hint="move them to where they belong; the result is complete",
+    )
 
 
 def _exchange(folder: StagingFolder) -> bool:
@@ -236,6 +312,9 @@ def recover(folder: StagingFolder) -> bool:
         _move_files_back(folder)
     elif ours:
         folder.above.sync()
+        kept = _remove_old(folder)
+        if kept:
+            raise _are_kept(kept)
         if with_fingerprints(marker.get("state")) == folder.state:
             return True
         folder.remove_content()

@@ -137,11 +137,12 @@ class HeldFolder:
         with self._folder(name) as top:
             for _, folders, _, parent in os.fwalk(".", topdown=False, dir_fd=top):
                 for folder in folders:
-                    try:
-                        os.rmdir(folder, dir_fd=parent)
-                    except OSError as error:
-                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                            raise
+                    _remove_if_empty(folder, parent)
+
+    def remove_if_empty(self, name: str) -> bool:
+        """Remove a folder unless something is in it; whether it is gone."""
+        with self._place(name) as (fd, last):
+            return _remove_if_empty(last, fd)
 
     def walk(self, name: str = ".") -> Iterator[tuple[str, os.stat_result]]:
         """Everything below a folder, by its name there, with its status; links are not followed."""
@@ -223,6 +224,16 @@ def _host() -> str:
 def escaped(name: str) -> str:
     """A name with folders in it as the name of one file."""
     return name.replace("/", "%2F")
+
+
+def _remove_if_empty(name: str, fd: int) -> bool:
+    try:
+        os.rmdir(name, dir_fd=fd)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
 
 
 def _make(folder: str, fd: int) -> None:

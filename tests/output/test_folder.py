@@ -13,8 +13,11 @@ from builders import training_run, write_run
 
 from merge_cli import Rank, average, plan_average, run_average
 from merge_cli.errors import OutputError
+from merge_cli.output import publish as publishing
+from merge_cli.output.folder import StagingFolder
 from merge_cli.output.joint import JointDestination
 from merge_cli.output.solo import SoloDestination
+from merge_cli.system.durable import exchange
 
 KINDS: dict[str, type[SoloDestination] | type[JointDestination]] = {"lone": SoloDestination, "rank": JointDestination}
 
@@ -115,3 +118,72 @@ def test_a_side_file_that_is_gone_from_the_base_is_not_published(
     (paths[-1] / "old_code.py").unlink()
     run(paths, tmp_path / "out", kind)
     assert not (tmp_path / "out" / "old_code.py").exists() and (tmp_path / "out" / "pmerge.json").exists()
+
+
+def old_result(paths: list[Path], out: Path) -> dict[str, bytes]:
+    average(paths, out, method="wma")
+    return files_of(out)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["eval_results.json", "evals/deep/results.json", "model-00003.safetensors"])
+def test_files_that_others_put_into_the_old_result_during_the_run_stop_it(
+    name: str, kind: str, can_exchange: bool, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come before the last look, or between that and the exchange."""
+    out = tmp_path / "out"
+    before = old_result(paths, out)
+    path = out / name
+
+    def put() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("hours of work")
+
+    def put_and_exchange(one: tuple[int, str], other: tuple[int, str]) -> bool:
+        put()
+        return exchange(one, other) if can_exchange else False
+
+    with monkeypatch.context() as patch:
+        at_the_last_look(patch, put)
+        with pytest.raises(OutputError, match="--overwrite would remove them") as refused:
+            run(paths, out, kind, overwrite=True)
+    assert [*refused.value.details] == [name] and files_of(out) == {**before, name: b"hours of work"}
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("merge_cli.output.publish.exchange", put_and_exchange)
+        with pytest.raises(OutputError, match="--overwrite would remove them"):
+            run(paths, out, kind, overwrite=True)
+    path.unlink()
+    assert {each: data for each, data in files_of(out).items() if data} == before
+    run(paths, out, kind, overwrite=True)
+    assert '"method": "sma"' in (out / "pmerge.json").read_text() and [*tmp_path.glob("out?*")] == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_files_that_come_after_the_exchange_are_kept_and_named(
+    killed: bool, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By somebody who works in the old folder; also where the run is killed before the old result
+    is removed.
+    """
+    out = tmp_path / "out"
+    old_result(paths, out)
+    remove_old = publishing._remove_old
+
+    def put(folder: StagingFolder) -> list[Path]:
+        (folder.checkpoint / "eval_results.json").write_text("hours of work")
+        if killed:
+            raise KeyboardInterrupt
+        return remove_old(folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt if killed else OutputError) as ended:
+        patch.setattr(publishing, "_remove_old", put)
+        run(paths, out, "lone", overwrite=True)
+    if killed:
+        with pytest.raises(OutputError, match="published") as ended:
+            run(paths, out, "lone", overwrite=True)
+    assert isinstance(ended.value, OutputError) and str(tmp_path / "out.kept-1") in ended.value.details[0]
+    assert files_of(tmp_path / "out.kept-1") == {"eval_results.json": b"hours of work"}
+    run(paths, out, "lone", overwrite=True)
+    assert '"method": "sma"' in (out / "pmerge.json").read_text() and not (tmp_path / "out.pmerge-partial").exists()

@@ -118,8 +118,8 @@ MUTANTS = (
     ),
     Mutant(
         "overwrite: old removed first",
-        "    if _exchange(folder):\n        return\n",
-        '    folder.above.remove(folder.destination.name)\n    _rename(folder, CHECKPOINT, "")\n    return\n',
+        "        if _exchange(folder):\n            try:\n",
+        '        folder.above.remove(folder.destination.name)\n        if not _rename(folder, CHECKPOINT, ""):\n            try:\n',
         "test_promise_2_overwrite_loses_neither_the_old_nor_the_new",
     ),
     Mutant(
@@ -145,6 +145,18 @@ MUTANTS = (
         "        each.folder.records.remove_side_files(each.merge.files)\n",
         "        pass\n",
         "test_a_side_file_that_is_gone_from_the_base_is_not_published",
+    ),
+    Mutant(
+        "overwrite: the old result is not looked at again",
+        '    if names := strangers(path, sorted(old.files("."))):\n',
+        "    if names := []:\n",
+        "test_files_that_others_put_into_the_old_result_during_the_run_stop_it",
+    ),
+    Mutant(
+        "overwrite: all of the old result removed",
+        "        if not folder.held.remove_if_empty(part):\n            kept.append(_keep(folder, part))\n",
+        "        folder.held.remove(part)\n",
+        "test_files_that_come_after_the_exchange_are_kept_and_named",
     ),
     Mutant(
         "ranks: one name for all processes that write a file",
