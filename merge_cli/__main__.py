@@ -67,7 +67,7 @@ def _handle_signals() -> None:
 
     A signal that the process was started to ignore (nohup) stays ignored. The handler runs when the
     main thread is back from the system call it is in, which a slow disk can hold for long. So a
-    second thread hears of the signal too, and does not wait for that: any moment is a safe point,
+    second thread receives the signal too, and does not wait for that: any moment is a safe point,
     since a killed run can be continued.
     """
     heard, wakeup = os.pipe2(os.O_CLOEXEC)

@@ -26,7 +26,7 @@ class InputFiles:
     """A cache of open inputs, safe to use from several threads. At most `max_open` stay open while
     nobody reads from them.
 
-    Without `keep_cached` the page cache is told that what was read is not needed again, so that
+    Without `keep_cached` the kernel is advised that cached pages are not needed again, so that
     reading terabytes does not push out what others on the machine have cached. With `direct`,
     `read_block` reads past it (O_DIRECT) what is aligned for that. Both are for files of this
     machine.

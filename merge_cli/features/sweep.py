@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SweepOutput:
     """One output: `merge` is the plan that `average` would make for it, without runs. `is_done`:
-    its result stands already.
+    it is published already.
     """
 
     combination: Combination
@@ -213,7 +213,7 @@ def plan_sweep(
         here = []
         for k, each in enumerate(members):
             own = replace(spec, method=each.combination.method, parameters=each.combination.parameters)
-            path, alone = folder / each.combination.name, merge.alone(k, own)
+            path, alone = folder / each.combination.name, merge.single_output(k, own)
             is_done = is_published(path, alone, hashed=run.overwrite or run.verify_existing)
             here.append(SweepOutput(each.combination, path, each.candidates, alone, is_done))
         outputs += here

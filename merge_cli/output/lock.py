@@ -92,8 +92,8 @@ class Lock:
         return os.path.samestat(os.fstat(self._fd), folder.stat(self.path.name))
 
     def is_alone(self) -> bool:
-        """Whether no other process shares the lock, which is held; others who ask in this moment
-        are told that it is taken.
+        """Whether this process is the only holder. Upgrades to exclusive for a moment, in which
+        another `acquire` may fail.
         """
         try:
             return flock(self._fd, shared=False)

@@ -86,7 +86,7 @@ def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[
 
 
 def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
-    """Whether what has to be written can be, as far as the nearest folder that exists tells."""
+    """Whether what has to be written can be, judged by the nearest folder that exists."""
     elsewhere = "choose another place:  -o PATH"
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent

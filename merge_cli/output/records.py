@@ -176,7 +176,7 @@ class Records:
                 self._staging.remove(f"{CHECKPOINT}/{name}")
 
     def num_bytes(self, files: Sequence[OutputFile]) -> int:
-        """The bytes of the finished files and pieces, as far as the names of records tell."""
+        """The bytes of the finished files and pieces, by the names of their records alone."""
         there = self.names()
         total = sum(file.file_bytes for file in files if self.path(file.name).name in there)
         for record, names in _pieces_by_file(there).items():

@@ -272,14 +272,14 @@ class QuantizedExtent:
         """
         role, offset = self.sinks[0]
         size, step = self._part_bytes(role, 0, self.num_rows), self.row_step
-        if not size or self.needs_two_passes or (self.codec is not None and role in self.codec.whole):
+        if not size or self.needs_two_passes or (self.codec is not None and role in self.codec.per_tensor_roles):
             return (0, self.num_rows) if begin <= offset < end else (0, 0)
         first, last = (-(-(byte - offset) * self.num_rows // (size * step)) * step for byte in (begin, end))
         return min(max(first, 0), self.num_rows), min(max(last, 0), self.num_rows)
 
     def bytes_written(self, first: int, end: int) -> int:
         """The bytes that rows `first` to `end` give to all sinks."""
-        whole = () if self.codec is None else self.codec.whole
+        whole = () if self.codec is None else self.codec.per_tensor_roles
         return sum(self._part_bytes(role, first, end) for role, _ in self.sinks if end > first and (not first or role not in whole))
 
     def _part_bytes(self, role: str, first: int, end: int) -> int:
@@ -419,7 +419,7 @@ class MergePlan:
     oldest to newest.
 
     `dequantized`: the base is quantized and the output is not, so config.json and side files must
-    not say that it is. `notes` tell what happens to tensors that are not simply averaged,
+    not say that it is. `notes` describe tensors that are not simply averaged,
     `warnings` what may be wrong.
     """
 
@@ -461,9 +461,9 @@ class MergePlan:
                 totals[i] += size
         return totals
 
-    def alone(self, k: int, spec: MergeSpec) -> MergePlan:
-        """Output `k` as the one output of a plan, as far as it tells what is made: its files come
-        without their runs.
+    def single_output(self, k: int, spec: MergeSpec) -> MergePlan:
+        """Output `k` as the one output of a plan, enough for fingerprint, manifest and
+        index: its files come without their extents.
 
         It has the fingerprint of the plan that is made for this output by itself.
         """

@@ -43,7 +43,7 @@ class Rank:
 
 
 class _Launcher(NamedTuple):
-    """The variables in which a launcher tells its processes who they are."""
+    """The variables in which a launcher gives rank and world size to its processes."""
 
     name: str
     rank: str

@@ -74,7 +74,7 @@ def coefficients(method: str, steps: Sequence[float], **parameters: Any) -> Coef
     `METHODS`.
 
     `steps` may be in any unit (optimizer steps, tokens) and may be mere positions, unless
-    `needs_step_numbers`. A parameter that is None counts as not given. One checkpoint gives (1.0,),
+    `needs_step_values`. A parameter that is None counts as not given. One checkpoint gives (1.0,),
     whatever the method.
 
     Raises UsageError: unknown method or parameter, value out of range, no checkpoint, steps not

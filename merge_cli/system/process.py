@@ -14,7 +14,9 @@ from typing import Any
 
 
 def identity() -> dict[str, Any]:
-    """Who this process is, so that another one can say so, and can tell whether it still lives."""
+    """Host, process id and start of this process, by which another one can name it and see whether
+    it still lives.
+    """
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),

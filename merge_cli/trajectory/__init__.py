@@ -1,4 +1,4 @@
-"""What a training run tells about merging: statistics of its checkpoints, the loss model, the
+"""Facts about merging that a training run holds: statistics of its checkpoints, the loss model, the
 forecast, the ledger.
 
 Pure Python over at most a few thousand numbers, but for the ledger and the results of evaluations,

@@ -1,4 +1,4 @@
-"""The user's evaluation command: what is put into it, and what stands in its environment.
+"""The user's evaluation command: its substitutions, and its environment.
 
 `{path}`, `{name}`, `{step}` and `{out}` are replaced, quoted for the shell; PMERGE_PATH,
 PMERGE_NAME, PMERGE_STEP, PMERGE_OUT and PMERGE_RESULT are set, which needs no quoting at all. A

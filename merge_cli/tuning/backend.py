@@ -31,7 +31,7 @@ SAMPLE_S = 0.5
 _MARGIN = 1.1  # by which an accelerator must be faster: less is noise
 
 
-class Settled(NamedTuple):
+class DeviceChoice(NamedTuple):
     """The device, the memory as it is used there, and what to say about it."""
 
     device: Device
@@ -46,12 +46,12 @@ class Rate(NamedTuple):
     seconds: float
 
     @property
-    def gigabytes(self) -> float:
+    def gb_per_s(self) -> float:
         """A second."""
         return self.num_bytes / max(self.seconds, 1e-9) / 1e9
 
 
-def settle(name: str, plan: MergePlan, fit: Callable[[Device], Budget], local_rank: int = 0) -> Settled:
+def settle(name: str, plan: MergePlan, fit: Callable[[Device], Budget], local_rank: int = 0) -> DeviceChoice:
     """The device for `plan` under the name "auto", "cpu", "cuda" or "cuda:K"; only "auto" is
     decided here.
 
@@ -60,17 +60,17 @@ def settle(name: str, plan: MergePlan, fit: Callable[[Device], Budget], local_ra
     """
     device = choose_device(name, local_rank)
     if name != "auto" or not device.is_accelerator:
-        return Settled(device, fit(device), ())
+        return DeviceChoice(device, fit(device), ())
     if plan.bytes_to_read < SMALL_JOB_BYTES:
         note = f"device cpu: reads less than {SMALL_JOB_BYTES / 1e9:.0f} GB, for which starting {device.name} takes too long"
-        return Settled(CPU, fit(CPU), (note,))
+        return DeviceChoice(CPU, fit(CPU), (note,))
     on_cpu = fit(CPU)
     try:
         there = fit(device)
         is_faster, note = compare(lambda: sample(plan, on_cpu), lambda: sample(plan, there), device.name)
-    except PmergeError as error:  # no room on the device, or it failed, or the data did: the run itself will tell
-        return Settled(CPU, on_cpu, (f"device cpu: {device.name} could not be measured ({error.message})",))
-    return Settled(device, there, (note,)) if is_faster else Settled(CPU, on_cpu, (note,))
+    except PmergeError as error:  # no room on the device, or it failed, or the data did: the run itself reports that
+        return DeviceChoice(CPU, on_cpu, (f"device cpu: {device.name} could not be measured ({error.message})",))
+    return DeviceChoice(device, there, (note,)) if is_faster else DeviceChoice(CPU, on_cpu, (note,))
 
 
 def compare(cpu: Callable[[], Rate], accelerator: Callable[[], Rate], name: str) -> tuple[bool, str]:
@@ -80,10 +80,10 @@ def compare(cpu: Callable[[], Rate], accelerator: Callable[[], Rate], name: str)
     for path in (cpu, accelerator):
         path()
     first, second = cpu(), accelerator()
-    is_faster = second.gigabytes > _MARGIN * first.gigabytes
+    is_faster = second.gb_per_s > _MARGIN * first.gb_per_s
     taken, rate, other, against = (name, second, "the CPU", first) if is_faster else ("cpu", first, name, second)
     measured = f"measured on the first {min(first.num_bytes, second.num_bytes) / 1e6:.0f} MB"
-    return is_faster, f"device {taken}: {rate.gigabytes:.1f} GB/s against {against.gigabytes:.1f} GB/s on {other}, {measured}"
+    return is_faster, f"device {taken}: {rate.gb_per_s:.1f} GB/s against {against.gb_per_s:.1f} GB/s on {other}, {measured}"
 
 
 def sample(plan: MergePlan, budget: Budget, num_bytes: int = SAMPLE_BYTES, seconds: float = SAMPLE_S) -> Rate:

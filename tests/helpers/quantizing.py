@@ -129,9 +129,9 @@ def clean(codec: Codec, shape: Shape, parts: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _cut(codec: Integer, shape: Shape, rows: int):  # type: ignore[no-untyped-def]
-    from merge_cli.formats.quantization.layout import Cut
+    from merge_cli.formats.quantization.layout import RowRange
 
-    return Cut(codec.grid, shape, 0, rows)
+    return RowRange(codec.grid, shape, 0, rows)
 
 
 def cuts(codec: Codec, shape: Shape, steps: int) -> list[tuple[int, int]]:

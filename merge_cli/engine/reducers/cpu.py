@@ -1,7 +1,8 @@
 """Weighted sums on the CPU with torch, in buffers that files are read into and written from.
 
-A worker thread owns one `Lane`. A chunk is reduced in blocks that stay in the L2 cache, straight
-from its buffers: a copy to a stage first, as a device needs it, would cost as much as the sum.
+A worker thread owns one `CpuWorkspace`. A chunk is reduced in blocks that stay in the L2 cache,
+straight from its buffers: a copy to a stage first, as a device needs it, would cost as much as the
+sum.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class CpuReducer:
         self._plan = plan
         self._reads = reads
         self._elements = size.elements
-        self._lane = Lane(len(plan.inputs), len(plan.outputs), size.elements, size.num_bytes, size.slack_bytes)
+        self._lane = CpuWorkspace(len(plan.inputs), len(plan.outputs), size.elements, size.num_bytes, size.slack_bytes)
         self._chunk: Chunk | None = None
 
     def start(self, chunk: Chunk) -> None:
@@ -81,7 +82,7 @@ class CpuReducer:
         return Memory(buffers + sums)
 
 
-class Lane:
+class CpuWorkspace:
     """One worker's buffers on the CPU: `num_inputs` chunks in, `num_outputs` chunks out,
     `chunk_bytes` each.
 

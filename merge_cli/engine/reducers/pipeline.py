@@ -164,7 +164,7 @@ class Ring:
         slot.copied_back = self._queues.submit(DOWNLOAD, copy_back, [rounded])
 
     def _give_up(self, slot: Slot) -> None:
-        """Part of an operation may have been submitted, of whose end no event tells."""
+        """Part of the operation may already be queued, with no event to wait on."""
         slot.ran_out_of_memory, slot.copied_back = True, None
         self._queues.wait_for_all()
 

@@ -222,7 +222,7 @@ class QuantizedSums:
 
     def _rounded(self, extent: QuantizedExtent, operation: WeightedSum, total: Tensor, first: int, end: int) -> Tensor:
         """`total` in the dtype of the output; elements whose sum is too large for float32 from a
-        sum in float64 (see `Lane`).
+        sum in float64 (see `CpuWorkspace`).
         """
         rounded = torch.empty(total.shape, dtype=torch_dtype(extent.dtype), device=total.device)
         store(total, rounded)
@@ -267,7 +267,7 @@ class QuantizedSums:
         rows.errors = combine_totals(rows.errors, error_totals(values, codec.decode(parts, extent.shape, first, end)))
         writes = []
         for role, offset in extent.sinks:
-            if first == 0 or role not in codec.whole:
+            if first == 0 or role not in codec.per_tensor_roles:
                 begin, stop = codec.part_range(role, extent.shape, first, end)
                 data = parts[role].contiguous().cpu()
                 assert data.numel() == stop - begin

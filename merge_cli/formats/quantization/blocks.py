@@ -1,8 +1,8 @@
 """Scales meet values: vectorised over the blocks of a `Grid`, without a padded copy of the values
 (torch).
 
-`values` are float32 [rows, columns], the rows of a `Cut`. Per block: [rows of blocks, blocks beside
-each other]; per row: the same, repeated for each row of values.
+`values` are float32 [rows, columns], the rows of a `RowRange`. Per block: [rows of blocks, blocks
+beside each other]; per row: the same, repeated for each row of values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_cli.formats.quantization.bits import look_up, pack, to_fp4
-from merge_cli.formats.quantization.layout import Cut, matrix
+from merge_cli.formats.quantization.layout import RowRange, matrix
 
 SAME = 2.0**-18
 """Relative difference up to which a value lies on a grid: what rounding the float32 mean of many
@@ -29,12 +29,12 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def row_numbers(cut: Cut, device: torch.device) -> Tensor:
+def row_numbers(cut: RowRange, device: torch.device) -> Tensor:
     """int64 [rows]: the number of each row within its matrix."""
     return torch.arange(cut.r0, cut.r1, device=device) % matrix(cut.shape)[0]
 
 
-def per_row(per_block: Tensor, cut: Cut) -> Tensor:
+def per_row(per_block: Tensor, cut: RowRange) -> Tensor:
     """[rows, blocks] from [rows of blocks, blocks]; unchanged where a row has its own, or one is
     for all.
     """
@@ -51,7 +51,7 @@ def pick_last(fields: Tensor, place: Tensor) -> Tensor:
     return fields.gather(2, place[:, None, None].expand(-1, fields.shape[1], 1)).squeeze(2)
 
 
-def combine_(values: Tensor, operation: Literal["mul", "div", "add", "sub"], per_block: Tensor, cut: Cut) -> Tensor:
+def combine_(values: Tensor, operation: Literal["mul", "div", "add", "sub"], per_block: Tensor, cut: RowRange) -> Tensor:
     """`values` after `operation`, in place, with what `per_block` holds for each value's block."""
     combine = _OPERATIONS[operation]
     rowwise = per_row(per_block, cut)
@@ -64,10 +64,10 @@ def combine_(values: Tensor, operation: Literal["mul", "div", "add", "sub"], per
     return values
 
 
-def block_max(values: Tensor, cut: Cut) -> Tensor:
+def block_max(values: Tensor, cut: RowRange) -> Tensor:
     """The largest of 0 and the values in each block; NaN if one is NaN."""
     if not values.numel():
-        return values.new_zeros(cut.below, cut.beside)
+        return values.new_zeros(cut.num_block_rows, cut.num_block_cols)
     if cut.grid.whole:
         return values.amax().clamp_(min=0).view(1, 1)
     height, width = cut.grid.block(cut.shape)
@@ -79,13 +79,13 @@ def block_max(values: Tensor, cut: Cut) -> Tensor:
     if height == 1:
         return across
     together = matrix(cut.shape)[0] if cut.grid.ragged(cut.shape) else cut.r1 - cut.r0
-    stacked = across.view(-1, together, cut.beside)
+    stacked = across.view(-1, together, cut.num_block_cols)
     if missing := -together % height:
         stacked = torch.nn.functional.pad(stacked, (0, 0, 0, missing))
-    return stacked.reshape(-1, height, cut.beside).amax(1)
+    return stacked.reshape(-1, height, cut.num_block_cols).amax(1)
 
 
-def on_grid(values: Tensor, decoded: Tensor, cut: Cut) -> Tensor:
+def on_grid(values: Tensor, decoded: Tensor, cut: RowRange) -> Tensor:
     """bool per block: whether `decoded` equals `values` up to rounding everywhere. Overwrites
     `decoded`.
     """
@@ -105,11 +105,11 @@ def tensor_stats(values: Tensor, off_grid: Tensor | None = None) -> Tensor:
     return stats
 
 
-def fp4_codes(values: Tensor, scales: Tensor, cut: Cut) -> Tensor:
+def fp4_codes(values: Tensor, scales: Tensor, cut: RowRange) -> Tensor:
     """Bytes of the E2M1 codes of `values` / `scales`, two a byte."""
     return pack(to_fp4(combine_(values.clone(), "div", scales, cut)), 4).flatten()
 
 
-def fp4_values(codes: Tensor, scales: Tensor, cut: Cut) -> Tensor:
+def fp4_values(codes: Tensor, scales: Tensor, cut: RowRange) -> Tensor:
     """float32 [rows, columns]: the E2M1 `codes` times `scales`."""
     return combine_(look_up(codes, "fp4").view(cut.r1 - cut.r0, cut.cols), "mul", scales, cut)

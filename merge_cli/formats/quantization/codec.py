@@ -12,9 +12,9 @@ Rules that every codec keeps (tests/formats/quantization/test_contract.py runs t
 - The same bits on any device and for any legal chunking.
 - Codes and scales that mean NaN become NaN in float32, so that the engine's check for non-finite
   values finds them.
-- Ranges of a part over consecutive chunks are consecutive, except for the roles in `whole` (a scale
-  of the whole tensor, a stored shape): their range is all of the part in every chunk. Read them
-  every time, write them once.
+- Ranges of a part over consecutive chunks are consecutive, except for the roles in
+  `per_tensor_roles` (a scale of the whole tensor, a stored shape): their range is all of the part
+  in every chunk. Read them every time, write them once.
 - Scratch memory is proportional to the chunk (see the constants below).
 
 Schemes whose scale spans more than a chunk have `needs_stats`: a first pass over the merged values
@@ -122,7 +122,7 @@ class Codec(Protocol):
         """Whether `encode` needs a first pass over all values of the tensor."""
 
     @property
-    def whole(self) -> frozenset[str]:
+    def per_tensor_roles(self) -> frozenset[str]:
         """Roles whose `part_range` is the whole part in every chunk."""
 
     def row_step(self, shape: Shape) -> int:

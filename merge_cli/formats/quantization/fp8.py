@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from merge_cli.formats.quantization.layout import SCALE_BYTES, Cut, Grid, Shape
+from merge_cli.formats.quantization.layout import SCALE_BYTES, Grid, RowRange, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ class Fp8:
         return self.grid.whole
 
     @property
-    def whole(self) -> frozenset[str]:
+    def per_tensor_roles(self) -> frozenset[str]:
         """The scale, where there is only one."""
         return frozenset({"scale"} if self.grid.whole else ())
 
@@ -71,14 +71,14 @@ class Fp8:
 
     def decode(self, parts: Parts, shape: Shape, r0: int, r1: int) -> Tensor:
         """code * scale, one rounding."""
-        cut = Cut(self.grid, shape, r0, r1)
+        cut = RowRange(self.grid, shape, r0, r1)
         return self._values(parts["codes"], self._scales(parts, cut), cut)
 
     def stats(self, values: Tensor, shape: Shape, r0: int, r1: int, *, base: Parts | None = None) -> Tensor:
         """Largest magnitudes, and whether `values` leave the grid of the base's scale."""
         from merge_cli.formats.quantization.blocks import tensor_stats
 
-        cut = Cut(self.grid, shape, r0, r1)
+        cut = RowRange(self.grid, shape, r0, r1)
         return tensor_stats(values, None if base is None else ~self._fits(values, self._scales(base, cut), cut))
 
     def encode(
@@ -94,7 +94,7 @@ class Fp8:
         """Codes and scales of rows r0..r1; `base` needs the role scale only."""
         from merge_cli.formats.quantization import bits, blocks
 
-        cut = Cut(self.grid, shape, r0, r1)
+        cut = RowRange(self.grid, shape, r0, r1)
         if not self.grid.whole:
             stats, amax = None, blocks.block_max(values.abs(), cut)
         else:
@@ -107,10 +107,10 @@ class Fp8:
             scales = old.where(keep, scales)
         return {"codes": self._codes(values, scales, cut), "scale": bits.write_floats(scales, self.scale_dtype)}
 
-    def _scales(self, parts: Parts, cut: Cut) -> Tensor:
+    def _scales(self, parts: Parts, cut: RowRange) -> Tensor:
         from merge_cli.formats.quantization.bits import read_floats
 
-        return read_floats(parts["scale"], self.scale_dtype).view(cut.below, cut.beside)
+        return read_floats(parts["scale"], self.scale_dtype).view(cut.num_block_rows, cut.num_block_cols)
 
     def _new_scales(self, amax: Tensor) -> Tensor:
         from merge_cli.formats.quantization import bits
@@ -122,18 +122,18 @@ class Fp8:
             scales = bits.power_of_two_at_least(scales)
         return bits.as_stored(scales, self.scale_dtype)
 
-    def _codes(self, values: Tensor, scales: Tensor, cut: Cut) -> Tensor:
+    def _codes(self, values: Tensor, scales: Tensor, cut: RowRange) -> Tensor:
         """E4M3 bytes."""
         from merge_cli.formats.quantization import bits, blocks
 
         return bits.to_fp8(blocks.combine_(values.clone(), "div", scales, cut)).flatten()
 
-    def _values(self, codes: Tensor, scales: Tensor, cut: Cut) -> Tensor:
+    def _values(self, codes: Tensor, scales: Tensor, cut: RowRange) -> Tensor:
         from merge_cli.formats.quantization import bits, blocks
 
         return blocks.combine_(bits.look_up(codes, "e4m3").view(cut.r1 - cut.r0, cut.cols), "mul", scales, cut)
 
-    def _fits(self, values: Tensor, scales: Tensor, cut: Cut) -> Tensor:
+    def _fits(self, values: Tensor, scales: Tensor, cut: RowRange) -> Tensor:
         """bool per block: whether the values are codes times `scales`."""
         from merge_cli.formats.quantization.blocks import on_grid
 

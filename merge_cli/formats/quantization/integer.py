@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from merge_cli.errors import InputError
-from merge_cli.formats.quantization.layout import SCALE_BYTES, Cut, Grid, Shape, ceil_div, matrix
+from merge_cli.formats.quantization.layout import SCALE_BYTES, Grid, RowRange, Shape, ceil_div, matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ class Integer:
         return self.grid.whole
 
     @property
-    def whole(self) -> frozenset[str]:
+    def per_tensor_roles(self) -> frozenset[str]:
         """The stored shape; scale and zero point where there is only one."""
         return frozenset({"shape", "scale", "zero"} if self.grid.whole else {"shape"})
 
@@ -94,7 +94,7 @@ class Integer:
         """
         if self.shape_dtype:
             self.check_stored_shape(bytes(parts["shape"].tolist()), shape)
-        cut = Cut(self.grid, shape, r0, r1)
+        cut = RowRange(self.grid, shape, r0, r1)
         return self._values(parts["codes"], *self._scales_and_zeros(parts, cut), cut)
 
     def check_stored_shape(self, stored: bytes, shape: Shape) -> None:
@@ -113,7 +113,7 @@ class Integer:
         """
         from merge_cli.formats.quantization.blocks import tensor_stats
 
-        cut = Cut(self.grid, shape, r0, r1)
+        cut = RowRange(self.grid, shape, r0, r1)
         return tensor_stats(values, None if base is None else ~self._fits(values, *self._scales_and_zeros(base, cut), cut))
 
     def encode(
@@ -131,7 +131,7 @@ class Integer:
         """
         from merge_cli.formats.quantization import bits, blocks
 
-        cut = Cut(self.grid, shape, r0, r1)
+        cut = RowRange(self.grid, shape, r0, r1)
         if self.grid.whole:
             stats = self.stats(values, shape, r0, r1, base=base) if stats is None else stats
             high, low = stats[0].view(1, 1), stats[1].view(1, 1)
@@ -194,7 +194,7 @@ class Integer:
         scales = as_stored(divide(high + low, self._highest - self.lowest), self.scale_dtype)
         return scales, (low / scales).add_(self.lowest).clamp_(self.lowest, self._highest).round_()
 
-    def _codes(self, values: Tensor, scales: Tensor, zeros: Tensor | None, cut: Cut) -> Tensor:
+    def _codes(self, values: Tensor, scales: Tensor, zeros: Tensor | None, cut: RowRange) -> Tensor:
         """Bytes of the codes, packed if the scheme packs them."""
         from merge_cli.formats.quantization import bits, blocks
 
@@ -207,7 +207,7 @@ class Integer:
         fields = bits.to_fields(codes, self.num_bits)
         return bits.pack(bits.pad_last(fields, self._stored_cols(cut.shape) - cut.cols), self.num_bits).flatten()
 
-    def _values(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, cut: Cut) -> Tensor:
+    def _values(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, cut: RowRange) -> Tensor:
         from merge_cli.formats.quantization import bits, blocks
 
         values = bits.look_up(codes, f"int{self.num_bits}") if self.packed else bits.read_floats(codes, "I8")
@@ -216,31 +216,31 @@ class Integer:
             blocks.combine_(values, "sub", zeros, cut)
         return blocks.combine_(values, "mul", scales, cut)
 
-    def _fits(self, values: Tensor, scales: Tensor, zeros: Tensor | None, cut: Cut) -> Tensor:
+    def _fits(self, values: Tensor, scales: Tensor, zeros: Tensor | None, cut: RowRange) -> Tensor:
         """bool per block: whether the values are codes on the grid of `scales` and `zeros`."""
         from merge_cli.formats.quantization.blocks import on_grid
 
         return on_grid(values, self._values(self._codes(values, scales, zeros, cut), scales, zeros, cut), cut)
 
-    def _scales_and_zeros(self, parts: Parts, cut: Cut) -> tuple[Tensor, Tensor | None]:
+    def _scales_and_zeros(self, parts: Parts, cut: RowRange) -> tuple[Tensor, Tensor | None]:
         from merge_cli.formats.quantization.bits import read_floats
 
-        scales = read_floats(parts["scale"], self.scale_dtype).view(cut.below, cut.beside)
+        scales = read_floats(parts["scale"], self.scale_dtype).view(cut.num_block_rows, cut.num_block_cols)
         if not self.zero:
             return scales, None
         if self.zero == "I8":
-            return scales, read_floats(parts["zero"], "I8").view(cut.below, cut.beside)
+            return scales, read_floats(parts["zero"], "I8").view(cut.num_block_rows, cut.num_block_cols)
         return scales, self._read_zeros(parts["zero"], cut)
 
-    def _read_zeros(self, data: Tensor, cut: Cut) -> Tensor:
+    def _read_zeros(self, data: Tensor, cut: RowRange) -> Tensor:
         """float32 [rows, groups] from words that each hold the zero points of `_in_word` rows of
         one group.
         """
         from merge_cli.formats.quantization import bits, blocks
 
-        words = Cut(self._zero_words, self._zero_shape(cut.shape), cut.r0, cut.r1)
-        fields = bits.look_up(data, f"int{self.num_bits}").view(words.below, cut.beside, self._in_word)
-        rowwise = blocks.per_row(fields.flatten(1), words).view(cut.r1 - cut.r0, cut.beside, self._in_word)
+        words = RowRange(self._zero_words, self._zero_shape(cut.shape), cut.r0, cut.r1)
+        fields = bits.look_up(data, f"int{self.num_bits}").view(words.num_block_rows, cut.num_block_cols, self._in_word)
+        rowwise = blocks.per_row(fields.flatten(1), words).view(cut.r1 - cut.r0, cut.num_block_cols, self._in_word)
         return blocks.pick_last(rowwise, blocks.row_numbers(words, data.device) % self._in_word)
 
     def _write_zeros(self, zeros: Tensor, shape: Shape) -> Tensor:

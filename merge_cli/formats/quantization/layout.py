@@ -96,7 +96,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class RowRange:
     """Rows r0..r1 of the 2-D view of a tensor of shape `shape` under `grid`, cut at multiples of
     its row step.
     """
@@ -112,12 +112,12 @@ class Cut:
         return self.shape[-1]
 
     @property
-    def below(self) -> int:
+    def num_block_rows(self) -> int:
         """Rows of blocks."""
         first, end = self.grid.block_rows_of(self.shape, self.r0, self.r1)
         return end - first
 
     @property
-    def beside(self) -> int:
-        """Blocks beside each other."""
+    def num_block_cols(self) -> int:
+        """The number of blocks side by side in a row."""
         return self.grid.blocks(self.shape)[1]

@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from merge_cli.formats.quantization.layout import Cut, Grid, Shape
+from merge_cli.formats.quantization.layout import Grid, RowRange, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ class MxFp4:
         return False
 
     @property
-    def whole(self) -> frozenset[str]:
+    def per_tensor_roles(self) -> frozenset[str]:
         """Nothing."""
         return frozenset()
 
@@ -73,7 +73,7 @@ class MxFp4:
         """E2M1 * 2^exponent, exact; NaN where the exponent is 255."""
         from merge_cli.formats.quantization.blocks import fp4_values
 
-        cut = Cut(self._grid, shape, r0, r1)
+        cut = RowRange(self._grid, shape, r0, r1)
         return fp4_values(parts["codes"], self._scales(parts, cut), cut)
 
     def stats(self, values: Tensor, shape: Shape, r0: int, r1: int, *, base: Parts | None = None) -> Tensor:
@@ -95,7 +95,7 @@ class MxFp4:
         """Codes and exponents of rows r0..r1; `base` needs the role scale only."""
         from merge_cli.formats.quantization import bits, blocks
 
-        cut = Cut(self._grid, shape, r0, r1)
+        cut = RowRange(self._grid, shape, r0, r1)
         scales = self._new_scales(blocks.block_max(values.abs(), cut))
         if base is not None:
             old = self._scales(base, cut)
@@ -107,10 +107,10 @@ class MxFp4:
     def _grid(self) -> Grid:
         return Grid(1, GROUP)
 
-    def _scales(self, parts: Parts, cut: Cut) -> Tensor:
+    def _scales(self, parts: Parts, cut: RowRange) -> Tensor:
         from merge_cli.formats.quantization.bits import read_floats
 
-        return read_floats(parts["scale"], "U8").view(cut.below, cut.beside)
+        return read_floats(parts["scale"], "U8").view(cut.num_block_rows, cut.num_block_cols)
 
     def _new_scales(self, amax: Tensor) -> Tensor:
         from merge_cli.formats.quantization import bits
@@ -137,7 +137,7 @@ class MxFp4Transposed:
         return False
 
     @property
-    def whole(self) -> frozenset[str]:
+    def per_tensor_roles(self) -> frozenset[str]:
         """Nothing."""
         return frozenset()
 

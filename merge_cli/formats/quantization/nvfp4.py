@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from merge_cli.formats.quantization.layout import Cut, Grid, Shape
+from merge_cli.formats.quantization.layout import Grid, RowRange, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class NvFp4:
         return True
 
     @property
-    def whole(self) -> frozenset[str]:
+    def per_tensor_roles(self) -> frozenset[str]:
         """The global scale."""
         return frozenset({"global_scale"})
 
@@ -76,7 +76,7 @@ class NvFp4:
         """E2M1 times the group's scale, two roundings; NaN where the E4M3 scale is."""
         from merge_cli.formats.quantization.blocks import fp4_values
 
-        cut = Cut(self._grid, shape, r0, r1)
+        cut = RowRange(self._grid, shape, r0, r1)
         return fp4_values(parts["codes"], self._joined(*self._scales(parts, cut)), cut)
 
     def stats(self, values: Tensor, shape: Shape, r0: int, r1: int, *, base: Parts | None = None) -> Tensor:
@@ -98,7 +98,7 @@ class NvFp4:
         """Codes and scales of rows r0..r1; `base` needs the roles scale and global_scale only."""
         from merge_cli.formats.quantization import bits, blocks
 
-        cut = Cut(self._grid, shape, r0, r1)
+        cut = RowRange(self._grid, shape, r0, r1)
         stats = self.stats(values, shape, r0, r1) if stats is None else stats
         amax = stats[:2].amax().view(1, 1)
         wide = self._new_global(amax)
@@ -123,11 +123,11 @@ class NvFp4:
     def _grid(self) -> Grid:
         return Grid(1, GROUP)
 
-    def _scales(self, parts: Parts, cut: Cut) -> tuple[Tensor, Tensor]:
+    def _scales(self, parts: Parts, cut: RowRange) -> tuple[Tensor, Tensor]:
         """float32 group scales [rows, groups] and global scale [1, 1]."""
         from merge_cli.formats.quantization.bits import read_floats
 
-        local = read_floats(parts["scale"], "F8_E4M3").view(cut.below, cut.beside)
+        local = read_floats(parts["scale"], "F8_E4M3").view(cut.num_block_rows, cut.num_block_cols)
         return local, read_floats(parts["global_scale"], "F32").view(1, 1)
 
     def _joined(self, local: Tensor, wide: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def on_host(num_bytes: int) -> Tensor:
 
 
 def reduced(sources: list[Tensor], operation: WeightedSum, out: torch.dtype) -> Tensor:
-    """As `Lane` does it."""
+    """As `CpuWorkspace` does it."""
     dtype = torch_dtype(operation.dtype)
     total, output = torch.empty(COUNT, dtype=dtype), torch.empty(COUNT, dtype=out)
     for position, i in enumerate(operation.inputs):

@@ -26,7 +26,7 @@ def test_the_ranges_of_chunks_tile_every_part(case: Case) -> None:
     for role in roles(codec):
         total = codec.part_range(role, shape, 0, rows)
         assert total[0] == 0
-        if role in codec.whole:
+        if role in codec.per_tensor_roles:
             assert all(codec.part_range(role, shape, r0, r1) == total for r0, r1 in cuts(codec, shape, 1))
             continue
         ranges = [codec.part_range(role, shape, r0, r1) for r0, r1 in cuts(codec, shape, 1)]
