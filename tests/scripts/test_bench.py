@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench import contestants, measure, peers, plot, report, rounds
+from bench.__main__ import threads_of
 from bench.contestants import LIB, Contestant
 from checkpoints import __main__ as make_checkpoints
 from checkpoints.shapes import SHAPES, split_into_shards
@@ -236,6 +238,38 @@ def test_contest_runs_in_turn_and_drops_who_fails(
     assert "failed" in lines[3]
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_parallel_floor_reads_all_and_writes_the_first(make: Make, tmp_path: Path, copies: int) -> None:
+    checkpoints = make("--size=4MB")
+    floor = contestants.parallel_floor(2, copies)
+    out = tmp_path / "out"
+    done = subprocess.run(floor.command(checkpoints, out), capture_output=True, text=True, check=True)
+    assert 0 < json.loads(done.stdout)["seconds"] < 60
+    for folder in [out] if copies == 1 else [out / str(k) for k in range(copies)]:
+        for shard in checkpoints[0].glob("*.safetensors"):
+            assert (folder / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_loop_is_compared_with_the_parallel_floor_of_its_threads(tmp_path: Path) -> None:
+    inputs = rounds.Inputs([tmp_path], 10, 1, 1, False)
+
+    def facts(name: str, threads: int, loop_s: float) -> report.Facts:
+        run = measure.Measured(1.0, 1.0, 1, stdout=json.dumps({"seconds": loop_s}))
+        contestant = Contestant(name, "", lambda *_: [], threads=threads)
+        return report.as_json(rounds.Result(contestant, inputs, run, [run], {"correctly_rounded": 1.0, "num_missing": 0}))
+
+    found = [facts(name, n, s) for name, n, s in [("floor", 0, 9), ("parallel floor, 2", 2, 4), ("a", 2, 6), ("b", 4, 6)]]
+    parallel_s = report.parallel_seconds(found)
+    assert parallel_s == {2: 4}
+    assert [report.figures(each, 1.0, parallel_s)["x parallel"] for each in found] == ["", "1.00", "1.50", ""]
+
+
+def test_threads_that_pmerge_is_given() -> None:
+    assert threads_of(["--workers", "2", "--threads", "3"]) == 3
+    assert threads_of(["--threads=5"]) == 5
+    assert threads_of([]) == len(os.sched_getaffinity(0))
+
+
 def test_fit_line() -> None:
     fixed, slope, rest = plot.fit_line([(1, 3.0), (10, 21.0), (100, 201.0)])
     assert [fixed, slope] == pytest.approx([1, 2])
@@ -275,6 +309,7 @@ def test_bench_from_the_command_line(tmp_path: Path) -> None:
 def test_bench_of_a_sweep(tmp_path: Path) -> None:
     options = ["--sweep", "--size=1MB", "--count=3", "--rounds=1", f"--folder={tmp_path}", "--json"]
     done = bench(*options)
-    floor, pmerge = json.loads(done.stdout)["results"]
+    floor, parallel, pmerge = json.loads(done.stdout)["results"]
     assert (floor["name"], floor["failure"], pmerge["failure"]) == ("floor", "", "")
+    assert (parallel["name"], parallel["failure"]) == ("parallel floor", "")
     assert pmerge["check"]["correctly_rounded"] > 0.999

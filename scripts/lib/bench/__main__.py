@@ -1,4 +1,4 @@
-"""Measure pmerge beside the floor and its peers, on checkpoints made for the purpose.
+"""Measure pmerge beside two floors and its peers, on checkpoints made for the purpose.
 
     scripts/bench                                              4 x 1.7 GB, two hand-written loops as peers
     scripts/bench --peers naive,safe_open,mergekit             mergekit too, in an environment of its own
@@ -7,6 +7,8 @@
     scripts/bench --grow n --plot memory.svg                   a series; also size, largest, tensors, memory
     scripts/bench --inputs run/ckpt_*                          checkpoints that are there already
     scripts/bench --sweep --count 10 --size 200MB              eight averages by `pmerge sweep`, against one read and eight copies
+    scripts/bench --beside ../before/.venv/bin/pmerge          another installed pmerge, round by round
+    scripts/bench --threads-series 1,2,4,8                     pmerge and the parallel floor with so many threads
     scripts/bench -- --workers 2                               what follows -- goes to `pmerge average`
 
 Prints the machine, the versions and a table; `--json` prints everything that was measured. Measure
@@ -25,7 +27,7 @@ import tempfile
 from pathlib import Path
 
 from bench import report
-from bench.contestants import LIB, PEERS, Contestant, Unavailable, floor, pmerge, pmerge_sweep
+from bench.contestants import LIB, PEERS, Contestant, Unavailable, floor, parallel_floor, pmerge, pmerge_sweep
 from bench.grow import VALUES, grow
 from bench.rounds import Inputs, contest, describe, free_bytes, make_inputs
 from checkpoints.shapes import PUBLISHED, SHAPES
@@ -50,6 +52,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", help=f"of {','.join(PEERS)}, or none; default naive,safe_open, none in series")
     parser.add_argument("--mergekit-env", type=Path, default=LIB.parents[1] / ".venv-mergekit", metavar="FOLDER")
+    parser.add_argument("--beside", type=Path, metavar="PMERGE", help="the program of another pmerge: a contestant too")
+    parser.add_argument("--threads-series", metavar="LIST", help="pmerge with each of these numbers of threads, as 1,2,4,8")
     parser.add_argument("--sweep", action="store_true", help="eight outputs by `pmerge sweep`; no peers")
     parser.add_argument("--grow", choices=VALUES)
     parser.add_argument("--sparse", action="store_true", help="inputs of a series are holes, read as zeros: for measuring memory")
@@ -65,6 +69,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"no peer is called {', '.join(sorted(unknown))}: there are {', '.join(PEERS)}")
     if options.plot and not options.grow:
         parser.error("--plot draws a series: it needs --grow")
+    if options.threads_series and (options.grow or options.sweep):
+        parser.error("--threads-series is a series of averages: leave --grow and --sweep out")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
@@ -72,14 +78,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: bool = False) -> list[Contestant]:
     """The floor, pmerge and the peers that can run; a line to stderr for each that cannot."""
+    more = options.pmerge_options
+    threads = threads_of(more)
     if options.sweep:
-        sweep = pmerge_sweep(memory, options.device, options.pmerge_options)
-        return [floor(sweep.outputs), sweep]
-    found = [floor()]
-    try:
-        found.append(pmerge(memory, options.device, options.pmerge_options))
-    except Unavailable as reason:
-        print(f"pmerge: skipped: {reason}", file=sys.stderr)
+        sweep = pmerge_sweep(memory, options.device, more, threads)
+        return [floor(sweep.outputs), parallel_floor(threads, sweep.outputs), sweep]
+    if options.threads_series:
+        series = [int(number) for number in options.threads_series.split(",")]
+        found = [floor()]
+        for number in series:
+            found.append(parallel_floor(number, name=f"parallel floor, {number} threads"))
+            found.append(pmerge(memory, options.device, [*more, "--threads", str(number)], number, f"pmerge, {number} threads"))
+        return found
+    found = [floor(), parallel_floor(threads)]
+    for name, program in (("pmerge", None), *([("beside", options.beside)] if options.beside else [])):
+        try:
+            found.append(pmerge(memory, options.device, more, threads, name, program))
+        except Unavailable as reason:
+            print(f"{name}: skipped: {reason}", file=sys.stderr)
     for name in options.peers:
         if quantized:
             print(f"{name}: skipped: it would average the codes of quantized weights", file=sys.stderr)
@@ -89,6 +105,14 @@ def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: boo
         except Unavailable as reason:
             print(f"{name}: skipped: {reason}", file=sys.stderr)
     return found
+
+
+def threads_of(pmerge_options: list[str]) -> int:
+    """The threads that pmerge uses with these options: those of --threads, or one a core."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    threads: int = parser.parse_known_args(pmerge_options)[0].threads
+    return threads
 
 
 def prepare(options: argparse.Namespace, work: Path) -> Inputs:
@@ -119,7 +143,8 @@ def series(options: argparse.Namespace, work: Path) -> tuple[Rows, report.Facts]
     for value, results in grow(options.grow, values, contestants, work, options.rounds, options.sparse):
         facts = [report.as_json(result) for result in results]
         floor_s = report.floor_seconds(facts)
-        rows += [(f"{value} {f['name']}", report.figures(f, floor_s)) for f in facts]
+        parallel_s = report.parallel_seconds(facts)
+        rows += [(f"{value} {f['name']}", report.figures(f, floor_s, parallel_s)) for f in facts]
         inputs = results[0].inputs
         moved, tensors = inputs.moved_bytes(1), inputs.num_tensors
         points.append({"value": value, "inputs": str(inputs), "moved_bytes": moved, "tensors": tensors, "results": facts})
@@ -136,7 +161,8 @@ def compare(options: argparse.Namespace, work: Path) -> tuple[Rows, report.Facts
     tiny = contest(contestants, make_inputs(work / "tiny", size="1MB", count=2), work, rounds=3)
     facts = [report.as_json(r, t) for r, t in zip(results, tiny, strict=True)]
     floor_s = report.floor_seconds(facts)
-    rows = [(f["name"], report.figures(f, floor_s)) for f in facts]
+    parallel_s = report.parallel_seconds(facts)
+    rows = [(f["name"], report.figures(f, floor_s, parallel_s)) for f in facts]
     return rows, {"inputs": str(inputs), "results": facts}
 
 

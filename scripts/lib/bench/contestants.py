@@ -3,7 +3,8 @@ folder.
 
 Everyone is a process of its own, so that start-up counts for all. `floor` averages nothing: it
 reads every input once and copies one checkpoint, which is the least that any tool has to move, and
-makes it durable (in RAM that takes no time), as pmerge does and the peers do not.
+makes it durable (in RAM that takes no time), as pmerge does and the peers do not. `parallel_floor`
+moves the same and hashes, by as many threads as pmerge uses.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Contestant:
     command: Callable[[list[Path], Path], list[str]]
     environment: dict[str, str] = field(default_factory=dict)
     outputs: int = 1
+    threads: int = 0  # that a parallel floor uses, or is compared with
     mean: str = ""  # the folder in the output that holds the mean of all checkpoints, where there are several
 
 
@@ -48,10 +50,20 @@ def floor(copies: int = 1) -> Contestant:
     return Contestant("floor", f"cat all inputs > /dev/null, cp one checkpoint {copies} x, sync", command, outputs=copies)
 
 
+def parallel_floor(threads: int, copies: int = 1, name: str = "parallel floor") -> Contestant:
+    program = str(LIB / "bench" / "parallel_floor.py")
+
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        return [sys.executable, program, str(out), str(threads), str(copies), *map(str, checkpoints)]
+
+    what = f"read all inputs, hash and write the output {copies} x, {threads} threads"
+    return Contestant(name, what, command, outputs=copies, threads=threads)
+
+
 SWEEP = ("sma", "wma", "ema:0.1", "ema:0.2", "ema:0.3", "decay:1-sqrt", "decay:cosine", "power:0.2")
 
 
-def pmerge_sweep(memory: str, device: str, more: list[str]) -> Contestant:
+def pmerge_sweep(memory: str, device: str, more: list[str], threads: int = 0) -> Contestant:
     """Eight outputs, each of all checkpoints."""
     program = Path(sys.executable).with_name("pmerge")
     options = ["--method", ",".join(SWEEP), "--memory", memory, "--device", device, "--json", "--quiet", *more]
@@ -59,11 +71,16 @@ def pmerge_sweep(memory: str, device: str, more: list[str]) -> Contestant:
     def command(checkpoints: list[Path], out: Path) -> list[str]:
         return [str(program), "sweep", *map(str, checkpoints), *options, "-o", str(out)]
 
-    return Contestant("pmerge", f"pmerge sweep {' '.join(options)}", command, outputs=len(SWEEP), mean="sma")
+    return Contestant("pmerge", f"pmerge sweep {' '.join(options)}", command, outputs=len(SWEEP), threads=threads, mean="sma")
 
 
-def pmerge(memory: str, device: str, more: list[str]) -> Contestant:
-    program = Path(sys.executable).with_name("pmerge")
+def pmerge(
+    memory: str, device: str, more: list[str], threads: int = 0, name: str = "pmerge", program: Path | None = None
+) -> Contestant:
+    """An average by this pmerge, or by the one installed as `program`. It is compared with the
+    parallel floor of `threads`.
+    """
+    program = program or Path(sys.executable).with_name("pmerge")
     options = ["--method", "sma", "--memory", memory, "--device", device, "--json", "--quiet", *more]
 
     def command(checkpoints: list[Path], out: Path) -> list[str]:
@@ -74,7 +91,7 @@ def pmerge(memory: str, device: str, more: list[str]) -> Contestant:
     tried = subprocess.run([program, "average", "--help"], capture_output=True, text=True, check=False)
     if tried.returncode:
         raise Unavailable(f"`pmerge average --help` fails: {(tried.stderr.strip() or '?').splitlines()[-1]}")
-    return Contestant("pmerge", f"pmerge average {' '.join(options)}", command)
+    return Contestant(name, f"{program.name} average {' '.join(options)}", command, threads=threads)
 
 
 def loop(how: str, what: str) -> Contestant:

@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ NOTES = """\
 wall, CPU: median (lowest-highest) of whole processes, start-up included. loop: what pmerge states itself.
 GB/s: all inputs + the output, over wall time. x floor: wall time over that of the floor.
 floor: cat of all inputs to /dev/null and cp of one checkpoint.
+parallel floor: read all inputs, hash and write the output, by as many threads. x parallel: loop over its loop.
 largest process: ru_maxrss, highest of all rounds; with several processes it is that of the largest one.
 together: all processes at once, from /proc in the warm-up round; private: without files, shared memory.
 tiny merge: the same for 2 checkpoints of 1 MB, that is, the fixed cost.
@@ -74,6 +75,7 @@ def as_json(result: Result, tiny: Result | None = None) -> Facts:
     facts: Facts = {
         "name": result.contestant.name,
         "what": result.contestant.what,
+        "threads": result.contestant.threads,
         "failure": result.failure,
         "check": result.check,
     }
@@ -109,21 +111,25 @@ def rounded(check: Facts) -> str:
     return f"{100 * check['correctly_rounded']:.3f} %{missing}"
 
 
-def figures(facts: Facts, floor_s: float | None) -> dict[str, str]:
-    """The columns of the tables, from what `as_json` gives."""
+def figures(facts: Facts, floor_s: float | None, parallel_s: Mapping[int, float] | None = None) -> dict[str, str]:
+    """The columns of the tables, from what `as_json` gives; `parallel_s` are the loop's seconds of
+    the parallel floors, by threads.
+    """
     if "wall_s" not in facts:
         return {"wall s": "failed"}
     median = facts["wall_median_s"]
+    parallel = (parallel_s or {}).get(facts.get("threads", 0))
     return {
         "wall s": spread(facts["wall_s"]),
         "loop s": f"{statistics.median(facts['loop_s']):.2f}" if facts["loop_s"] else "",
         "CPU s": spread(facts["cpu_s"]),
         "GB/s": f"{facts['bytes_per_s'] / 1e9:.2f}",
         "x floor": f"{median / floor_s:.2f}" if floor_s else "",
+        "x parallel": f"{statistics.median(facts['loop_s']) / parallel:.2f}" if parallel and facts["loop_s"] else "",
         "largest process MB": megabytes(facts["largest_process_bytes"]),
         "together MB (private)": (f"{megabytes(facts['together_bytes'])} ({megabytes(facts['private_bytes'])})"),
         "tiny merge s": f"{statistics.median(facts['tiny_merge_s']):.2f}" if facts["tiny_merge_s"] else "",
-        "rounded": "" if facts["name"] == "floor" else rounded(facts["check"]),
+        "rounded": "" if "floor" in facts["name"] else rounded(facts["check"]),
     }
 
 
@@ -158,6 +164,12 @@ def straightness(grow: str, points: Sequence[Facts]) -> None:
     fixed, slope, rest = plot.fit_line([(point[key], loop) for point, loop in measured])
     print(f"\nloop: {fixed:.3f} s + {slope * unit:.3f} s a {each}; off that line:", end=" ")
     print(", ".join(f"{point['value']} {100 * off:+.0f} %" for (point, _), off in zip(measured, rest, strict=True)))
+
+
+def parallel_seconds(contest: Iterable[Facts]) -> dict[int, float]:
+    """The seconds of the loop of each parallel floor, by its threads."""
+    floors = [facts for facts in contest if facts["name"].startswith("parallel floor") and facts.get("loop_s")]
+    return {facts["threads"]: statistics.median(facts["loop_s"]) for facts in floors}
 
 
 def floor_seconds(contest: Iterable[Facts]) -> float | None:
