@@ -1,7 +1,7 @@
 """Open a checkpoint: which files hold its weights, what tensors they hold, what else lies beside
 them.
 
-Reads headers, the index and `config.json`; never a weight. Five layouts are understood, four of
+Reads headers, the index and `config.json`; never a weight. Six layouts are understood, four of
 them here:
 
     single   one safetensors file
@@ -9,6 +9,7 @@ them here:
     files    several safetensors files without an index, every tensor name in one of them only
     ranks    one file or folder per rank of expert, tensor or pipeline parallelism, names repeating between ranks
     dcp      a torch distributed checkpoint, each tensor in chunks (`dcp/checkpoint.py`)
+    pickle   files of `torch.save`, which are read and never written (`pickled.py`)
 
 A tensor is known by its key: its name, or "file:name" in the `ranks` layout, where a name alone is
 ambiguous.

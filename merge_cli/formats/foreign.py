@@ -49,7 +49,7 @@ _FORMATS = (
         "a checkpoint of Megatron in its older format (mp_rank_*)",
         lambda folder, file: "load it in Megatron and save it with  --ckpt-format torch_dist , which pmerge reads",
     ),
-    _Format(("pytorch_model*.bin", "model*.bin"), "weights in pickles (.bin)", _of_transformers),
+    _Format(("model*.bin",), "weights in pickles (.bin)", _of_transformers),
     _Format(
         ("zero_pp_rank_*", "*_model_states.pt", "bf16_zero_pp_rank_*", "zero_to_fp32.py"),
         "a checkpoint of DeepSpeed, whose weights lie in the shares of its ranks",

@@ -1,4 +1,6 @@
-"""Open a checkpoint of whatever container: safetensors, or a torch distributed checkpoint."""
+"""Open a checkpoint of whatever container: safetensors, a torch distributed checkpoint, or files of
+`torch.save`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from merge_cli.formats.dcp.checkpoint import open_dcp
 from merge_cli.formats.dcp.entries import DROP
 from merge_cli.formats.dcp.item import Envelopes
 from merge_cli.formats.dcp.trainers import find_dcp, is_unfinished
-from merge_cli.stores.store import StrPath
+from merge_cli.formats.pickled import ENDINGS, open_pickled, pickled_files
+from merge_cli.stores.store import StrPath, as_path, open_store
 
 
 class Seen:
@@ -20,9 +23,17 @@ class Seen:
         self.envelopes = Envelopes()
 
 
+def is_pickled(path: StrPath) -> bool:
+    """Whether `path` is a file, or a folder with files, of `torch.save`."""
+    path = as_path(path)
+    status = open_store(path).stat(path)
+    if status is None or status.kind != "folder":
+        return status is not None and path.endswith(ENDINGS)
+    return bool(pickled_files([entry.name for entry in open_store(path).list(path)]))
+
+
 def open_checkpoint(path: StrPath, *, seen: Seen | None = None, training_state: str = DROP) -> Checkpoint:
-    """Open the checkpoint at `path`: a folder, or one `.safetensors` file; and check that it is
-    complete.
+    """Open the checkpoint at `path`: a folder, or one file; and check that it is complete.
 
     `seen` shares parsed parts between checkpoints. `training_state` decides which entries of a
     distributed checkpoint are kept (see `dcp/entries.py`). Raises InputError where a file is
@@ -32,4 +43,6 @@ def open_checkpoint(path: StrPath, *, seen: Seen | None = None, training_state: 
     place = find_dcp(path)
     if place is not None or is_unfinished(path):
         return open_dcp(path, place, training_state, seen.envelopes)
+    if is_pickled(path):
+        return open_pickled(path)
     return open_safetensors(path, seen=seen.safetensors)

@@ -269,7 +269,7 @@ def _files_of(spec: MergeSpec, base: Checkpoint, entries: Sequence[Entry]) -> li
     """The output files: name, metadata and their tensors, in order. A file of the base that held
     only scales is not written.
     """
-    if spec.shard_bytes is not None or _is_gathered(base):
+    if spec.shard_bytes is not None or _is_written_anew(base):
         return _resharded(spec.shard_bytes or SHARD_BYTES, base, entries)
     by_file: dict[str, list[Entry]] = {file.name: [] for file in base.files}
     for entry in entries:
@@ -282,9 +282,9 @@ def _files_of(spec: MergeSpec, base: Checkpoint, entries: Sequence[Entry]) -> li
     ]
 
 
-def _is_gathered(base: Checkpoint) -> bool:
-    """Whether no file of the base is one that could be written again, with other values."""
-    return any(file.name.endswith(".distcp") for file in base.files)
+def _is_written_anew(base: Checkpoint) -> bool:
+    """Whether the files of the base are none that could be written again, with other values."""
+    return base.layout in ("pickle", "whole")
 
 
 def _resharded(shard_bytes: int, base: Checkpoint, entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, str], list[Entry]]]:
@@ -315,7 +315,7 @@ def stem_of(base: Checkpoint) -> str:
     """The name of a checkpoint's weights without number and ending, which its loader looks for:
     `model`, `adapter_model` ...
     """
-    if base.root is None:
+    if base.root is None or _is_written_anew(base):
         return "model"
     shards = [(SHARD_NUMBER.match(file.name), file.name) for file in base.files]
     stems = {shard["stem"] if shard else name.removesuffix(".safetensors") for shard, name in shards}

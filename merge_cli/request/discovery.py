@@ -21,6 +21,7 @@ from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
 from merge_cli.formats.foreign import recognize
+from merge_cli.formats.pickled import ENDINGS, is_shard, pickled_files
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
 from merge_cli.request.screening import check_none_is_merged, find_incomplete
@@ -149,8 +150,8 @@ def _trainer_step(store: Store, path: str) -> int | None:
 
 
 def is_checkpoint(folder: StrPath) -> bool:
-    """Whether `folder` is a distributed checkpoint, or has the safetensors files of one, directly
-    or in folders of ranks.
+    """Whether `folder` is a distributed checkpoint, or has the files of one (safetensors, or
+    `pytorch_model*.bin`), directly or in folders of ranks.
 
     Files named by different steps (`model_step_10.safetensors`) are several checkpoints, so their
     folder is not one.
@@ -162,6 +163,8 @@ def is_checkpoint(folder: StrPath) -> bool:
     names = {entry.name for entry in entries}
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return len(_step_files(entries)) < 2 or not names.isdisjoint(("model.safetensors", "config.json"))
+    if pickled_files([entry.name for entry in entries if entry.kind == "file"]):
+        return True
     ranks = [entry.name for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
     return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(join(folder, rank)))
 
@@ -245,13 +248,11 @@ def _expand(given: StrPath, on_skip: Callable[[str], None]) -> list[str]:
 
 def _check_whole_file(path: str) -> None:
     """Raise InputError for a file that is no checkpoint by itself."""
-    if not path.endswith(".safetensors"):
+    if not path.endswith((".safetensors", *ENDINGS)):
         raise InputError(f"not a safetensors file: {path}", hint="pmerge reads safetensors; convert other formats first")
     shard = SHARD_NUMBER.match(name_of(path))
-    if shard and int(shard["count"]) > 1:
-        raise InputError(
-            f"{path} is one of {int(shard['count'])} shards of a checkpoint", hint=f"name its folder:  {folder_of(path)}"
-        )
+    if (shard and int(shard["count"]) > 1) or is_shard(name_of(path)):
+        raise InputError(f"{path} is one of several shards of a checkpoint", hint=f"name its folder:  {folder_of(path)}")
 
 
 def _entries(folder: str) -> list[Entry]:
@@ -305,7 +306,7 @@ def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
         elif is_checkpoint(path):
             found.append(path)
         elif _is_named_by_step(path):
-            skipped.append(f"{path} is left out: it holds no safetensors files")
+            skipped.append(f"{path} is left out: it holds no weights that pmerge reads")
     return found, skipped
 
 

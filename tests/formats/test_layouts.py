@@ -126,7 +126,7 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
     save_file(tensors(1), numbered / "model-00001-of-00003.safetensors")
     with pytest.raises(InputError, match="2 of 3 shards are missing"):
         open_checkpoint(numbered)
-    (numbered / "model-00001-of-00003.safetensors").rename(numbered / "pytorch_model.bin")
+    (numbered / "model-00001-of-00003.safetensors").rename(numbered / "model.ckpt")
     with pytest.raises(InputError, match="no safetensors"):
         open_checkpoint(numbered)
 

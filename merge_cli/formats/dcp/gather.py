@@ -193,7 +193,7 @@ def whole(checkpoint: Checkpoint) -> Checkpoint:
     trainers = {".metadata", ".metadata.json", "metadata.json", "common.pt"}
     kept = tuple(name for name in side.kept if name not in trainers)
     side = replace(side, kept=kept, skipped=(*side.skipped, *(name for name in side.kept if name in trainers)))
-    return replace(checkpoint, layout="files", tensors=tensors, side_files=side, dcp=None)
+    return replace(checkpoint, layout="whole", tensors=tensors, side_files=side, dcp=None)
 
 
 def _merged(parts: DcpParts) -> Iterator[tuple[str, Tensor]]:
