@@ -5,7 +5,7 @@ the flags of all take a third of the time to start.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from importlib import import_module
 from typing import Annotated
 
@@ -14,23 +14,24 @@ import typer
 from merge_cli.errors import UsageError
 from merge_cli.version import __version__
 
-COMMANDS = (
-    "analyze",
-    "average",
-    "evaluate",
-    "finalize",
-    "forecast",
-    "inspect",
-    "methods",
-    "push",
-    "report",
-    "sweep",
-    "verify",
-    "watch",
-)
+COMMANDS = {
+    "analyze": "Judge by weights alone whether merging is likely to help.",
+    "average": "Average checkpoints into a new one; prints its path.",
+    "evaluate": "Measure checkpoints and merges into a ledger.",
+    "finalize": "Publish a result whose files are all finished.",
+    "forecast": "Predict the annealed loss and the best merge.",
+    "inspect": "Show checkpoints and the differences between them.",
+    "methods": "List the methods, with formulas and coefficients.",
+    "push": "Send a result to the Hub or an object store.",
+    "report": "Write one HTML file about a run.",
+    "sweep": "Make many averages from one read of the checkpoints.",
+    "verify": "Check a result against its records and its inputs.",
+    "watch": "Merge a run while it trains.",
+}
+"""Name of a command -> its line in `pmerge --help`."""
 
 
-def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
+def make_app(commands: Collection[str] = COMMANDS) -> typer.Typer:
     """The application with some of its commands. `NAME_command` in the module `NAME` is one."""
     app = typer.Typer(
         name="pmerge",
@@ -43,7 +44,7 @@ def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
     )
     app.callback()(_root)
     for name in commands:
-        app.command(name)(getattr(import_module(f"merge_cli.cli.{name}"), f"{name}_command"))
+        app.command(name, short_help=COMMANDS[name])(getattr(import_module(f"merge_cli.cli.{name}"), f"{name}_command"))
     return app
 
 

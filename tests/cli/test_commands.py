@@ -147,6 +147,12 @@ def test_help_is_fast_has_examples_and_needs_no_torch(run: Path) -> None:
     assert pmerge("--version", cwd=run).stdout.startswith("pmerge ")
 
 
+def test_the_list_of_commands_is_whole_at_80_columns(run: Path) -> None:
+    lines = pmerge("--help", cwd=run).stdout.partition("Commands:")[2].splitlines()
+    assert len([line for line in lines if line.startswith("  ")]) >= 12
+    assert all(line.endswith(".") and "..." not in line and len(line) <= 80 for line in lines if line.strip())
+
+
 def test_methods_prints_the_coefficients(tmp_path: Path) -> None:
     assert "0.3874" in pmerge("methods", "ema", "--n", 10, "--alpha", 0.1, cwd=tmp_path).stdout
     listed = json.loads(pmerge("methods", "--json", cwd=tmp_path).stdout)
