@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Annotated
 
@@ -63,7 +64,9 @@ def run() -> int:
             return 2
         message = error.format_message()
         command = getattr(getattr(error, "ctx", None), "command_path", "pmerge")
-        raise UsageError(message[:1].lower() + message[1:].rstrip("."), hint=f"{command} --help") from error
+        near = get_close_matches(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or [], 1)
+        hint = f"did you mean  {near[0]}" if near else f"{command} --help"
+        raise UsageError(message[:1].lower() + message[1:].rstrip("."), hint=hint) from error
     return status if isinstance(status, int) else 0
 
 

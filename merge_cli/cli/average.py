@@ -57,8 +57,10 @@ def average_command(
         raise UsageError("--storage-bandwidth is for the estimate of --dry-run", hint="add --dry-run")
     is_first = me.source == WORKER and not me.rank and not dry_run
     with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
-        with errors_said_once(me):
+        with errors_said_once(me), console.doing("reading headers", quiet):
             plan = plan_average(paths, output, rank=me, typed=sys.argv[1:], **given)
+            if plan.findings and not dry_run:
+                raise plan.findings[0]
         if not quiet:
             show_plan(plan)
         if dry_run:
@@ -66,7 +68,7 @@ def average_command(
                 console.say(f"the plan is shown by rank 0 (rank from {me.source}); to run alone:  --world-size 1")
             else:
                 finish_dry_run(plan, as_json, quiet, bandwidth)
-            return
+            raise typer.Exit(max((finding.exit_code for finding in plan.findings[:1]), default=0))
         result = _run(plan, quiet, others)
         if not quiet:
             show_result(plan, result)

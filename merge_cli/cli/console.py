@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import OutputError, PmergeError
@@ -97,6 +97,23 @@ def dry_run_ended(findings: Sequence[PmergeError]) -> None:
     """The last line of --dry-run."""
     fine = "" if findings else "; nothing in the headers would stop this run (values were not read)"
     say(f"dry run: nothing was written{fine}")
+
+
+@contextmanager
+def doing(text: str, quiet: bool) -> Iterator[None]:
+    """Show on a terminal, at once, what takes its time; the line is gone afterwards."""
+    shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
+    if shown:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"{text} ...")
+            sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            with suppress(OSError, ValueError):
+                sys.stderr.write("\r" + " " * (len(text) + 4) + "\r")
+                sys.stderr.flush()
 
 
 def count(number: int, noun: str) -> str:

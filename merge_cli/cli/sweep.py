@@ -66,7 +66,7 @@ def sweep_command(
         )
     is_first = me.source == WORKER and not me.rank and not dry_run
     with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
-        with errors_said_once(me):
+        with errors_said_once(me), console.doing("reading headers", quiet):
             plan = plan_sweep(
                 checkpoints,
                 output,
@@ -79,6 +79,8 @@ def sweep_command(
                 typed=sys.argv[1:],
                 **given,
             )
+            if plan.findings and not dry_run:
+                raise plan.findings[0]
         if not quiet:
             _show_plan(plan)
         if dry_run:
@@ -86,7 +88,7 @@ def sweep_command(
                 console.say(f"the plan is shown by rank 0 (this is from {me.source}); to be alone:  --world-size 1")
             else:
                 _finish_dry_run(plan, as_json, quiet)
-            return
+            raise typer.Exit(max((finding.exit_code for finding in plan.findings[:1]), default=0))
         result, is_for_others = _run(plan, quiet, others)
     complete = [path for path in result.outputs if path not in result.missing]
     paths = [path for path in complete if is_for_others or is_to_print(me, path, path in result.published, True)]

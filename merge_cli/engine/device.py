@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,9 +87,19 @@ def choose_device(name: str, local_rank: int = 0) -> Device:
     raise UsageError(f"there is no device {name!r}", details=[f"found     {found}"], hint="--device cpu")
 
 
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def num_cuda_devices() -> int:
-    """The number of CUDA devices that torch can use."""
-    if not any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "dxg", "nvgpu", "nvhost-gpu")):
+    """The number of CUDA devices that torch can use. Without a device file or a driver it is 0, and
+    torch is not imported.
+    """
+    if not any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "dxg", "nvgpu", "nvhost-gpu")) or not _has_driver():
         return 0
     import torch
 

@@ -126,9 +126,9 @@ def plan_average(
     from merge_cli.output.preflight import check_destinations
     from merge_cli.tuning.tune import tune
 
-    tuning = tune(merge, run, rank)
     is_done = is_published(destination, merge, hashed=run.overwrite or run.verify_existing)
     findings = [] if is_done else check_destinations({destination: merge}, run)
+    tuning = tune(merge, run.without_trials() if is_done or findings else run, rank)
     return AveragePlan(
         merge=merge,
         output=destination,

@@ -177,6 +177,12 @@ class RunConfig(Options):
     verify_resume: bool = option(False, "Read finished files again before trusting them.")
     verify_existing: bool = option(False, "Read an existing result again before trusting it.")
 
+    def without_trials(self) -> RunConfig:
+        """The same for a run that will not read weights: nothing is timed to choose a device."""
+        return replace(
+            self, device="cpu" if self.device == "auto" else self.device, direct="off" if self.direct == "auto" else self.direct
+        )
+
 
 @dataclass(frozen=True)
 class Processes(Options):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,44 @@ def test_weights_by_path(run: Path) -> None:
     assert torch.equal(load_file(run / "out" / "model-00002-of-00002.safetensors")["model.norm.weight"], expected)
 
 
-def test_dry_run_lists_findings_writes_nothing_and_exits_0(run: Path) -> None:
+def test_a_dry_run_ends_as_the_run_would_and_lists_the_findings(run: Path) -> None:
     (run.parent / "taken" / "data").mkdir(parents=True)
-    done = pmerge("average", run, "-o", run.parent / "taken", "--dry-run", cwd=run.parent)
+    done = pmerge("average", run, "-o", run.parent / "taken", "--dry-run", cwd=run.parent, expect=1)
     assert "would fail:" in done.stderr and "exists already" in done.stderr and "hint: choose another place" in done.stderr
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "taken"]
     plan = json.loads(pmerge("average", run, "--dry-run", "--json", "--quiet", cwd=run.parent).stdout)
     assert plan["bytes_to_read"] == 10 * (40 * 7 * 2 + 13 * 4 + 8) and plan["findings"] == []
+
+
+@pytest.mark.parametrize("command", [("average",), ("sweep", "--method", "sma")], ids=["average", "sweep"])
+@pytest.mark.parametrize(("output", "code"), [("taken", 1), ("run/ckpt_1000/inside", 2), ("fine", 0)])
+def test_a_dry_run_gates_a_job(command: Sequence[str], output: str, code: int, run: Path) -> None:
+    """`pmerge average --dry-run && sbatch job`: the same code; the run names the error, and no
+    plan before it.
+    """
+    (run.parent / "taken" / "sma").mkdir(parents=True)
+    (run.parent / "taken" / "sma" / "data").write_text("dear")
+    dry = pmerge(*command, "run", "-o", output, "--dry-run", cwd=run.parent, expect=code)
+    wet = pmerge(*command, "run", "-o", output, cwd=run.parent, expect=code)
+    assert ("would fail:" in dry.stderr) == (code > 0) == wet.stderr.startswith("error:")
+    assert not code or wet.stderr.splitlines()[0].removeprefix("error: ") in dry.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (("--method", "EMA"), "--method ema"),
+        (("--method", "mean"), "--method sma"),
+        (("--dtype", "bfloat16"), "--dtype bf16"),
+        (("--methd", "ema"), "--method"),
+        (("--dryrun",), "--dry-run"),
+        (("--alhpa", "0.2"), "--alpha"),
+    ],
+)
+def test_options_that_are_nearly_right_get_what_was_meant(typed: Sequence[str], meant: str, run: Path) -> None:
+    refused = pmerge("average", run, *typed, "--json", cwd=run, expect=2)
+    assert refused.stderr.endswith(f"hint: did you mean  {meant}\n")
+    assert json.loads(refused.stdout)["hint"] == f"did you mean  {meant}"
 
 
 def test_quiet_leaves_stderr_empty_and_json_goes_to_stdout(run: Path) -> None:
