@@ -4,13 +4,15 @@ messages and exit codes.
 
 from __future__ import annotations
 
+import _thread
 import gc
 import os
+import select
 import shlex
 import signal
 import sys
-import threading
 import warnings
+from contextlib import suppress
 from types import FrameType
 
 from merge_cli.errors import Interrupted, PmergeError
@@ -18,6 +20,7 @@ from merge_cli.errors import Interrupted, PmergeError
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, and must come as far as the message
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 GRACE_S = 1.5
+_NO_MEMORY = ("Cannot allocate memory", "can't allocate memory", "failed to map segment")
 
 
 def main() -> None:
@@ -42,8 +45,10 @@ def main() -> None:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             raise PmergeError(f"{where}{error.strerror or error}") from error
-        except MemoryError as error:
-            raise PmergeError("not enough memory", hint="--memory 256MiB --threads 1, or a higher ulimit -v") from error
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if (limit := _limit_behind(error)) is None:
+                raise
+            raise limit from error
     except Interrupted as stop:
         report_error(stop)
         os._exit(stop.exit_code)
@@ -53,6 +58,17 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads stdout: no traceback at exit
         sys.exit(1)
+
+
+def _limit_behind(error: Exception) -> PmergeError | None:
+    """The limit of the machine that `error` is about, None for any other error. torch and the
+    loader of modules have no MemoryError of their own.
+    """
+    if "start new thread" in str(error):
+        return PmergeError("no thread can be started", hint="a higher ulimit -u, or pids limit of the container")
+    if isinstance(error, MemoryError) or any(each in str(error) for each in _NO_MEMORY):
+        return PmergeError("not enough memory", hint="--memory 256MiB --threads 1, or a higher ulimit -v")
+    return None
 
 
 def _require_linux() -> None:
@@ -73,7 +89,8 @@ def _handle_signals() -> None:
     heard, wakeup = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(heard,), daemon=True).start()
+    with suppress(RuntimeError):  # no thread can be had: signals then wait for the system call to end
+        _thread.start_new_thread(_watch, (heard,))  # Thread.start() waits for ever for one that dies of no memory
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -92,9 +109,8 @@ def _interrupted(number: int) -> Interrupted:
 
 def _watch(heard: int) -> None:
     number = os.read(heard, 1)[0]
-    late = threading.Timer(GRACE_S, _give_up, (number,))
-    late.daemon = True
-    late.start()
+    if not select.select([heard], [], [], GRACE_S)[0]:
+        _give_up(number)
     os._exit(128 + os.read(heard, 1)[0])
 
 

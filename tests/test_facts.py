@@ -17,6 +17,7 @@ FACTS = {
     "name of the manifest": (r"[\"']pmerge\.json[\"']", {"names.py"}),
     "name of the staging folder": (r"[\"']\.pmerge-partial[\"']", {"names.py"}),
     "endings of other formats": (r"[\"']\.?\*?\.ckpt[\"']", {"names.py"}),
+    "parsing of JSON": (r"json\.loads?\((?!json\.dumps)", {"system/json_text.py"}),
     "struct statfs": (r"\.f?statfs\(", {"system/files.py"}),
     "/ in names of records": (r"%2F\"\)", {"output/records.py"}),
     "publish sequence": (r"\.begin_to_publish\(\)", {"job.py"}),

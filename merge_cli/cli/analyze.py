@@ -20,7 +20,7 @@ _MOST_LAGS = 8
 @takes(
     *flags(Selection, skip=["at", "base"]),
     *flags(MergeSpec, only=["method", "include", "exclude"]),
-    *flags(RunConfig, only=["memory", "threads", "chunk_size", "direct"]),
+    *flags(RunConfig, only=["memory", "threads", "chunk_size", "direct", "max_header"]),
 )
 def analyze_command(
     checkpoints: Checkpoints,

@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli import console
-from merge_cli.cli.options import InputsRoot
+from merge_cli.cli.options import Given, InputsRoot, flags, takes
+from merge_cli.request.spec import RunConfig, lay_over
 
 
+@takes(*flags(RunConfig, only=["max_header"]))
 def finalize_command(
     output: Annotated[Path, typer.Argument(help="The destination that was given to pmerge average.")],
+    *,
+    given: Given,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     inputs_root: InputsRoot = None,
 ) -> None:
@@ -23,4 +27,4 @@ def finalize_command(
     """
     from merge_cli.features.finalize import finalize
 
-    console.out(finalize(output, overwrite=overwrite, inputs_root=inputs_root))
+    console.out(finalize(output, overwrite=overwrite, inputs_root=inputs_root, max_header=lay_over(RunConfig(), given).max_header))

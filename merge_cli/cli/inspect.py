@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 import typer
 
 from merge_cli.cli import console
-from merge_cli.cli.options import Checkpoints, Json
+from merge_cli.cli.options import Checkpoints, Given, Json, flags, takes
+from merge_cli.request.spec import RunConfig, lay_over
 
 if TYPE_CHECKING:
     from merge_cli.features.inspect import Report
 
 
+@takes(*flags(RunConfig, only=["max_header"]))
 def inspect_command(
     checkpoints: Checkpoints,
+    *,
+    given: Given,
     as_json: Json = False,
 ) -> None:
     """Show the content of checkpoints and the differences between them. Reads headers only. Exit
@@ -24,7 +28,7 @@ def inspect_command(
     """
     from merge_cli.features.inspect import inspect_checkpoints
 
-    report = inspect_checkpoints(checkpoints)
+    report = inspect_checkpoints(checkpoints, max_header=lay_over(RunConfig(), given).max_header)
     if as_json:
         console.out_json(
             {

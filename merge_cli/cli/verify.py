@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_cli.cli import console
-from merge_cli.cli.options import InputsRoot, Json, Quiet
+from merge_cli.cli.options import Given, InputsRoot, Json, Quiet, flags, takes
 from merge_cli.errors import UsageError
+from merge_cli.request.spec import RunConfig, lay_over
 
 if TYPE_CHECKING:
     from merge_cli.features.verify import Verification
     from merge_cli.output.progress import Progress
 
 
+@takes(*flags(RunConfig, only=["max_header"]))
 def verify_command(
     output: Annotated[Path, typer.Argument(help="A folder written by pmerge average or pmerge sweep.")],
+    *,
+    given: Given,
     against_inputs: Annotated[
         bool, typer.Option("--against-inputs", help="Compute tensors again from the inputs, and compare bits.")
     ] = False,
@@ -36,18 +40,19 @@ def verify_command(
     """
     from merge_cli.features.verify import results_in
 
-    given: dict[str, Any] = {} if sample is None else {"sample": _parse_sample(sample)}
+    options: dict[str, Any] = {} if sample is None else {"sample": _parse_sample(sample)}
+    options["max_header"] = lay_over(RunConfig(), given).max_header
     if sample is not None and not against_inputs:
         raise UsageError("--sample is the number of tensors to compute again", hint="add --against-inputs")
     if inputs_root is not None:
         if not against_inputs:
             raise UsageError("--inputs-root is for inputs that are read again", hint="add --against-inputs")
-        given["inputs_root"] = inputs_root
+        options["inputs_root"] = inputs_root
     results = results_in(output)
     found = []
     for path in results:
         with console.ProgressLine(quiet) as line:
-            found.append(_verify(path, against_inputs, given, line.update))
+            found.append(_verify(path, against_inputs, options, line.update))
         if not as_json:
             _show(found[-1], quiet, named=len(results) > 1)
     if as_json and found[0].path == output:
@@ -58,10 +63,10 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _verify(path: Path, against_inputs: bool, given: dict[str, Any], on_progress: Callable[[Progress], None]) -> Verification:
+def _verify(path: Path, against_inputs: bool, options: dict[str, Any], on_progress: Callable[[Progress], None]) -> Verification:
     from merge_cli.features.verify import verify
 
-    return verify(path, against_inputs=against_inputs, **given, on_progress=on_progress)
+    return verify(path, against_inputs=against_inputs, **options, on_progress=on_progress)
 
 
 def _as_dict(found: Verification) -> dict[str, Any]:

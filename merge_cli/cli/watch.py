@@ -27,7 +27,7 @@ _LOUD = ("failed", "warning")
 
 @takes(
     *flags(MergeSpec, only=["dtype"]),
-    *flags(RunConfig, only=["device", "memory", "device_memory", "threads", "chunk_size", "direct"]),
+    *flags(RunConfig, only=["device", "memory", "device_memory", "threads", "chunk_size", "direct", "max_header"]),
 )
 def watch_command(
     run: Annotated[str, typer.Argument(help="The run folder that the trainer saves into.")],

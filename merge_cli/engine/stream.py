@@ -60,10 +60,7 @@ class _Workers:
         self._finished = threading.Semaphore(0)
 
     def run(self) -> Statistics:
-        pairs = zip(self._reads, self._reducers, strict=False)  # fewer reducers where memory was short
-        threads = [threading.Thread(target=self._work, args=pair, daemon=True) for pair in pairs]
-        for thread in threads:
-            thread.start()
+        threads = self._start(list(zip(self._reads, self._reducers, strict=False)))  # fewer reducers where memory was short
         try:
             for _ in threads:
                 self._finished.acquire()
@@ -82,6 +79,24 @@ class _Workers:
             self._statistics.requantization_error = relative_errors(self._errors)
         self._sink.progress(self._statistics)
         return self._statistics
+
+    def _start(self, pairs: Sequence[tuple[Reads, Reducers]]) -> list[threading.Thread]:
+        """Start a worker for each pair, or as many as the system allows; without any, do the work
+        here.
+        """
+        threads: list[threading.Thread] = []
+        for pair in pairs:
+            thread = threading.Thread(target=self._work, args=pair, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # a limit on threads or processes
+                break
+            threads.append(thread)
+        if not threads:
+            self._work(*pairs[0])
+        for _, reducers in pairs[max(len(threads), 1) :]:
+            reducers.close()
+        return threads
 
     def _work(self, reads: Reads, reducers: Reducers) -> None:
         """One thread: chunks until there are none, then those that are still in flight, also after

@@ -87,7 +87,7 @@ def plan_analysis(
     if len(candidates) < 2:
         raise UsageError("an analysis needs at least two checkpoints", hint="pmerge inspect RUN_FOLDER")
     coefficients, _ = coefficients_of(candidates, spec, selection.order)
-    seen = Seen()
+    seen = Seen(run.max_header)
     inputs = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
     newest = len(inputs) - 1
     steps = [candidate.step for candidate in candidates]

@@ -116,7 +116,7 @@ def plan_average(
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
     coefficients, doubts = coefficients_of(candidates, spec, selection.order)
-    seen = Seen()
+    seen = Seen(run.max_header)
     inputs = [open_checkpoint(candidate.path, seen=seen, training_state=spec.training_state) for candidate in candidates]
     base = _find_base(candidates, selection.base)
     steps = [candidate.step for candidate in candidates]

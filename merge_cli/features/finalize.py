@@ -10,13 +10,16 @@ from pathlib import Path
 
 from merge_cli.errors import InputError, OutputError, UsageError, first_ten
 from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.planning.record import describe, from_state, moved_paths, replan
 from merge_cli.request.spec import RunConfig
 from merge_cli.stores.store import StrPath, as_path
 
 
-def finalize(destination: StrPath, *, overwrite: bool = False, inputs_root: StrPath | None = None) -> Path:
+def finalize(
+    destination: StrPath, *, overwrite: bool = False, inputs_root: StrPath | None = None, max_header: int = MAX_HEADER_BYTES
+) -> Path:
     """Publish the result whose ranks have finished all files without one of them publishing it;
     returns its path. `inputs_root` is the folder in which its inputs lie now, if they have moved.
 
@@ -40,7 +43,7 @@ def finalize(destination: StrPath, *, overwrite: bool = False, inputs_root: StrP
     try:
         state, command = with_fingerprints(record["state"]), record["command"]
         planned = from_state(state)
-        seen = Seen()
+        seen = Seen(max_header)
         kept = planned.spec.training_state
         places = moved_paths(planned.paths, as_path(inputs_root)) if inputs_root is not None else {}
         opened = [open_checkpoint(places.get(each, each), seen=seen, training_state=kept) for each in planned.paths]

@@ -12,6 +12,7 @@ from typing import Any
 from merge_cli.errors import ChangedError, InputError, PmergeError, StoreError, UnsupportedError
 from merge_cli.formats.logical import View, Viewed, dtype_of, shape_of, view
 from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.planning.compatibility import config_differences
 from merge_cli.request.discovery import discover, read_candidate
 
@@ -60,7 +61,7 @@ class Report:
     broken: dict[str, PmergeError]
 
 
-def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
+def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]], *, max_header: int = MAX_HEADER_BYTES) -> Report:
     """Inspect the checkpoints at `paths` (or in a run folder), by step if all have one, and list
     their differences.
 
@@ -72,7 +73,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> Report:
     if all(candidate.step is not None for candidate in candidates):
         candidates.sort(key=lambda candidate: candidate.step or 0)
     notes += [candidate.step_warning.message for candidate in candidates if candidate.step_warning is not None]
-    seen = Seen()
+    seen = Seen(max_header)
     seen_views = Viewed()
     views: list[View] = []
     found: list[Inspection] = []

@@ -13,7 +13,6 @@ where the place keeps no hashes (object stores), unless `read_back` reads them a
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shlex
 import time
@@ -34,6 +33,7 @@ from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed
 from merge_cli.output.progress import Progress
 from merge_cli.stores.store import Source, as_path, join, open_store, read_file
 from merge_cli.stores.upload import Outgoing, There, open_target
+from merge_cli.system.json_text import parse_json
 
 _PIECE_BYTES = 8 << 20
 
@@ -106,7 +106,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     raw = read_file(str(folder / MANIFEST), MAX_MANIFEST_BYTES)
     if not is_sealed(raw):
         raise InputError(f"{folder / MANIFEST} was changed", hint=f"pmerge verify {shlex.quote(str(folder))}")
-    content: dict[str, Any] = json.loads(raw)
+    try:
+        content = parse_json(raw)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{folder / MANIFEST} is damaged", hint=f"pmerge verify {shlex.quote(str(folder))}")
     return content
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from merge_cli.errors import OutputError, UsageError
 from merge_cli.stores.store import StrPath
 from merge_cli.system.durable import write_file
+from merge_cli.system.files import read_regular
 from merge_cli.trajectory.evidence import collect
 from merge_cli.trajectory.folder import ANALYSIS, RUN, Run, folder_of, read_analysis, read_run
 from merge_cli.trajectory.forecast import forecast_rows
@@ -46,11 +47,11 @@ def report(
     analysis = read_analysis(folder)
     found = forecast_rows(rows, metric=metric, assume_loss=assume_loss, analysis=analysis, steps=run.steps, anneal=anneal)
     names = [*sorted(path.name for path in folder.glob("ledger*.jsonl")), RUN, ANALYSIS]
-    sources = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    sources = {name: read_regular(folder / name, 1 << 30) for name in names if (folder / name).exists()}
     evidence = collect(rows, metric, analysis)
     text = page(run, evidence, found, analysis, evidence.rows, sources, command_of(found, given))
     path = folder / REPORT if destination is None else Path(destination)
-    if path.is_dir() or (path.exists() and _MARK not in path.read_bytes()):
+    if path.is_dir() or (path.exists() and _MARK not in read_regular(path, 1 << 30)):
         raise OutputError(f"{path} exists, and is no report", hint="choose another place:  -o report.html")
     write_file(path, text.encode())
     return path

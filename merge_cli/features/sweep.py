@@ -196,7 +196,7 @@ def plan_sweep(
         notes += newer
     folder = folder or default_destination("sweep", order_candidates(candidates, "step", needs_order=False))
     chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, selection)
-    inputs, merges = _plan_groups(spec, chosen)
+    inputs, merges = _plan_groups(spec, chosen, run.max_header)
     for checkpoint in inputs:
         notes += checkpoint.notes
     for merge, _ in merges:
@@ -412,11 +412,13 @@ def _choose_all(
     return list(made.values()), same_as, skipped, lines
 
 
-def _plan_groups(spec: MergeSpec, chosen: Sequence[_Chosen]) -> tuple[list[Checkpoint], list[tuple[MergePlan, list[_Chosen]]]]:
+def _plan_groups(
+    spec: MergeSpec, chosen: Sequence[_Chosen], max_header: int
+) -> tuple[list[Checkpoint], list[tuple[MergePlan, list[_Chosen]]]]:
     """Open every checkpoint once, and plan together the outputs whose bases, the newest of their
     inputs, have one layout.
     """
-    seen = Seen()
+    seen = Seen(max_header)
     used = {candidate.path: candidate for each in chosen for candidate in each.candidates}
     if all(candidate.step is not None for candidate in used.values()):
         used = dict(sorted(used.items(), key=lambda item: item[1].step or 0))

@@ -13,7 +13,6 @@ the recorded average of the inputs; it trusts those.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import INDEX_SUFFIX
-from merge_cli.formats.untrusted_json import check_depth
+from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.names import MANIFEST, SWEEP_REPORT
 from merge_cli.output.check import Meter, check_files, check_index, check_metadata, listed_files, look_around
 from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed
@@ -34,6 +33,7 @@ from merge_cli.planning.record import with_inputs_below
 from merge_cli.stores.local import STORE as LOCAL
 from merge_cli.stores.store import as_path, read_file
 from merge_cli.system.files import read_json
+from merge_cli.system.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def verify(
     inputs_root: str | os.PathLike[str] | None = None,
     sample: int | None = 64,
     device: str = "auto",
+    max_header: int = MAX_HEADER_BYTES,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
     """Check the merged checkpoint in the folder `path` against its `pmerge.json`.
@@ -97,14 +98,14 @@ def verify(
         from merge_cli.output.published import differences, plan_again
 
         manifest = manifest if inputs_root is None else _with_inputs_below(manifest, inputs_root, folder)
-        plan = plan_again(manifest, problems)
+        plan = plan_again(manifest, problems, max_header)
         todo = None if plan is None else restricted(plan, sample)
     meter = Meter(sum(r.file_bytes for r in (*weights.values(), *beside.values())), todo, on_progress)
     files = {MANIFEST: state, **check_files(folder, weights, beside, meter)}
     problems = [f"{folder / name}: {found}" for name, found in files.items() if found != "ok"] + problems
     if state == "ok":
         if any(name.endswith(".safetensors") for name in weights):
-            problems += check_index(folder, weights, [name for name in beside if name.endswith(INDEX_SUFFIX)])
+            problems += check_index(folder, weights, [name for name in beside if name.endswith(INDEX_SUFFIX)], max_header)
         else:
             problems += check_metadata(folder)
     strangers, notes = look_around(folder, {*weights, *beside, MANIFEST})
@@ -141,9 +142,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     try:
         LOCAL.check_inside(str(path.parent), str(path))
         raw = read_file(str(path), MAX_MANIFEST_BYTES)
-        content = json.loads(raw)
-        check_depth(content, str(path))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(raw)
+    except ValueError as error:
         return {}, f"is not valid JSON: {error}"
     except InputError as error:
         return {}, error.message

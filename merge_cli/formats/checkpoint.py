@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from merge_cli.errors import IncompleteError, InputError, first_ten
 from merge_cli.formats.alike import Files, Moved
 from merge_cli.formats.foreign import recognize
-from merge_cli.formats.safetensors import Header, TensorInfo, read_header
+from merge_cli.formats.safetensors import MAX_HEADER_BYTES, Header, SeenHeaders, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
-from merge_cli.formats.untrusted_json import DECODER, check_depth, may_hold_surrogates, parse_member, walk_object
+from merge_cli.formats.untrusted_json import DECODER, parse_member, walk_object
 from merge_cli.stores.local import version_of_time
 from merge_cli.stores.store import Entry, Source, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
+from merge_cli.system.json_text import may_hold_surrogates, parse_json
 
 if TYPE_CHECKING:
     from merge_cli.formats.dcp.clone import DcpParts
@@ -115,12 +116,12 @@ class Contents(NamedTuple):
 
 
 class Opened:
-    """The parts that the checkpoints of a run often share, of those opened so far: headers and
-    indexes by their sha256, contents by both.
+    """The parts that the checkpoints of a run often share, of those opened so far: headers (at most
+    `max_bytes`) and indexes by their sha256, contents by both.
     """
 
-    def __init__(self) -> None:
-        self.headers: dict[str, Header] = {}
+    def __init__(self, max_bytes: int = MAX_HEADER_BYTES) -> None:
+        self.headers = SeenHeaders(max_bytes)
         self.indexes: dict[str, Index] = {}
         self.contents: dict[object, Contents] = {}
 
@@ -293,14 +294,11 @@ def read_config(path: str) -> dict[str, Any]:
     if open_store(path).stat(path) is None:
         return {}
     try:
-        config = json.loads(read_file(path, MAX_CONFIG_BYTES))
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply") from None
+        config = parse_json(read_file(path, MAX_CONFIG_BYTES))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must be a JSON object")
-    check_depth(config, path)
     return config
 
 

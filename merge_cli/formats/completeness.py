@@ -10,6 +10,7 @@ from __future__ import annotations
 from merge_cli.errors import ChangedError, IncompleteError
 from merge_cli.formats.dcp.trainers import missing_marker
 from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.safetensors import BoundError
 from merge_cli.stores.store import StrPath, as_path
 
 
@@ -28,4 +29,6 @@ def incomplete_reason(path: StrPath, *, seen: Seen | None = None) -> str | None:
         open_checkpoint(as_path(path), seen=seen)
     except (IncompleteError, ChangedError) as error:
         return error.message
+    except BoundError:
+        pass  # complete or not, the bound of the run decides
     return None

@@ -7,19 +7,21 @@ from __future__ import annotations
 from merge_cli.formats.checkpoint import Checkpoint, Opened, open_safetensors
 from merge_cli.formats.dcp.checkpoint import open_dcp
 from merge_cli.formats.dcp.entries import DROP
+from merge_cli.formats.dcp.folder import METADATA_FILE
 from merge_cli.formats.dcp.item import Envelopes
 from merge_cli.formats.dcp.trainers import find_dcp, is_unfinished
 from merge_cli.formats.pickled import ENDINGS, open_pickled, pickled_files
-from merge_cli.stores.store import StrPath, as_path, open_store
+from merge_cli.formats.safetensors import MAX_HEADER_BYTES
+from merge_cli.stores.store import StrPath, as_path, join, open_store
 
 
 class Seen:
     """Parsed parts that the checkpoints of one run share: those of safetensors, and envelopes of
-    items.
+    items; of headers and metadata at most `max_bytes` together.
     """
 
-    def __init__(self) -> None:
-        self.safetensors = Opened()
+    def __init__(self, max_bytes: int = MAX_HEADER_BYTES) -> None:
+        self.safetensors = Opened(max_bytes)
         self.envelopes = Envelopes()
 
 
@@ -42,6 +44,10 @@ def open_checkpoint(path: StrPath, *, seen: Seen | None = None, training_state: 
     seen = seen or Seen()
     place = find_dcp(path)
     if place is not None or is_unfinished(path):
+        if place is not None:
+            metadata = join(place.folder, METADATA_FILE)
+            found = open_store(metadata).stat(metadata)
+            seen.safetensors.headers.spend(0 if found is None else found.num_bytes, metadata)
         return open_dcp(path, place, training_state, seen.envelopes)
     if is_pickled(path):
         return open_pickled(path)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import shlex
+import threading
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import IncompleteError, InputError, UnsupportedError
-from merge_cli.formats.untrusted_json import DECODER, may_hold_surrogates, walk_object
+from merge_cli.formats.untrusted_json import DECODER, walk_object
 from merge_cli.stores.store import Source, open_store, read_bytes
+from merge_cli.system.json_text import may_hold_surrogates
 
 
 class DType(NamedTuple):
@@ -127,11 +129,48 @@ def num_elements(shape: Iterable[int]) -> int:
     return product
 
 
-def read_header(source: Source, seen: dict[str, Header] | None = None) -> Header:
+class BoundError(InputError):
+    """The headers of all checkpoints together are larger than --max-header."""
+
+
+class SeenHeaders:
+    """The parsed headers of the checkpoints of one run by their sha256: they are often the same
+    bytes, and are then parsed and kept once. Of all together at most `max_bytes` are read, since
+    memory grows with them; one that is there already counts an eighth. Safe to use from threads.
+    """
+
+    def __init__(self, max_bytes: int = MAX_HEADER_BYTES) -> None:
+        self._headers: dict[str, Header] = {}
+        self._max_bytes = max_bytes
+        self._spent = 0
+        self._lock = threading.Lock()
+
+    def get(self, digest: str, file_bytes: int) -> Header | None:
+        """The header with this sha256, of a file of that size."""
+        header = self._headers.get(digest)
+        return header if header is not None and header.file_bytes == file_bytes else None
+
+    def add(self, digest: str, header: Header) -> None:
+        """Keep a header."""
+        self._headers[digest] = header
+
+    def spend(self, num_bytes: int, path: str) -> None:
+        """Count the header of the file `path`. Raises BoundError if all together are too large."""
+        with self._lock:
+            self._spent += num_bytes
+            if self._spent <= self._max_bytes:
+                return
+        raise BoundError(
+            f"the headers of all checkpoints together are larger than {self._max_bytes} bytes, at {path}",
+            details=["memory grows with them: about ten times their size"],
+            hint=f"fewer checkpoints, or a higher bound:  --max-header {4 * self._max_bytes >> 20}MiB",
+        )
+
+
+def read_header(source: Source, seen: SeenHeaders | None = None) -> Header:
     """Read and check the header of a safetensors file.
 
-    `seen` maps a header's sha256 to its parsed form, so that the many checkpoints of one run, whose
-    headers are often the same bytes, are parsed once. Raises InputError, naming the file and the
+    `seen` are the headers of the other checkpoints. Raises InputError, naming the file and the
     field; ChangedError and StoreError where reading fails.
     """
     file_bytes = source.num_bytes
@@ -159,18 +198,19 @@ def read_header(source: Source, seen: dict[str, Header] | None = None) -> Header
     if len(raw) > len(first):
         source.read_into(len(first), raw[len(first) :])
     digest = hashlib.sha256(raw).hexdigest()
-    seen = {} if seen is None else seen
-    header = seen.get(digest)
-    if header is None or header.file_bytes != file_bytes:
+    seen = seen or SeenHeaders()
+    header = seen.get(digest, file_bytes)
+    seen.spend(length if header is None else length // 8, source.path)
+    if header is None:
         header = parse_header(raw[8:], file_bytes, source.path, digest)
-        seen[digest] = header
+        seen.add(digest, header)
     return header
 
 
-def read_header_at(path: str) -> Header:
+def read_header_at(path: str, seen: SeenHeaders | None = None) -> Header:
     """Open the safetensors file at `path` and read its header. Raises what `read_header` raises."""
     with closing(open_store(path).open(path)) as source:
-        return read_header(source)
+        return read_header(source, seen)
 
 
 def parse_header(raw: bytes | memoryview, file_bytes: int, path: str, digest: str = "") -> Header:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from merge_cli.errors import InputError
 from merge_cli.names import MANIFEST, OTHER_WEIGHTS
 from merge_cli.stores.store import Source, Store, is_local, join, open_store, read_bytes, read_file
+from merge_cli.system.json_text import parse_json
 
 SKIPPED = (
     # training state
@@ -106,8 +106,8 @@ def module_folders(folder: str) -> tuple[str, ...]:
     if open_store(path).stat(path) is None:
         return ()
     try:
-        found = json.loads(read_file(path, MAX_MODULES_BYTES))
-    except (ValueError, RecursionError, InputError):
+        found = parse_json(read_file(path, MAX_MODULES_BYTES))
+    except (ValueError, InputError):
         return ()
     paths = [module.get("path") for module in found if isinstance(module, dict)] if isinstance(found, list) else []
     return tuple(path for path in paths if isinstance(path, str) and path and "/" not in path and path not in (".", ".."))

@@ -15,24 +15,17 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 from merge_cli.errors import InputError
+from merge_cli.system.json_text import DEEPEST, is_too_deep
 
 _SPACE = r"[ \t\n\r]*"
 _BEGIN, _COLON, _NEXT = (re.compile(_SPACE + mark + _SPACE) for mark in (r"\{", ":", "([,}])"))
-_DEEPEST = 100
 _LONGEST = 1 << 20
 
 
 def check_depth(value: Any, what: str) -> None:
-    """Raise InputError where objects and lists are nested more than 100 deep, which would stop
-    whoever walks them.
-    """
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_DEEPEST):
-        members = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [inner for each in members for inner in each if isinstance(inner, dict | list)]
-        if not level:
-            return
-    raise InputError(f"{what} is nested too deeply", details=[f"expected  at most {_DEEPEST} levels"])
+    """Raise InputError where objects and lists are nested more than 100 deep."""
+    if is_too_deep(value):
+        raise InputError(f"{what} is nested too deeply", details=[f"expected  at most {DEEPEST} levels"])
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,10 +89,3 @@ def parse_member(text: str, at: int, what: str) -> tuple[Any, int]:
         raise InputError(f"{what} is not valid JSON, or longer than {_LONGEST} characters") from None
     check_depth(value, what)
     return value, at + length
-
-
-def may_hold_surrogates(text: str) -> bool:
-    """Whether `text` has an escape that may be half of a pair; the decoded strings have to be
-    looked at then.
-    """
-    return re.search(r"\\u[dD][89a-fA-F]", text) is not None

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from typing import Any
 from merge_cli.errors import InputError
 from merge_cli.formats.checkpoint import read_index
 from merge_cli.formats.opening import open_checkpoint
-from merge_cli.formats.safetensors import Header, read_header_at
+from merge_cli.formats.safetensors import BoundError, Header, SeenHeaders, read_header_at
 from merge_cli.names import OTHER_WEIGHTS
 from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import MergePlan
 from merge_cli.stores.local import STORE as LOCAL
 from merge_cli.system.files import pieces_of
+from merge_cli.system.threads import map_in_threads
 
 _WEIGHTS = (".safetensors", ".index.json", *OTHER_WEIGHTS, ".onnx", ".pkl", ".pickle")
 _READ_BY_LOADERS = (".py", "/adapter_config.json", "/config.json", "/modules.json", "/.metadata")
@@ -77,7 +77,8 @@ def check_files(folder: Path, weights: Mapping[str, Listed], beside: Mapping[str
     """
     stopped = threading.Event()
 
-    def check(name: str, record: Listed) -> str:
+    def check(listed: tuple[str, Listed]) -> str:
+        name, record = listed
         try:
             LOCAL.check_inside(str(folder), str(folder / name))
             found = _digest(folder / name, record.file_bytes, meter, stopped)
@@ -88,14 +89,13 @@ def check_files(folder: Path, weights: Mapping[str, Listed], beside: Mapping[str
             return "ok"
         except InputError as error:
             return error.message
+        except BaseException:  # a signal: the other threads need not read to the end of their files
+            stopped.set()
+            raise
 
     recorded = {**weights, **beside}
-    pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
-    try:
-        return dict(zip(recorded, pool.map(check, recorded, recorded.values()), strict=True))
-    finally:
-        stopped.set()  # after a signal: let the threads reach the end of what they read
-        pool.shutdown(cancel_futures=True)
+    states = map_in_threads(check, list(recorded.items()), min(4, len(os.sched_getaffinity(0))))
+    return dict(zip(recorded, states, strict=True))
 
 
 def _digest(path: Path, file_bytes: int, meter: Meter, stopped: threading.Event) -> str:
@@ -127,14 +127,17 @@ def _digest(path: Path, file_bytes: int, meter: Meter, stopped: threading.Event)
         os.close(fd)
 
 
-def check_index(folder: Path, weights: Mapping[str, Listed], indexes: Sequence[str]) -> list[str]:
+def check_index(folder: Path, weights: Mapping[str, Listed], indexes: Sequence[str], max_header: int) -> list[str]:
     """The index against the shards: every tensor in one file, the file that the index gives for it,
     and the right total size.
     """
     headers: dict[str, Header] = {}
+    seen = SeenHeaders(max_header)
     for name in weights:
         try:
-            headers[name] = read_header_at(str(folder / name))
+            headers[name] = read_header_at(str(folder / name), seen)
+        except BoundError as error:
+            return [error.message]
         except InputError:
             return []  # already reported
     if not indexes:

@@ -24,6 +24,7 @@ from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.record import fingerprint, input_records, request_record
 from merge_cli.stores.store import read_file
 from merge_cli.system.files import sha256_of
+from merge_cli.system.json_text import parse_json
 from merge_cli.system.process import process_start
 
 
@@ -33,8 +34,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         raw = read_file(str(folder / MANIFEST), MAX_MANIFEST_BYTES)
-        content = json.loads(raw) if is_sealed(raw) else {}
-    except (OSError, InputError, ValueError, RecursionError):
+        content = parse_json(raw) if is_sealed(raw) else {}
+    except (OSError, InputError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -28,6 +28,7 @@ from merge_cli.planning.planner import stem_of
 from merge_cli.planning.record import describe_result
 from merge_cli.stores.store import join, read_file
 from merge_cli.system.held import HeldFolder
+from merge_cli.system.json_text import parse_json
 from merge_cli.version import __version__
 
 MAX_MANIFEST_BYTES = 64 << 20
@@ -138,8 +139,8 @@ def _without_declaration(data: bytes) -> bytes:
     is no JSON object.
     """
     try:
-        params = json.loads(data)
-    except (ValueError, RecursionError):
+        params = parse_json(data)
+    except ValueError:
         return data
     if not isinstance(params, dict) or "quantization" not in params:
         return data

@@ -39,12 +39,12 @@ from merge_cli.system.files import pieces_of, read_up_to
 _LIBM = 1e-12  # other mathematical libraries may round exp and log otherwise in the last digit
 
 
-def plan_again(manifest: Mapping[str, Any], problems: list[str]) -> MergePlan | None:
+def plan_again(manifest: Mapping[str, Any], problems: list[str], max_header: int) -> MergePlan | None:
     """The plan that `pmerge.json` describes, made from its inputs; None, and what has changed,
     where they are not the same.
     """
     try:
-        seen = Seen()
+        seen = Seen(max_header)
         inputs = []
         for entry in manifest["inputs"]:
             checkpoint = open_checkpoint(entry["path"], seen=seen, training_state=manifest.get("training_state", "drop"))

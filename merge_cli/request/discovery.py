@@ -6,7 +6,6 @@ checkpoint is `global_step` of its trainer state, else the number in its name.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -41,6 +40,7 @@ from merge_cli.stores.store import (
     read_file,
     resolve,
 )
+from merge_cli.system.json_text import parse_json
 
 _UNFINISHED = re.compile(r"^(?:tmp|temp|incomplete|partial)[-_.]|[-_.](?:tmp|temp|incomplete|partial)$", re.IGNORECASE)
 _LARGEST_STEP = 10**18
@@ -139,8 +139,8 @@ def _trainer_step(store: Store, path: str) -> int | None:
     if status.num_bytes > _MAX_TRAINER_STATE_BYTES:
         raise InputError(f"{path} is larger than {_MAX_TRAINER_STATE_BYTES >> 20} MiB", hint=remedy)
     try:
-        state = json.loads(read_file(path, _MAX_TRAINER_STATE_BYTES))
-    except (ValueError, RecursionError) as error:
+        state = parse_json(read_file(path, _MAX_TRAINER_STATE_BYTES))
+    except ValueError as error:
         raise InputError(f"{path} is not a valid trainer state: {error}", hint=remedy) from error
     step = state.get("global_step") if isinstance(state, dict) else state
     if step is not None and not (type(step) is int and 0 <= step < _LARGEST_STEP):

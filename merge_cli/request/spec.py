@@ -26,6 +26,7 @@ from merge_cli.stores.store import StrPath
 
 Made = TypeVar("Made", bound=Options)
 MOST_PROCESSES = MOST_THREADS = 256
+MAX_HEADERS = 100_000_000
 
 
 def _globs(value: str | Sequence[str], _: str) -> tuple[str, ...]:
@@ -172,6 +173,9 @@ class RunConfig(Options):
         None, "Size of one read, as 4MiB.", metavar="SIZE", read=parse_size, shown="chosen by the filesystem"
     )
     direct: str = option("auto", "Read past the page cache (O_DIRECT).", choices=("auto", "on", "off"))
+    max_header: int = option(
+        MAX_HEADERS, "Bound on the headers of all checkpoints together.", metavar="SIZE", read=parse_size, shown="100MB"
+    )
     overwrite: bool = option(False, "Replace an existing result, at the end.")
     restart: bool = option(False, "Discard the files of an unfinished run.")
     verify_resume: bool = option(False, "Read finished files again before trusting them.")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import json
 import os
 import random
 import re
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 from merge_cli.errors import ChangedError, StoreError
+from merge_cli.system.json_text import parse_json
 from merge_cli.version import __version__
 
 TIMEOUT_S = 60.0
@@ -91,8 +91,8 @@ class HttpClient:
         if answer.status != 200:
             return answer, None
         try:
-            return answer, json.loads(answer.body)
-        except (ValueError, RecursionError) as error:
+            return answer, parse_json(answer.body)
+        except ValueError as error:
             raise StoreError(f"the answer of {_host(url)} is not JSON: {error}") from error
 
     def head(self, url: str) -> Answer:

@@ -7,14 +7,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from merge_cli.system.json_text import parse_json
+
 TMPFS = 0x01021994  # linux/magic.h
 _READ_BYTES = 4 << 20
+_MAX_RECORD_BYTES = 256 << 20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -28,10 +31,26 @@ def files_in(folder: Path) -> Iterator[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if the file cannot be read or holds anything else."""
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(read_regular(path, _MAX_RECORD_BYTES))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a small file. Raises OSError, also for a FIFO or a device, which might never
+    end, and for a larger file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
+        return read_up_to(fd, status.st_size, 0)
+    finally:
+        os.close(fd)
 
 
 def sha256_of(path: Path) -> str:

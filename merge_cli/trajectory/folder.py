@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 from merge_cli.errors import InputError, UsageError
 from merge_cli.stores.store import read_file
 from merge_cli.system.durable import write_file
+from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.analysis import Analysis
 from merge_cli.trajectory.records import decode, encode
 
@@ -92,7 +93,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
     if not path.exists():
         return None
     try:
-        value = json.loads(read_file(str(path), MAX_FILE_BYTES))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(read_file(str(path), MAX_FILE_BYTES))
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}", hint=f"rm {path}, and make it again") from error
     return decode(kind, value, str(path))

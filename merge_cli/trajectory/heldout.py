@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.checkpoint import read_config
 from merge_cli.stores.store import read_file
+from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.evaluators import EvaluationError, Subject
 from merge_cli.trajectory.ledger import Document
 from merge_cli.trajectory.results import Result
@@ -261,8 +262,8 @@ def read_documents(path: Path) -> list[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}") from error
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):

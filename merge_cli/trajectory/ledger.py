@@ -26,9 +26,12 @@ from typing import NamedTuple
 
 from merge_cli.errors import InputError
 from merge_cli.system.durable import fsync_file, fsync_folder, make_folder, output_error
+from merge_cli.system.files import read_regular
+from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.records import decode, encode
 
 SCHEMA = 1
+_MAX_LEDGER_BYTES = 1 << 30
 
 
 class Part(NamedTuple):
@@ -168,14 +171,14 @@ def _read(path: Path) -> Iterator[Row]:
     and is no row.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path, _MAX_LEDGER_BYTES).split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     for number, line in enumerate(lines[:-1], 1):
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise InputError(f"{where} is not JSON: {error}", hint=f"sed -i {number}d {path}  removes it") from error
         if isinstance(value, dict) and isinstance(value.get("schema"), int) and value["schema"] > SCHEMA:
             raise InputError(f"{where} was written by a newer pmerge (schema {value['schema']})", hint="pip install -U pmerge")

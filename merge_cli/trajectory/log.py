@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 from merge_cli.errors import InputError, UsageError
 from merge_cli.stores.store import read_file
+from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.findings import Finding
 
 MAX_LOG_BYTES = 256 << 20
@@ -60,8 +60,8 @@ def read_log(path: Path) -> list[LogRow]:
     text = read_file(str(path), MAX_LOG_BYTES).decode("utf-8", "replace")
     if path.suffix == ".json":
         try:
-            state = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            state = parse_json(text)
+        except ValueError as error:
             raise InputError(f"{path} is not valid JSON: {error}") from error
         history = state.get("log_history", []) if isinstance(state, dict) else state
         rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
-from merge_cli.errors import ChangedError, PmergeError
+from merge_cli.errors import ChangedError, InputError, PmergeError
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.opening import open_checkpoint
 from merge_cli.names import MANIFEST
+from merge_cli.output.existing import read_manifest
 from merge_cli.trajectory.evaluators import EvaluationError, Evaluator, Subject, empty_folder
 from merge_cli.trajectory.folder import OUTPUTS
 from merge_cli.trajectory.ledger import Ledger, Row
@@ -140,7 +141,7 @@ def _weights(path: Path) -> dict[str, str]:
     """The sha256 of the weight files of a merge, which its pmerge.json has; none of another
     checkpoint.
     """
-    manifest = path / MANIFEST
-    if not manifest.exists():
-        return {}
-    return {name: entry["sha256"] for name, entry in json.loads(manifest.read_bytes())["files"].items()}
+    try:
+        return {name: entry["sha256"] for name, entry in read_manifest(path).get("files", {}).items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path / MANIFEST} does not list the files of a merge", hint=f"pmerge verify {path}") from error

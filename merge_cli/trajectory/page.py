@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import chain
 
+from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.analysis import Analysis
 from merge_cli.trajectory.evidence import Evidence
 from merge_cli.trajectory.folder import Run
@@ -82,7 +83,7 @@ def page(
 def label_of(evaluator: str) -> str:
     """An evaluator in words: the user's command, or the text of the built-in one."""
     try:
-        described = json.loads(evaluator)
+        described = parse_json(evaluator)
     except ValueError:
         return evaluator
     return f"the built-in evaluator on {described['text']}" if isinstance(described, dict) and "text" in described else evaluator

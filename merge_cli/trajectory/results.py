@@ -8,7 +8,6 @@ is the standard error of the metric without it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from merge_cli.errors import PmergeError
 from merge_cli.stores.store import read_file
+from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.ledger import Document
 
 MAX_RESULT_BYTES = 64 << 20
@@ -132,8 +132,8 @@ def _value_of(line: str) -> Any:
     and an error later on.
     """
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         try:
             return float(line)
         except ValueError:
@@ -151,8 +151,8 @@ def _flatten(value: Any, name: str) -> Iterator[tuple[str, float]]:
 
 def _parse(text: bytes, name: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ResultError(f"{name} is not valid JSON: {error}") from error
 
 

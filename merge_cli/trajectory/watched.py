@@ -19,6 +19,7 @@ from merge_cli.output.existing import read_manifest
 from merge_cli.stores.store import read_file
 from merge_cli.system.durable import fsync_folder, output_error, write_file
 from merge_cli.system.files import files_in, sha256_of
+from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.folder import MERGES
 from merge_cli.trajectory.records import decode, encode
 
@@ -120,6 +121,6 @@ def read_record(folder: Path) -> WatchRecord:
     if not path.exists():
         return WatchRecord()
     try:
-        return decode(WatchRecord, json.loads(read_file(str(path), _MAX_BYTES)), str(path))
-    except (ValueError, RecursionError) as error:
+        return decode(WatchRecord, parse_json(read_file(str(path), _MAX_BYTES)), str(path))
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}", hint=f"mv {path} {path}.old, and start again") from error

@@ -529,3 +529,21 @@ def test_a_shard_that_shrinks_or_is_replaced_before_it_is_read_stops_the_run(tmp
         with pytest.raises(PmergeError) as caught:
             run_average(plan)
         assert str(run[0]) in str(caught.value) and not (tmp_path / "out").exists()
+
+
+# --- all together
+
+
+def test_the_headers_of_all_checkpoints_together_are_bounded(tmp_path: Path) -> None:
+    """One that several checkpoints have is kept once, and counts an eighth from the second on."""
+    run = [write_checkpoint(tmp_path / f"ckpt_{i}", tensors(), index=False) for i in (1, 2, 3)]
+    length = int.from_bytes((run[0] / "model.safetensors").read_bytes()[:8], "little")
+    error = refused(run, tmp_path / "out", max_header=length + 2 * (length // 8) - 1)
+    assert "the headers of all checkpoints together are larger than" in error.message and str(run[2]) in error.message
+    assert "--max-header" in error.hint
+    plan_average(run, tmp_path / "out", max_header=length + 2 * (length // 8))
+    for step in (1, 2, 3):
+        metadata = {"format": "pt", "step": str(step)}
+        write_safetensors(run[step - 1] / "model.safetensors", tensors(), metadata=metadata)
+    assert "--max-header" in refused(run, tmp_path / "out", max_header=2 * length).hint
+    plan_average(run, tmp_path / "out", max_header=4 * length)

@@ -12,7 +12,6 @@ needs them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from merge_cli.formats.dcp.entries import DROP
 from merge_cli.formats.dcp.folder import METADATA_FILE, DcpFolder, locate
 from merge_cli.formats.dcp.item import Envelopes
 from merge_cli.stores.store import Entry, Kind, StrPath, as_path, folder_of, join, name_of, open_store, read_bytes, read_file
+from merge_cli.system.json_text import parse_json
 
 _INSIDE = {"model_and_optim": "olmo-core", "weights": "nemo"}
 _MAX_SMALL_BYTES = 1 << 20
@@ -102,8 +102,8 @@ def _is_megatron(path: str) -> bool:
     if not _is(join(path, "metadata.json"), "file"):
         return False
     try:
-        content = json.loads(read_file(join(path, "metadata.json"), _MAX_SMALL_BYTES))
-    except (InputError, ValueError, RecursionError):
+        content = parse_json(read_file(join(path, "metadata.json"), _MAX_SMALL_BYTES))
+    except (InputError, ValueError):
         return False
     return isinstance(content, dict) and content.get("sharded_backend") == "torch_dist"
 

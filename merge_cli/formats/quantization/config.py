@@ -78,7 +78,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     (method,) = methods
     section = found[0]
     if method not in _READABLE:
-        raise _refused(f"quant_method `{method}`")
+        raise _refused(f"quant_method `{method:.40}`")
     groups = tuple(_groups(section)) if method == "compressed-tensors" else ()
     block = section.get("weight_block_size") or next((group.block for group in groups if group.block), None)
     return Settings(
@@ -137,33 +137,44 @@ def _method(section: Mapping[str, Any]) -> str:
 
 def _groups(section: Mapping[str, Any]) -> Iterator[Group]:
     """The config groups that quantize weights; raises UnsupportedError for formats and transforms
-    that are not read.
+    that are not read, and for values of another type than expected.
     """
-    transforms = section.get("transform_config") or {}
-    if transforms.get("config_groups"):
+    if _mapping(section, "transform_config").get("config_groups"):
         raise _refused("compressed-tensors with rotated weights (`transform_config`)")
-    sparsity = section.get("sparsity_config") or {}
-    formats = [section.get("format"), sparsity.get("format")]
-    groups = section.get("config_groups") or {}
-    for group in groups.values():
-        if not isinstance(group, Mapping):
-            raise _refused("compressed-tensors with preset names in `config_groups`")
-        formats.append(group.get("format"))
-    for name in formats:
-        if name in _REFUSED_FORMATS:
+    groups = list(_mapping(section, "config_groups").values())
+    if not all(isinstance(group, Mapping) for group in groups):
+        raise _refused("compressed-tensors with preset names in `config_groups`")
+    for holder in (section, _mapping(section, "sparsity_config"), *groups):
+        name = holder.get("format")
+        if isinstance(name, str) and name in _REFUSED_FORMATS:
             raise _refused(f"compressed-tensors format `{name}` ({_REFUSED_FORMATS[name]})")
-    for group in groups.values():
-        weights = group.get("weights")
+    for group in groups:
+        weights = _mapping(group, "weights")
         if weights:
-            size = weights.get("group_size")
+            size, targets = weights.get("group_size"), group.get("targets") or ()
             yield Group(
-                num_bits=int(weights.get("num_bits", 8)),
+                num_bits=_whole(weights, "num_bits", 8),
                 is_float=weights.get("type", "int") == "float",
                 symmetric=bool(weights.get("symmetric", True)),
                 group_size=int(size) if isinstance(size, int) and size > 0 else None,
                 block=_pair(weights.get("block_structure")),
-                targets=tuple(str(target) for target in group.get("targets") or ()),
+                targets=tuple(map(str, targets)) if isinstance(targets, list | tuple) else (str(targets),),
             )
+
+
+def _mapping(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under `key`, empty if there is none."""
+    value = section.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise _refused(f"`{key}` is {value!r:.40}, no object")
+    return value
+
+
+def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
+    value = section.get(key, default)
+    if type(value) is not int:
+        raise _refused(f"`{key}` is {value!r:.40}, no whole number")
+    return value
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -175,10 +186,10 @@ def _pair(value: Any) -> tuple[int, int] | None:
     parts = value.split("x") if isinstance(value, str) else value
     try:
         rows, cols = (int(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rows = cols = 0
     if rows < 1 or cols < 1:
-        raise _refused(f"block size {value!r}")
+        raise _refused(f"block size {value!r:.40}")
     return rows, cols
 
 
