@@ -83,17 +83,25 @@ class JointDestination:
 
     def __enter__(self) -> JointDestination:
         try:
+            self._enter()
+        except OutputError:
+            if not (self._lock.is_held and self.is_over()):
+                self.__exit__()
+                raise
+            self.reused = len(self.merge.files)  # where a lock failed, another rank has published meanwhile
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        try:
             with self._control:
                 self._lock.acquire()
                 self.folder.hold(self._lock, self._control)
                 self._join()
         except OSError as error:
-            self.__exit__()
             raise output_error(error, f"cannot work in {self.folder.path}", self.folder.state_file) from error
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
 
     def __exit__(self, *exc: object) -> None:
         for fd in self._claims.values():  # after an error

@@ -546,11 +546,14 @@ def test_ranks_at_once_killed_at_random(ground: Ground) -> None:
     assert row.ok, row.wrong
 
 
-@pytest.mark.parametrize(("at", "after", "then"), [(2, 1, "goes on"), (3, 2, "is killed")])
-def test_two_ranks_may_write_one_file(at: int, after: int, then: str) -> None:
+@pytest.mark.parametrize(
+    ("match", "at", "after", "then"),
+    [(shared.FIRST, 2, 1, "goes on"), (shared.FIRST, 3, 2, "is killed"), ("/out", 5, 3, "goes on")],
+)
+def test_two_ranks_may_write_one_file(match: str, at: int, after: int, then: str) -> None:
     """Where flock is local to each host, both write the first shard; real processes that are
     stopped in the middle.
     """
     with tempfile.TemporaryDirectory(prefix="pmerge-test-") as folder, ExitStack() as stack:
         world = World(Path(folder) / "world", stack.enter_context(FaultRuns()), stack, thorough=False)
-        assert shared.interleaved(world, shared.FIRST, at, after, then, shared.WHOLE) == ""
+        assert shared.interleaved(world, match, at, after, then, shared.WHOLE) == ""
