@@ -127,7 +127,7 @@ def plan_average(
     from merge_cli.tuning.tune import tune
 
     is_done = is_published(destination, merge, hashed=run.overwrite or run.verify_existing)
-    findings = [] if is_done else check_destinations({destination: merge}, run)
+    findings = [] if is_done else check_destinations({destination: merge}, run, rank.world_size)
     tuning = tune(merge, run.without_trials() if is_done or findings else run, rank)
     return AveragePlan(
         merge=merge,

@@ -222,7 +222,7 @@ def plan_sweep(
             merge = replace(merge, outputs=tuple(merge.outputs[k] for k in todo))
             groups.append(SweepGroup(merge, tuple(here[k] for k in todo), tuning.fit(merge)))
     outputs.sort(key=lambda each: wanted.index(each.combination))
-    findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, run)
+    findings = check_destinations({each.path: each.merge for each in outputs if not each.is_done}, run, rank.world_size)
     return SweepPlan(
         output=folder,
         outputs=tuple(outputs),

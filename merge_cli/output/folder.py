@@ -26,11 +26,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,13 @@ def staging_path(destination: Path) -> Path:
 
 
 class StagingFolder:
-    """The staging folder of `destination` for the request that `state` describes."""
+    """The staging folder of `destination` for the request that `state` describes. `owners` are the
+    uids of users whose files in it may be published, beside this user's.
+    """
 
-    def __init__(self, destination: Path, state: Mapping[str, Any]) -> None:
+    def __init__(self, destination: Path, state: Mapping[str, Any], owners: Collection[int] = ()) -> None:
         self.destination = destination
+        self.owners = owners
         self.path = staging_path(destination)
         self.checkpoint = self.path / CHECKPOINT
         self.ranks = self.path / "ranks"
@@ -82,10 +84,10 @@ class StagingFolder:
         self.held.hold(within=self.above)
         if not all(lock.is_in(self.held) for lock in locks):
             raise self.exchanged()
-        if os.fstat(self.held.fd).st_dev != os.fstat(self.above.fd).st_dev:
+        if not self.held.is_on_same_mount(self.above):
             raise OutputError(
                 f"{self.path} is on another filesystem than {self.destination.parent}: nothing can be renamed from there",
-                hint=f"remove it, or unmount it:  ls -ld {shlex.quote(str(self.path))}",
+                hint=f"unmount it:  umount {shlex.quote(str(self.path))}",
             )
 
     def release(self) -> None:
@@ -106,7 +108,7 @@ class StagingFolder:
 
     def check_made_by_us(self, *, thoroughly: bool = True) -> None:
         """Raise OutputError if anything in the folder is a link or belongs to another user."""
-        self.owners = check_made_by_us(self.path, thoroughly=thoroughly)
+        self.owners = check_made_by_us(self.path, thoroughly=thoroughly, owners=self.owners)
 
     def make(self, *more: str) -> None:
         """Create the folders, and state.json unless it is there. Raises OSError or OutputError."""

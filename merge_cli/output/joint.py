@@ -24,6 +24,7 @@ is through.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import threading
@@ -41,6 +42,7 @@ from merge_cli.output.publish import recover
 from merge_cli.output.records import FileRecord
 from merge_cli.output.sink import Claim, Discard
 from merge_cli.output.solo import complete_records
+from merge_cli.output.trust import uids_of
 from merge_cli.planning.plan import MergePlan, OutputFile, WorkItem
 from merge_cli.planning.record import describe
 from merge_cli.ranks.launcher import Rank
@@ -49,6 +51,7 @@ from merge_cli.system.durable import output_error
 from merge_cli.system.files import read_json
 from merge_cli.system.held import escaped
 
+log = logging.getLogger(__name__)  # without a handler of the caller's, warnings go to stderr
 _CLAIMS = "claims"
 _CONTROL_WAIT_S = 300.0
 _SHARED_WAIT_S = 2.0
@@ -68,15 +71,16 @@ class JointDestination:
 
     def __init__(self, destination: Path, merge: MergePlan, run: RunConfig, rank: Rank | None) -> None:
         self.merge = merge
-        self.folder = StagingFolder(destination, describe(merge))
+        owners = uids_of(run.trust_owner)
+        self.folder = StagingFolder(destination, describe(merge), owners)
         self.overwrite = run.overwrite
         self.is_published = False
         self.reused = 0
         self.own: Collection[str] = ()
         self._run = run
         self._rank = rank
-        self._lock = Lock(self.folder.path / "lock", destination, shared=True, wait_s=_SHARED_WAIT_S)
-        self._control = Lock(self.folder.path / "control", destination, wait_s=_CONTROL_WAIT_S)
+        self._lock = Lock(self.folder.path / "lock", destination, shared=True, wait_s=_SHARED_WAIT_S, owners=owners)
+        self._control = Lock(self.folder.path / "control", destination, wait_s=_CONTROL_WAIT_S, on_wait=self._waits, owners=owners)
         self._claims: dict[str, int] = {}
         self._threads = threading.Lock()
         self._is_cleaned = False
@@ -116,6 +120,12 @@ class JointDestination:
             self.folder.remove_if_empty()  # after the release: NFS keeps an open file that is removed under another name
         elif is_exchanged and any(isinstance(each, OutputError) for each in exc):
             raise self.folder.exchanged()
+
+    def _waits(self, error: OutputError) -> None:
+        who = "pmerge finalize" if self._rank is None else str(self._rank)
+        log.warning(
+            "%s waits for another rank, up to %.0f s: %s; %s", who, _CONTROL_WAIT_S, error.message, ", ".join(error.details)
+        )
 
     # --- the folder
 

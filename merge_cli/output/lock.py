@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from merge_cli.system.process import identity, is_dead
 
 _NO_FLOCK = (*NOT_SUPPORTED, errno.ENOLCK)
 _LOOK_EVERY_S = 0.5
+_SILENT_S = 5.0
 
 
 class HeldError(OutputError):
@@ -39,15 +41,27 @@ class Lock:
     Processes that write one result together hold it `shared`: they keep out those who do not belong
     to them. Where a filesystem has no flock, that cannot be kept up, and a shared lock only looks
     whether somebody has it for himself. With `wait_s` it is waited for as long as another process
-    has it.
+    has it; `on_wait` is called once after five seconds, with the error that it will be. `owners`
+    are the uids of other users who may own the folder.
     """
 
-    def __init__(self, path: Path, destination: Path, *, shared: bool = False, wait_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        destination: Path,
+        *,
+        shared: bool = False,
+        wait_s: float = 0.0,
+        on_wait: Callable[[OutputError], None] | None = None,
+        owners: Collection[int] = (),
+    ) -> None:
         self.path = path
         self._owner = path.with_name(path.name + ".owner")
         self._destination = destination
         self._shared = shared
         self._wait_s = wait_s
+        self._on_wait = on_wait
+        self._owners = owners
         self._fd = -1
         self._locked = False
         self._owns_file = False
@@ -61,14 +75,18 @@ class Lock:
 
     def acquire(self) -> None:
         """Take the lock. Raises OutputError, naming the holder, where another run has it."""
-        until, pause_s = time.monotonic() + self._wait_s, 0.01
+        began, pause_s, on_wait = time.monotonic(), 0.01, self._on_wait
         while True:
             try:
                 if self._try():
                     return  # else a run that finished removed the folder between our opening the file and locking it
-            except HeldError:
-                if time.monotonic() >= until:
+            except HeldError as error:
+                waited_s = time.monotonic() - began
+                if waited_s >= self._wait_s:
                     raise
+                if on_wait is not None and waited_s >= _SILENT_S:
+                    on_wait(error)
+                    on_wait = None
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LOOK_EVERY_S)
 
@@ -126,7 +144,7 @@ class Lock:
     def _try(self) -> bool:
         try:
             make_folder(self.path.parent)
-            check_made_by_us(self.path.parent, thoroughly=False)
+            check_made_by_us(self.path.parent, thoroughly=False, owners=self._owners)
             fd = open_own(self.path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             return False

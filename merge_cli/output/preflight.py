@@ -19,24 +19,30 @@ from merge_cli.output.existing import (
     would_remove,
 )
 from merge_cli.output.folder import staging_path
+from merge_cli.output.trust import uids_of
 from merge_cli.planning.plan import MergePlan
+from merge_cli.ranks.shares import cut
 from merge_cli.request.spec import RunConfig
 from merge_cli.stores.store import is_local
 from merge_cli.system.durable import output_error
 from merge_cli.system.files import files_in
 
 
-def check_destinations(plans: Mapping[Path, MergePlan], run: RunConfig) -> list[UsageError | OutputError]:
+def check_destinations(plans: Mapping[Path, MergePlan], run: RunConfig, ranks: int = 1) -> list[UsageError | OutputError]:
     """The errors that a run would meet at its destinations (each with its plan, all in one folder),
-    without reading weights.
+    without reading weights. `ranks` processes make them.
     """
     problems: list[UsageError | OutputError] = []
+    try:
+        uids_of(run.trust_owner)
+    except UsageError as error:
+        problems.append(error)
     for destination, plan in plans.items():
         problems += _check_place(destination, plan)
         problems += _check_existing(destination, plan, run)
     for destination in [*plans][:1]:
         where = destination if len(plans) == 1 else destination.parent
-        problems += _check_parent(where, destination.resolve().parent, plans)
+        problems += _check_parent(where, destination.resolve().parent, plans, ranks)
     return problems
 
 
@@ -85,7 +91,7 @@ def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[
     return [would_remove(destination, others)] if others else []
 
 
-def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
+def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan], ranks: int) -> list[OutputError]:
     """Whether what has to be written can be, judged by the nearest folder that exists."""
     elsewhere = "choose another place:  -o PATH"
     while not os.path.lexists(parent) and parent != parent.parent:
@@ -100,16 +106,18 @@ def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan]) ->
         return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=elsewhere)]
     if not os.access(parent, os.W_OK | os.X_OK):
         return [OutputError(f"no permission to write in {parent}", hint=elsewhere)]
-    return _check_space(where, parent, status, plans)
+    return _check_space(where, parent, status, plans, ranks)
 
 
-def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Mapping[Path, MergePlan]) -> list[OutputError]:
+def _check_space(
+    where: Path, parent: Path, status: os.statvfs_result, plans: Mapping[Path, MergePlan], ranks: int
+) -> list[OutputError]:
     """Bytes and inodes against what the filesystem gives to this user; what an earlier run wrote
-    counts as free.
+    counts as free. Of several ranks each may have a file that another one makes too.
     """
     staged = [path for destination in plans for path in files_in(staging_path(destination))]
     need = {
-        "bytes": sum(plan.bytes_to_write for plan in plans.values()),
+        "bytes": sum(plan.bytes_to_write + _written_twice(plan, ranks) for plan in plans.values()),
         "inodes": sum(2 * len(plan.files) + len(plan.inputs[plan.base].side_files.kept) + 12 for plan in plans.values()),
     }
     have = {"bytes": status.f_bavail * status.f_frsize, "inodes": status.f_favail}
@@ -126,3 +134,11 @@ def _check_space(where: Path, parent: Path, status: os.statvfs_result, plans: Ma
         for what in need
         if have[what] < need[what]
     ]
+
+
+def _written_twice(plan: MergePlan, ranks: int) -> int:
+    """The bytes of one file for each rank but the first: the largest ones that are not cut into
+    pieces, which all ranks write into the same file.
+    """
+    sizes = sorted((item.end for item in cut(plan.files, ranks) if item.is_whole), reverse=True)
+    return sum(sizes[: ranks - 1])

@@ -14,6 +14,7 @@ from merge_cli.output.lock import Lock
 from merge_cli.output.publish import recover
 from merge_cli.output.records import FileRecord, files_have_changed
 from merge_cli.output.sink import Claim
+from merge_cli.output.trust import uids_of
 from merge_cli.planning.plan import MergePlan, WorkItem
 from merge_cli.planning.record import describe
 from merge_cli.request.spec import RunConfig
@@ -29,12 +30,13 @@ class SoloDestination:
 
     def __init__(self, destination: Path, merge: MergePlan, run: RunConfig) -> None:
         self.merge = merge
-        self.folder = StagingFolder(destination, describe(merge))
+        owners = uids_of(run.trust_owner)
+        self.folder = StagingFolder(destination, describe(merge), owners)
         self.overwrite = run.overwrite
         self.is_published = False
         self.reused = 0
         self._run = run
-        self._lock = Lock(self.folder.path / "lock", destination)
+        self._lock = Lock(self.folder.path / "lock", destination, owners=owners)
         self._is_cleaned = False
 
     def __enter__(self) -> SoloDestination:

@@ -1,33 +1,45 @@
 """The staging folder must be pmerge's own: on shared scratch a stranger may have made it, or put
 links into it.
 
-Looked at when a run begins, before anything in it is opened or removed. Files are then opened
-without following links (`system/durable.py`). Not guaranteed: that nobody exchanges a folder for a
-link afterwards; who may do that owns the folder above, or the folder is open to all.
+Looked at when a run begins, before anything in it is opened or removed. The folder is then held,
+and no link in it is followed (`system/held.py`).
 """
 
 from __future__ import annotations
 
 import os
+import pwd
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from merge_cli.errors import OutputError
+from merge_cli.errors import OutputError, UsageError
 from merge_cli.system.durable import foreign
 
 _REPLACED = "replaced"  # the old result of a user: links in it are the user's own, and are never followed
 
 
-def check_made_by_us(staging: Path, *, thoroughly: bool) -> set[int]:
+def uids_of(trusted: str | None) -> frozenset[int]:
+    """The uid of the user, by name or number, of `--trust-owner`. Raises UsageError."""
+    if trusted is None:
+        return frozenset()
+    try:
+        return frozenset({int(trusted) if trusted.isdecimal() else pwd.getpwnam(trusted).pw_uid})
+    except KeyError as error:
+        raise UsageError(
+            f"--trust-owner: there is no user {trusted} on this machine", hint="give the number:  id -u NAME"
+        ) from error
+
+
+def check_made_by_us(staging: Path, *, thoroughly: bool, owners: Collection[int] = ()) -> set[int]:
     """Raise OutputError unless the staging folder and its parts are real folders and files of this
-    user; the uids that files of this user may have there.
+    user, or of one of `owners`; the uids of all of them.
 
     Its parts are looked at, and `thoroughly` all that is in them. A folder that is missing is fine.
     Raises OSError.
     """
-    users = {os.geteuid()}
+    users = {os.geteuid(), *owners}
     try:
         owner = os.lstat(staging)
     except FileNotFoundError:
@@ -63,7 +75,7 @@ def _check_owner(path: Path, status: os.stat_result, users: set[int]) -> None:
         raise OutputError(
             f"{path} belongs to another user (uid {status.st_uid}), who could change it at any moment",
             details=[f"expected  uid {', '.join(map(str, sorted(users)))}"],
-            hint="write to a folder of your own:  -o PATH",
+            hint=f"write to a folder of your own:  -o PATH; or, if you trust that user:  --trust-owner {status.st_uid}",
         )
 
 

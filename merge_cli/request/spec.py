@@ -180,6 +180,9 @@ class RunConfig(Options):
     restart: bool = option(False, "Discard the files of an unfinished run.")
     verify_resume: bool = option(False, "Read finished files again before trusting them.")
     verify_existing: bool = option(False, "Read an existing result again before trusting it.")
+    trust_owner: str | None = option(
+        None, "Another user whose files in the staging folder are trusted.", metavar="NAME|UID", shown="only your own"
+    )
 
     def without_trials(self) -> RunConfig:
         """The same for a run that will not read weights: nothing is timed to choose a device."""

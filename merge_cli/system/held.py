@@ -57,6 +57,17 @@ class HeldFolder:
         except OSError:
             return False
 
+    def is_on_same_mount(self, other: HeldFolder) -> bool:
+        """Whether names can be moved from here to the other folder, also where both are one device
+        mounted twice: the kernel looks at that before it looks for the name.
+        """
+        name = own_name("").rpartition("/")[2]
+        try:
+            os.rename(name, name, src_dir_fd=self.fd, dst_dir_fd=other.fd)
+        except OSError as error:
+            return error.errno != errno.EXDEV
+        return True
+
     def stat(self, name: str) -> os.stat_result:
         """The status of a name; that of a link, not of its target."""
         with self._place(name) as (fd, last):

@@ -3,6 +3,7 @@ nothing behind them changes.
 """
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,40 @@ def test_a_link_above_the_destination_is_followed(run: list[Path], tmp_path: Pat
     (tmp_path / "disk").mkdir()
     (tmp_path / "scratch").symlink_to(tmp_path / "disk")
     assert (average(run, tmp_path / "scratch" / "out").output / "pmerge.json").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to another user")
+@pytest.mark.parametrize("trusted", ["65534", "nobody"])
+def test_an_owner_that_is_trusted_is_as_good_as_oneself(trusted: str, run: list[Path], tmp_path: Path) -> None:
+    staging = tmp_path / "out.pmerge-partial"
+    (staging / "checkpoint").mkdir(parents=True)
+    for path in (staging, staging / "checkpoint"):
+        os.chown(path, 65534, 65534)
+    with pytest.raises(OutputError, match="belongs to another user") as refused:
+        average(run, tmp_path / "out")
+    assert "--trust-owner 65534" in refused.value.hint
+    with pytest.raises(OutputError, match="belongs to another user"):
+        average(run, tmp_path / "out", trust_owner="1234")
+    assert average(run, tmp_path / "out", trust_owner=trusted).has_published
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize("kind", ["another filesystem", "the same one, mounted twice"])
+def test_a_staging_folder_on_another_mount_is_refused_before_anything_is_written(
+    kind: str, run: list[Path], tmp_path: Path
+) -> None:
+    staging, elsewhere = tmp_path / "out.pmerge-partial", tmp_path / "elsewhere"
+    staging.mkdir()
+    elsewhere.mkdir()
+    command = ["mount", "-t", "tmpfs", "none"] if kind == "another filesystem" else ["mount", "--bind", elsewhere]
+    if subprocess.run([*command, staging], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(OutputError, match="another filesystem") as refused:
+            average(run, tmp_path / "out")
+        assert "umount" in refused.value.hint
+        assert {path.name for path in staging.iterdir()} <= {"lock"}
+    finally:
+        subprocess.run(["umount", staging], check=True)
+    (staging / "lock").unlink(missing_ok=True)
+    assert average(run, tmp_path / "out").has_published
