@@ -290,7 +290,10 @@ def test_a_checkpoint_that_grows_while_watch_looks_on_is_merged_when_it_is_whole
     assert np.array_equal(made, ((inputs[0] + inputs[1]) / 2).astype(np.float32))
 
 
-@pytest.mark.parametrize("seed", range(3))
+MORE = pytest.mark.slow(reason="a minute of kills each; the first seed of the same test")
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=MORE), pytest.param(2, marks=MORE)])
 def test_kills_at_any_moment_lose_nothing_and_double_nothing(run: Path, tmp_path: Path, seed: int) -> None:
     """Killed processes, forked: SIGKILL after random times while checkpoints appear, until all is
     done.
