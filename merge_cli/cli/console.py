@@ -8,10 +8,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from merge_cli.cli import layout
 from merge_cli.errors import OutputError, PmergeError
 
 if TYPE_CHECKING:
@@ -58,11 +59,24 @@ def out_json_line(value: Any) -> None:
     _print(json.dumps(value, default=str))
 
 
+def out_text(line: str) -> None:
+    """Prose on stdout, broken between words on a terminal."""
+    for part in layout.wrap(printable(line), layout.width_of(sys.stdout)):
+        _print(part)
+
+
 def say(line: str = "") -> None:
-    """One line on stderr; a closed or broken stderr never stops a run."""
+    """One line on stderr, broken between words on a terminal; a closed or broken stderr never stops
+    a run.
+    """
+    for part in layout.wrap(printable(line), layout.width_of(sys.stderr)):
+        _say(part)
+
+
+def _say(line: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(_speaker + printable(line), file=sys.stderr, flush=True)  # noqa: T201
+            print(_speaker + line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _print(text: str) -> None:
@@ -128,19 +142,25 @@ def names(found: Sequence[str], most: int = 12) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:
     """Lines of a table; columns whose cells are all numbers are set to the right."""
+    return layout.table(header, [[printable(cell) for cell in row] for row in rows], indent)
+
+
+def say_table(header: Sequence[str], rows: Iterable[Sequence[object]], optional: Collection[str] = ()) -> None:
+    """A table on stderr. On a terminal that is too narrow for it, `optional` columns are left out."""
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max([len(head), *(len(row[i]) for row in cells)]) for i, head in enumerate(header)]
-    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        return (indent + "  ".join(parts)).rstrip()
-
-    return [line(list(header)), *(line(row) for row in cells)]
+    for line in layout.table(header, cells, width=layout.width_of(sys.stderr), optional=optional):
+        _say(line)
 
 
-def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "", 1).replace("-", "", 1).removesuffix(" %").isdigit()
+def out_table(header: Sequence[str], rows: Sequence[Sequence[object]], empty: Collection[str]) -> None:
+    """A table on stdout without the columns that are `empty` in every row."""
+    for line in layout.table(*layout.without_empty(header, [[printable(cell) for cell in row] for row in rows], empty), indent=""):
+        _print(line)
+
+
+def bar(value: float, largest: float) -> str:
+    """A coefficient as a bar for stderr."""
+    return layout.bar(value, largest, getattr(sys.stderr, "encoding", None))
 
 
 def human_bytes(count: float) -> str:

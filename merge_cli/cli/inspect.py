@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from merge_cli.cli import console
+from merge_cli.cli import console, layout
 from merge_cli.cli.options import Checkpoints, Given, Json, flags, takes
 from merge_cli.request.spec import RunConfig, lay_over
 
@@ -48,9 +48,10 @@ def inspect_command(
 
 def _show(report: Report) -> None:
     found = report.checkpoints
+    folder = layout.common_folder([each.path for each in found])
     rows = [
         (
-            each.path,
+            each.path.removeprefix(f"{folder}/"),
             "-" if each.step is None else each.step,
             each.num_tensors,
             each.num_files,
@@ -74,16 +75,17 @@ def _show(report: Report) -> None:
         "experts x layers",
         "quantization",
     )
-    for line in console.table(header, rows, indent=""):
-        console.out(line)
+    if folder:
+        console.out_text(f"checkpoints in {folder}:")
+    console.out_table(header, rows, empty=("-", "none"))
     newest = found[-1]
-    console.out(f"side files of {newest.path}: {', '.join(newest.side_files) or 'none'}")
-    console.out(f"left out by a merge: {', '.join(newest.skipped_files) or 'nothing'}")
+    console.out_text(f"side files of {newest.path}: {', '.join(newest.side_files) or 'none'}")
+    console.out_text(f"left out by a merge: {', '.join(newest.skipped_files) or 'nothing'}")
     for unreadable in dict.fromkeys(each.unreadable for each in found if each.unreadable):
-        console.out(f"not averaged: {unreadable}")
+        console.out_text(f"not averaged: {unreadable}")
     for note in dict.fromkeys([*report.notes, *(note for each in found for note in each.notes)]):
-        console.out(f"note: {note}")
+        console.out_text(f"note: {note}")
     if len(found) > 1:
         console.out("differences:" if report.differences else "no differences in tensors or config")
     for line in report.differences:
-        console.out(f"  {line}")
+        console.out_text(f"  {line}")

@@ -62,5 +62,6 @@ def methods_command(
         if weights is not None:
             console.out(f"  coefficients  {' '.join(f'{value:.4f}' for value in weights.values)}")
             size, age = weights.effective_sample_size, weights.mean_age()
-            console.out(f"  effective sample size {size:.2f}, mean age {age:.2f} intervals (N = {n})")
+            console.out(f"  as little noise as a plain average of {size:.2f} of {n} (effective sample size),")
+            console.out(f"  on average {age:.2f} checkpoints behind the newest (mean age)")
         console.out("")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.cli import console
+from merge_cli.cli import console, layout
 from merge_cli.errors import first_ten
 
 if TYPE_CHECKING:
@@ -18,11 +18,13 @@ def show_plan(plan: AveragePlan) -> None:
     """
     merge = plan.merge
     chosen = merge.outputs[0].coefficients
+    folder = layout.common_folder([candidate.path for candidate in plan.candidates])
     rows = [
         (
-            candidate.path,
+            candidate.path.removeprefix(f"{folder}/"),
             "-" if candidate.step is None else candidate.step,
             f"{value:.4f}",
+            console.bar(value, max(chosen.values)),
             "base" if i == merge.base else "",
         )
         for i, (candidate, value) in enumerate(zip(plan.candidates, chosen.values, strict=True))
@@ -31,9 +33,13 @@ def show_plan(plan: AveragePlan) -> None:
     console.say(f"average of {console.count(len(rows), 'checkpoint')} by {merge.spec.method}{parameters} -> {plan.output}")
     if not plan.rank.is_alone:
         _show_shares(plan)
-    for line in console.table(("checkpoint", "step", "coefficient", ""), rows):
-        console.say(line)
-    console.say(f"  effective sample size {chosen.effective_sample_size:.2f}, mean age {chosen.mean_age():.2f} intervals")
+    if folder:
+        console.say(f"  checkpoints in {folder}:")
+    console.say_table(("checkpoint", "step", "coefficient", " ", ""), rows, optional=(" ",))
+    console.say(
+        f"  as little noise as a plain average of {chosen.effective_sample_size:.1f} (effective sample size"
+        f" {chosen.effective_sample_size:.2f} of {len(rows)}), on average {chosen.mean_age():.1f} checkpoints behind the newest"
+    )
     console.say(
         f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
         f" in {console.count(len(merge.files), 'file')}, buffers {console.human_bytes(plan.budget.bytes)}"

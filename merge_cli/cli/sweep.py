@@ -143,8 +143,8 @@ def _show_plan(plan: SweepPlan) -> None:
             )
         )
     header = ("output", "N", "steps", "effective", "mean age", "coefficients", "")
-    for line in console.table(header, rows):
-        console.say(line)
+    console.say_table(header, rows, optional=("coefficients", "steps"))
+    console.say("  effective: a plain average of so many has as little noise; mean age: checkpoints behind the newest, on average")
     for same, name in plan.same_as:
         console.say(f"  {same.name} is the same as {name}, and is not written")
     for line in first_ten([f"{skipped.name} is skipped: {reason}" for skipped, reason in plan.skipped], "such combinations"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -388,7 +389,7 @@ def _choose_all(
     made: dict[object, _Chosen] = {}
     same_as: list[tuple[Combination, str]] = []
     skipped: list[tuple[Combination, str]] = []
-    warnings: dict[str, list[str]] = {}
+    warnings: dict[str, tuple[str, list[str]]] = {}
     for each in wanted:
         try:
             asked = replace(selection, **each.selection)
@@ -403,13 +404,17 @@ def _choose_all(
         if first.combination is not each:
             same_as.append((each, first.combination.name))
             continue
-        for line in (*selected.warnings, *more):
-            warnings.setdefault(line, []).append(each.name)
+        for line in (*selected.warnings, *more):  # of several that differ in numbers only, the first is shown
+            warnings.setdefault(re.sub(r"[0-9][0-9.]*", "#", line), (line, []))[1].append(each.name)
     if not made:
         reasons = [f"{each.name}  {reason}" for each, reason in skipped]
         raise UsageError("no combination of the sweep can be made", details=first_ten(reasons), hint="pmerge inspect RUN_FOLDER")
-    lines = [f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: {line}" for line, names in warnings.items()]
+    lines = [f"{_few(names)}: {line}" for line, names in warnings.values()]
     return list(made.values()), same_as, skipped, lines
+
+
+def _few(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more output{'s' if len(names) > 2 else ''}"
 
 
 def _plan_groups(

@@ -208,7 +208,7 @@ def test_inspect_shows_the_others_when_one_is_broken(run: Path) -> None:
     assert "broken: run/ckpt_3000: 1 of 2 weight files are missing" in done.stderr
     found = json.loads(pmerge("inspect", "run", "--json", cwd=run.parent, expect=2).stdout)
     assert len(found["checkpoints"]) == 9 and found["broken"][0]["path"] == "run/ckpt_3000"
-    assert found["notes"] == ["run/ckpt_500 is left out: it holds no safetensors files"]
+    assert found["notes"] == ["run/ckpt_500 is left out: it holds no weights that pmerge reads"]
     assert pmerge("inspect", run / "ckpt_3000", cwd=run, expect=2).stdout == ""
 
 
@@ -277,7 +277,7 @@ def test_tokens_select_like_steps(run: Path) -> None:
 
 def test_the_last_in_the_order_is_the_base(run: Path) -> None:
     folders = ("run/ckpt_1000", "run/ckpt_10000", "run/ckpt_2000", "--dry-run")  # as the shell sorts
-    assert "ckpt_10000  10000       0.3333  base" in pmerge("average", *folders, cwd=run.parent).stderr
+    assert "ckpt_10000  10000       0.3333  ████████████████████  base" in pmerge("average", *folders, cwd=run.parent).stderr
     for options in (("--order", "given"), ("--weights", "0.2,0.5,0.3")):
         shown = pmerge("average", *folders, *options, cwd=run.parent).stderr
         assert "note: the order given is not that of the steps; the last one, run/ckpt_2000, counts as the newest" in shown

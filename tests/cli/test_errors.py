@@ -22,7 +22,7 @@ from merge_cli.errors import PmergeError
         (["average", "run", "--shape", "sqrt", "--method", "decay"], "--shape cannot be 'sqrt'", "did you mean  --shape 1-sqrt"),
         (["sweep", "run", "-o", "out", "--method", "sma,mean"], "--method cannot be 'mean'", "did you mean  --method sma"),
         (["methods", "mean"], "unknown method 'mean'", "did you mean  pmerge methods sma"),
-        (["average", "run", "--methd", "sma"], "no such option", "pmerge average --help"),
+        (["average", "run", "--methd", "sma"], "no such option", "did you mean  --method"),
         (["average"], "missing argument", "pmerge average --help"),
         (["averge"], "no such command 'averge'", "pmerge --help"),
     ],
