@@ -4,7 +4,8 @@
 The folders `ckpt_<step>` look as a training framework leaves them: sharded safetensors with an
 index, the config, and beside them the state that a restart needs (optimizer.pt, scheduler.pt,
 rng_state.pth, trainer_state.json). As with `save_total_limit`, only the last checkpoints of the run
-are there. The learning rate stays constant after a short warm-up: averaging the last checkpoints
+are there. With `--dcp` they are `step-<step>`, distributed checkpoints of model, optimizer and step as
+torchtitan writes them. The learning rate stays constant after a short warm-up: averaging the last checkpoints
 then does the work of the decay that never happened.
 
 The text is the standard library, so nothing is downloaded. Every 16th file is held out of training
@@ -16,11 +17,15 @@ import argparse
 import random
 import sysconfig
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -101,7 +106,17 @@ def save_checkpoint(
     state.save_to_json(folder / "trainer_state.json")
 
 
-def train(out: Path, *, moe: bool, num_steps: int, save_every: int, num_checkpoints: int, seed: int) -> None:
+def save_distributed(folder: Path, model: transformers.PreTrainedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Save with torch.distributed.checkpoint, in two files as two ranks would."""
+    content = {
+        **model.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "train_state": {"step": torch.tensor(step)},
+    }
+    save(content, storage_writer=FileSystemWriter(folder, thread_count=2), no_dist=True)
+
+
+def train(out: Path, *, moe: bool, dcp: bool = False, num_steps: int, save_every: int, num_checkpoints: int, seed: int) -> None:
     """Train for `num_steps` and leave the last `num_checkpoints` checkpoints, `save_every` steps
     apart, in `out`.
     """
@@ -144,6 +159,9 @@ def train(out: Path, *, moe: bool, num_steps: int, save_every: int, num_checkpoi
             print(f"  step {step:5d}  training loss {recent:.3f}  {time.monotonic() - started:4.0f} s", flush=True)
         if step >= first_saved and (step - first_saved) % save_every == 0:
             state.global_step = step
+            if dcp:
+                save_distributed(out / f"step-{step}", model, optimizer, step)
+                continue
             save_checkpoint(out / f"ckpt_{step}", model, optimizer, scheduler, state)
 
 
@@ -151,14 +169,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the checkpoints")
     parser.add_argument("--moe", action="store_true", help="a mixture of experts instead of a dense model")
+    parser.add_argument("--dcp", action="store_true", help="distributed checkpoints instead of safetensors")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--checkpoints", type=int, default=10, help="how many of the last checkpoints to leave")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own, in saving
     train(
         args.out,
         moe=args.moe,
+        dcp=args.dcp,
         num_steps=args.steps,
         save_every=args.save_every,
         num_checkpoints=args.checkpoints,
