@@ -4,9 +4,9 @@
 The folders `ckpt_<step>` look as a training framework leaves them: sharded safetensors with an
 index, the config, and beside them the state that a restart needs (optimizer.pt, scheduler.pt,
 rng_state.pth, trainer_state.json). As with `save_total_limit`, only the last checkpoints of the run
-are there. With `--dcp` they are `step-<step>`, distributed checkpoints of model, optimizer and step as
-torchtitan writes them. The learning rate stays constant after a short warm-up: averaging the last checkpoints
-then does the work of the decay that never happened.
+are there. With `--dcp` they are `step-<step>`, distributed checkpoints of model, optimizer and step
+as torchtitan writes them. The learning rate stays constant after a short warm-up: averaging the
+last checkpoints then does the work of the decay that never happened.
 
 The text is the standard library, so nothing is downloaded. Every 16th file is held out of training
 and goes to `held_out.txt`, which `evaluate.py` reads. The same seed gives the same run on the same
