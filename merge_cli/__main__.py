@@ -36,6 +36,7 @@ def main() -> None:
                 1_000_000
             )  # a plan is millions of small tuples without cycles: walking them costs as much as making them
             _handle_signals()
+            os.umask(os.umask(0o077) & 0o077)  # one that takes the owner's own rights would lock the run out of its files
             warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without, and pmerge uses none
             from merge_cli.cli.app import run
 

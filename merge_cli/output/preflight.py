@@ -104,9 +104,25 @@ def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan], ra
         return [output_error(error, f"cannot look at {parent}", parent)]
     if status.f_flag & os.ST_RDONLY:
         return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=elsewhere)]
+    if long := _too_long(parent, plans):
+        return [OutputError(f"{parent} cannot hold a file with a name of {len(os.fsencode(long))} bytes: {long}", hint=elsewhere)]
     if not os.access(parent, os.W_OK | os.X_OK):
         return [OutputError(f"no permission to write in {parent}", hint=elsewhere)]
     return _check_space(where, parent, status, plans, ranks)
+
+
+def _too_long(parent: Path, plans: Mapping[Path, MergePlan]) -> str:
+    """The first part of an output file's name that this filesystem has no room for, "" if it has
+    for all.
+    """
+    try:
+        most = os.pathconf(parent, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return ""
+    names = [
+        name for plan in plans.values() for name in (*(file.name for file in plan.files), *plan.inputs[plan.base].side_files.kept)
+    ]
+    return next((part for name in names for part in name.split("/") if len(os.fsencode(part)) > most), "")
 
 
 def _check_space(

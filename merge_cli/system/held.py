@@ -7,6 +7,7 @@ for a link), nothing but this very folder is read, written or removed. Below it 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -22,6 +23,7 @@ from merge_cli.system.process import start_time
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 GROWING = "partial"  # the folder in it for files that are not complete
+_ESCAPED_BYTES = 160  # of a file's name in the name of a record, which adds up to 50
 _NAME_BYTES = 120  # of a file's name in the name of a temporary one
 
 
@@ -233,8 +235,18 @@ def _host() -> str:
 
 
 def escaped(name: str) -> str:
-    """A name with folders in it as the name of one file."""
-    return name.replace("/", "%2F")
+    """A name with folders in it, also that of a piece ("NAME@BEGIN-END"), as the name of one file:
+    no two names give the same, and something can be added to it, however long the name is.
+    """
+    head, at, place = name.rpartition("@")
+    if not (at and all(number.isdecimal() for number in place.split("-"))):
+        head, at, place = name, "", ""
+    escaped_head = head.replace("%", "%25").replace("/", "%2F")
+    raw = os.fsencode(escaped_head)
+    if len(raw) > _ESCAPED_BYTES:
+        digest = hashlib.sha256(os.fsencode(head)).hexdigest()[:32]
+        escaped_head = f"{raw[: _ESCAPED_BYTES - 34].decode(errors='ignore')}%%{digest}"
+    return escaped_head + at + place
 
 
 def _remove_if_empty(name: str, fd: int) -> bool:

@@ -324,6 +324,9 @@ def test_promise_13_modes_follow_the_umask(ground: Ground) -> None:
     subprocess.run(["bash", "-c", script, *PMERGE, *COMMAND], cwd=ground.folder, check=True, timeout=60)
     assert {path.stat().st_mode & 0o777 for path in ground.merged.rglob("*") if path.is_file()} == {0o640}
     assert ground.merged.stat().st_mode & 0o777 == 0o750
+    ground.reset()
+    subprocess.run(["bash", "-c", script.replace("027", "777"), *PMERGE, *COMMAND], cwd=ground.folder, check=True, timeout=60)
+    assert ground.merged.stat().st_mode & 0o777 == 0o700, "the owner's own rights are not given up"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_cli.errors import OutputError
-from merge_cli.system.held import GROWING, HeldFolder, is_of_dead, own_name
+from merge_cli.system.held import GROWING, HeldFolder, escaped, is_of_dead, own_name
 from merge_cli.system.process import start_time
 
 
@@ -85,3 +85,14 @@ def test_only_a_name_of_a_process_of_this_host_that_is_gone_is_of_a_dead_one() -
 def test_names_of_files_that_grow_are_short(held: HeldFolder) -> None:
     held.write_file("part/" + "ü" * 120, b"")
     assert len(os.fsencode(own_name("ü" * 120))) < 255
+
+
+def test_the_names_of_records_are_short_and_differ_where_the_names_of_files_do() -> None:
+    long = "x" * 243 + ".safetensors"
+    names = ["a/b", "a%2Fb", "a%252Fb", "a_b", "A/B", long, "y" + long[1:], long[:-1], "\u20ac" * 80, "\u20ac" * 81, "\udcff/" * 90]
+    names += [f"{name}@{place}" for name in names for place in ("0-100", "100-200")] + ["m@0-100.safetensors", "m.safetensors"]
+    found = [escaped(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert all("/" not in name and len(os.fsencode(name)) <= 160 + len("@100-200") for name in found)
+    assert escaped("model-00001-of-00002.safetensors") == "model-00001-of-00002.safetensors"
+    assert escaped(f"{long}@0-100") == f"{escaped(long)}@0-100"
