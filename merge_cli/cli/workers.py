@@ -24,7 +24,6 @@ from merge_cli.errors import PmergeError, UsageError
 from merge_cli.ranks.launcher import ARRAY, WORKER, Rank, find_rank
 from merge_cli.request.spec import Processes
 
-THREADS_OF_ONE = 8
 T = TypeVar("T")
 _VARIABLES = ("PMERGE_WORKER", "PMERGE_WORKERS", "PMERGE_WORKER_OF")
 
@@ -90,11 +89,14 @@ def is_to_print(me: Rank, path: Path, has_published: bool, already_published: bo
 def count_workers(workers: int | str, rank: Rank) -> int:
     """The number of processes that `--workers` asks for. Raises UsageError.
 
-    "auto" is one for every eight cores: up to there the threads of one process keep the cores as
-    busy as processes do (see docs/benchmarks.md), and need no time to start.
+    "auto" is one with the native kernel, whose threads keep all cores busy, and with torch one for
+    as many cores as its threads do.
     """
     if workers == "auto":
-        return max(1, len(os.sched_getaffinity(0)) // THREADS_OF_ONE) if rank.is_alone else 1
+        from merge_cli.engine.budget import PYTHON_THREADS
+        from merge_cli.engine.kernels.native import load
+
+        return max(1, len(os.sched_getaffinity(0)) // PYTHON_THREADS) if rank.is_alone and load() is None else 1
     count = int(workers)
     if count > 1 and not rank.is_alone and rank.source != WORKER:
         raise UsageError(

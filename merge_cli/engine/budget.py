@@ -23,6 +23,13 @@ DEFAULT_DEVICE_BYTES = 2 << 30
 MIN_CHUNK_ELEMENTS = 4096
 BLOCK_ELEMENTS = 1 << 18
 """A chunk that is still in the cache of a core when it is added up."""
+BLOCKS_OF_MANY = 4
+"""Blocks in a chunk of more than two threads: Python's part, some 70 microseconds a chunk in which
+no other thread runs Python, is then 1 % of its time (docs/log.md).
+"""
+PYTHON_THREADS = 8
+"""The threads that one process keeps busy where a chunk is many calls from Python, as with torch.
+"""
 QUANTIZED_VALUES = 1 << 18
 ACCELERATOR_VALUES = 1 << 21  # a kernel takes some microseconds to start, whatever its size
 _CHUNK_MULTIPLE = 4096
@@ -54,11 +61,13 @@ def fit_memory(
     direct: bool = False,
     processes: int = 1,
     reducer: str = AVERAGE,
+    cores: int | None = None,
 ) -> Budget:
     """The largest chunk (up to `chunk_bytes`, or a good size for reading) with which the plan keeps
     to `memory_bytes`.
 
-    So many `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes
+    By `threads`, or as many as `cores` (default: those of the process) are worth. So many
+    `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes
     (default: 2 GiB, and at most three quarters of its free memory). Raises UsageError, with need
     and have, when not even a small chunk fits.
     """
@@ -68,7 +77,9 @@ def fit_memory(
     dtypes = {dtype for extent in plain for dtype in (extent.dtype, *extent.value_dtypes)}
     item_bytes = max((DTYPES[dtype].bits for dtype in dtypes), default=16) // 8
     longest = max((extent.num_elements for extent in plain), default=1)
-    wanted = chunk_bytes or _good_chunk_bytes(plan, device, item_bytes, direct)
+    most = threads or default_threads(cores, all(kinds.is_native(kind, device) for kind in found_kinds))
+    blocks = BLOCKS_OF_MANY if most > 2 and not device.is_accelerator else 1
+    wanted = chunk_bytes or _good_chunk_bytes(plan, device, blocks * BLOCK_ELEMENTS * item_bytes, direct)
     target = max(1, min(wanted // item_bytes // _CHUNK_MULTIPLE, -(-longest // _CHUNK_MULTIPLE))) * _CHUNK_MULTIPLE
     slack_bytes = 2 * DIRECT_BLOCK_BYTES if direct else 0
     is_given = device_memory is not None
@@ -87,8 +98,8 @@ def fit_memory(
     def fits(memory: Memory) -> bool:
         return memory.host * processes <= memory_bytes and (device_memory is None or memory.device <= device_memory)
 
-    for workers in range(threads or max(2, min(8, len(os.sched_getaffinity(0)))), 0, -1):
-        size = size_of(target, ACCELERATOR_VALUES if device.is_accelerator else QUANTIZED_VALUES)
+    for workers in range(most, 0, -1):
+        size = size_of(target, ACCELERATOR_VALUES if device.is_accelerator else blocks * QUANTIZED_VALUES)
         while not fits(need(workers, size)) and max(size.elements, size.values) > MIN_CHUNK_ELEMENTS:
             elements = max(MIN_CHUNK_ELEMENTS, size.elements // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
             size = size_of(elements, max(MIN_CHUNK_ELEMENTS, size.values // 2))
@@ -112,13 +123,18 @@ def fit_memory(
     )
 
 
-def _good_chunk_bytes(plan: MergePlan, device: Device, item_bytes: int, direct: bool) -> int:
-    """A block of the sums where the data is local, so that it is still in the cache when it is
-    added up; else a large request.
+def default_threads(cores: int | None, is_native: bool) -> int:
+    """One a core, of `cores` or of those that the process may use; of these at least two, so that
+    one may wait for the disk. At most `PYTHON_THREADS` unless chunks are calls of the kernel.
+    """
+    found = cores or max(2, len(os.sched_getaffinity(0)))
+    return found if is_native else min(found, PYTHON_THREADS)
 
-    From memory, 4 x 1.7 GB in bf16, that takes a tenth less CPU time than large chunks
-    (docs/benchmarks.md).
+
+def _good_chunk_bytes(plan: MergePlan, device: Device, block_bytes: int, direct: bool) -> int:
+    """`block_bytes` where the data is local, so that it is still in the cache when it is added up;
+    else a large request.
     """
     if direct or device.is_accelerator or not are_local(plan):
         return LARGE_REQUEST_BYTES
-    return BLOCK_ELEMENTS * item_bytes
+    return block_bytes

@@ -32,11 +32,11 @@ class Rank:
     def is_alone(self) -> bool:
         return self.world_size == 1
 
-    def threads(self, cores: int) -> int | None:
-        """How many threads it should use where its launcher leaves it all `cores` of the machine;
-        None where that is not known.
+    def cores(self, of_machine: int) -> int | None:
+        """Its share of the cores where its launcher leaves it all those of the machine; None where
+        that is not known.
         """
-        return max(1, min(8, cores // self.local_size)) if self.local_size and self.source in (WORKER, "torchrun") else None
+        return max(1, of_machine // self.local_size) if self.local_size and self.source in (WORKER, "torchrun") else None
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size}"

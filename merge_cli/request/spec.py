@@ -167,7 +167,11 @@ class RunConfig(Options):
         None, "Bound on a GPU's buffers.", metavar="SIZE", read=parse_size, shown="2GiB, at most 3/4 of what is free"
     )
     threads: int | None = option(
-        None, "Worker threads.", metavar="N", read=partial(parse_whole, least=1, most=MOST_THREADS), shown="the cores, 2 to 8"
+        None,
+        "Worker threads.",
+        metavar="N",
+        read=partial(parse_whole, least=1, most=MOST_THREADS),
+        shown="the cores, at least 2; at most 8 where torch does the sums",
     )
     chunk_size: int | None = option(
         None, "Size of one read, as 4MiB.", metavar="SIZE", read=parse_size, shown="chosen by the filesystem"

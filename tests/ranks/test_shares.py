@@ -116,10 +116,10 @@ def test_a_variable_that_is_no_number_is_named() -> None:
 
 
 def test_several_ranks_on_a_machine_share_its_cores_where_their_launcher_does_not_divide_them() -> None:
-    assert Rank(0, 8, 0, 8, "torchrun").threads(16) == 2
-    assert Rank(0, 8, 0, 8, "torchrun").threads(4) == 1
-    assert Rank(0, 2, 0, 2, "--workers").threads(64) == 8
-    assert Rank(0, 8, 0, 8, "Open MPI").threads(16) is None  # mpirun binds its ranks to cores
+    assert Rank(0, 8, 0, 8, "torchrun").cores(16) == 2
+    assert Rank(0, 8, 0, 8, "torchrun").cores(4) == 1
+    assert Rank(0, 2, 0, 2, "--workers").cores(64) == 32
+    assert Rank(0, 8, 0, 8, "Open MPI").cores(16) is None  # mpirun binds its ranks to cores
 
 
 def file_of(name: str, size: int) -> OutputFile:

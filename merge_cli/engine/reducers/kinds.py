@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from merge_cli.engine.chunk import Reducer
 from merge_cli.engine.kernels.native import load
-from merge_cli.engine.reducers.native_quantized import NativeQuantizedReducer, is_native
+from merge_cli.engine.reducers.native_quantized import NativeQuantizedReducer, can_decode
 from merge_cli.planning.plan import GRAM, Extent, MergePlan, QuantizedExtent, WorkItem
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def kind_of(extent: Extent | QuantizedExtent, reducer: str) -> str:
     if reducer == GRAM:
         return GRAM
     if isinstance(extent, QuantizedExtent):
-        return DECODED if is_native(extent) else QUANTIZED
+        return DECODED if can_decode(extent) else QUANTIZED
     return SUMS if extent.kind == "average" else COPIES
 
 
@@ -33,6 +33,11 @@ def kinds_in(plan: MergePlan, work: Sequence[WorkItem] | None = None) -> list[st
     """The kinds of work in a plan, or in these items of it."""
     items = [WorkItem.whole(file) for file in plan.files] if work is None else work
     return list({kind_of(extent, item.reducer): None for item in items for extent in item.file.extents})
+
+
+def is_native(kind: str, device: Device) -> bool:
+    """Whether a chunk of `kind` is one call into the native kernel, or none."""
+    return kind == COPIES or (kind in (SUMS, DECODED) and kernel_of(device) != "torch")
 
 
 def kernel_of(device: Device) -> str:

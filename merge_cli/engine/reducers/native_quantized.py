@@ -26,7 +26,7 @@ _ROLES = ("codes", "scale", "zero", "global_scale")
 _VALUES = ""
 
 
-def is_native(extent: QuantizedExtent) -> bool:
+def can_decode(extent: QuantizedExtent) -> bool:
     """Whether the kernel can make all of this extent: every input decoded, the output plain."""
     if extent.codec is not None or 0 in extent.shape:
         return False

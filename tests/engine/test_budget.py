@@ -1,0 +1,74 @@
+"""How many threads a plan gets, and chunks of what size, on machines of any number of cores."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from builders import write_trained
+
+from merge_cli import plan_average
+from merge_cli.cli.workers import count_workers
+from merge_cli.engine.budget import BLOCK_ELEMENTS, BLOCKS_OF_MANY, PYTHON_THREADS, fit_memory
+from merge_cli.engine.device import CPU
+from merge_cli.engine.kernels import native
+from merge_cli.planning.plan import GRAM, Extent, MergePlan
+from merge_cli.ranks.launcher import Rank
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MergePlan:
+    """An average of tensors that are larger than any chunk, on a machine of 32 cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    for step in (1000, 2000):
+        write_trained(tmp_path / f"run/checkpoint-{step}", step)
+    merge = plan_average(tmp_path / "run", tmp_path / "out", device="cpu").merge
+    files = [
+        replace(file, extents=tuple(replace(each, num_elements=1 << 24) for each in file.extents if isinstance(each, Extent)))
+        for file in merge.files
+    ]
+    return replace(merge, files=tuple(files))
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, "torch")
+
+
+needs_kernel = pytest.mark.skipif(native.load() is None, reason="the native kernel was not built")
+
+
+@needs_kernel
+def test_the_kernel_uses_all_cores_and_torch_some(plan: MergePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit_memory(plan, 8 * GIB, CPU).workers == 32
+    assert fit_memory(plan, 8 * GIB, CPU, cores=5).workers == 5
+    assert fit_memory(plan, 8 * GIB, CPU, threads=40).workers == 40
+    assert fit_memory(plan, 8 * GIB, CPU, reducer=GRAM).workers == PYTHON_THREADS
+    monkeypatch.setenv(native.VARIABLE, "torch")
+    assert fit_memory(plan, 8 * GIB, CPU).workers == PYTHON_THREADS
+    assert fit_memory(plan, 8 * GIB, CPU, threads=40).workers == 40
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 32])
+def test_chunks_of_many_threads_are_longer(plan: MergePlan, threads: int) -> None:
+    blocks = BLOCKS_OF_MANY if threads > 2 else 1
+    assert fit_memory(plan, 8 * GIB, CPU, threads=threads).size.elements == blocks * BLOCK_ELEMENTS
+
+
+@pytest.mark.parametrize("memory", [64 << 20, GIB, 8 * GIB])
+def test_any_number_of_cores_keeps_to_the_memory(plan: MergePlan, memory: int) -> None:
+    budget = fit_memory(plan, memory, CPU)
+    assert budget.bytes <= memory
+    assert budget.workers > 1
+
+
+@needs_kernel
+def test_one_process_is_enough_for_the_kernel(plan: MergePlan) -> None:
+    assert count_workers("auto", Rank()) == 1
+
+
+@pytest.mark.usefixtures("no_kernel")
+def test_torch_gets_a_process_for_every_eight_cores(plan: MergePlan) -> None:
+    assert count_workers("auto", Rank()) == 4
