@@ -106,6 +106,8 @@ def no_such_checkpoint(path: str) -> InputError:
         return InputError(f"no such checkpoint: {path}")
     parent = next((above for above in Path(path).parents if above.exists() and not is_glob(str(above))), Path())
     look = f"list the folder:  ls {parent}"
+    if is_glob(path) and any(parent.glob(str(Path(path).relative_to(parent)))):
+        return InputError(f"{path} is a pattern, and quoted: the shell did not expand it", hint=f"leave out the quotes:  {path}")
     if is_glob(path):
         return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=look)
     near = get_close_matches(

@@ -134,6 +134,7 @@ def test_wrong_shape_is_named_with_steps(run: Path) -> None:
     [
         (["average", "nowhere"], "no such checkpoint"),
         (["average", "run/step_*/"], "nothing matches run/step_*"),
+        (["average", "run/*"], "leave out the quotes:  run/*"),
         (["average", ""], "path is empty"),
         (["inspect", ""], "path is empty"),
         (["average", "run", "-o", ""], "-o is empty"),
