@@ -17,6 +17,9 @@ from golden_inputs import RUNS
 from merge_cli import Rank, average, finalize, plan_average, run_average, sweep, verify
 from merge_cli.errors import ChangedError, InputError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
+from merge_cli.features.watch import Event, plan_watch, watch
+from merge_cli.request.discovery import read_candidate
+from merge_cli.request.grid import grid
 from merge_cli.stores import store as stores
 
 
@@ -53,6 +56,22 @@ def test_average_of_far_checkpoints(options: dict[str, Any], local: list[Path], 
     assert [entry["path"] for entry in record["inputs"]] == far and record["base"] == far[-1]
     found = verify(run.output, against_inputs=True, device="cpu")
     assert found.ok and found.recomputed > 0
+
+
+def test_a_run_in_a_store_is_watched(local: list[Path], far: list[str], tmp_path: Path) -> None:
+    """Whose objects have no times: they settle while they are looked at."""
+    shard = next(name for name in memory_store.FILES if name.startswith(far[-1]) and name.endswith(".safetensors"))
+    last = memory_store.FILES.pop(shard)
+    plan = plan_watch("memory://runs/one", grid(["sma"], [2]), output=tmp_path / "out", settle_s=0)
+    for found in ([f"sma-last2-at{read_candidate(far[-2]).step}"], [], [f"sma-last2-at{read_candidate(far[-1]).step}"], []):
+        events: list[Event] = []
+        assert watch(plan, events.append, once=True) == 0
+        assert [event.name for event in events if event.kind == "merged"] == found
+        if not found:
+            memory_store.FILES[shard] = last
+    average(local[-2:], tmp_path / "near")
+    made = tmp_path / "out" / "merges" / f"sma-last2-at{read_candidate(far[-1]).step}"
+    assert content(made) == content(tmp_path / "near")
 
 
 def test_sweeps_ranks_and_inspect(local: list[Path], far: list[str], tmp_path: Path) -> None:
