@@ -12,6 +12,7 @@ read together, up to 1 MiB at once; others one by one.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,7 +153,7 @@ def as_chunks_of(base: Checkpoint, other: Checkpoint) -> tuple[Mapping[str, Stor
     different chunks; and how many tensors those are. Both are distributed checkpoints.
     """
     assert base.dcp is not None and other.dcp is not None
-    result = dict(other.tensors)
+    result, gatherer = dict(other.tensors), _Gatherer(other)
     gathered = 0
     for fqn, wanted in _merged(base.dcp):
         found = other.dcp.folder.metadata.tensors.get(fqn)
@@ -165,11 +166,10 @@ def as_chunks_of(base: Checkpoint, other: Checkpoint) -> tuple[Mapping[str, Stor
         for key in own:
             del result[key]
         for key, chunk in keys.items():
-            result[key] = _gathered(other, key, fqn, found, chunk.offsets, chunk.sizes)
+            result[key] = gatherer.box(key, fqn, found, chunk.offsets, chunk.sizes)
         gathered += 1
-    return {
-        key: result[key] for key in (*(k for k in base.tensors if k in result), *(k for k in result if k not in base.tensors))
-    }, gathered
+    in_order = [*(key for key in base.tensors if key in result), *(key for key in result if key not in base.tensors)]
+    return {key: result[key] for key in in_order}, gathered
 
 
 def whole(checkpoint: Checkpoint) -> Checkpoint:
@@ -180,12 +180,13 @@ def whole(checkpoint: Checkpoint) -> Checkpoint:
     if parts is None:
         return checkpoint
     tensors: dict[str, Stored] = {}
+    gatherer = _Gatherer(checkpoint)
     for fqn, tensor in _merged(parts):
         keys = [_key(parts, fqn, tensor, chunk) for chunk in tensor.chunks]
         tensors[fqn] = (
             checkpoint.tensors[keys[0]]._replace(name=fqn)
             if keys == [fqn]
-            else _gathered(checkpoint, fqn, fqn, tensor, (0,) * len(tensor.shape), tensor.shape)
+            else gatherer.box(fqn, fqn, tensor, (0,) * len(tensor.shape), tensor.shape)
         )
     inside = parts.place.inside
     own = {join(inside, name) if inside else name for name in (".metadata", *parts.folder.files)}
@@ -206,30 +207,52 @@ def _key(parts: DcpParts, fqn: str, tensor: Tensor, chunk: Chunk) -> str:
     return chunk_key(fqn, tensor, chunk, parts.payloads[chunk.item].strides)
 
 
-def _gathered(checkpoint: Checkpoint, key: str, fqn: str, tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Stored:
-    """The box of `sizes` from `offsets` on, gathered from the chunks of `tensor`."""
-    assert checkpoint.dcp is not None
-    place = checkpoint.dcp.place
-    files = {file.name: file for file in checkpoint.files}
-    item = DTYPES[tensor.dtype].item_bytes
-    pieces = []
-    for chunk in tensor.chunks:
-        payload = checkpoint.dcp.payloads[chunk.item]
-        file = files[join(place.inside, payload.file) if place.inside else payload.file]
-        piece = _piece(file, payload.offset, payload.strides, chunk, offsets, sizes, item)
-        if piece is None:
-            continue
-        if piece.item_step != item and payload.num_bytes > _LARGEST_PERMUTED:
-            raise UnsupportedError(
-                f"`{fqn}` in {checkpoint.path} is stored permuted (strides {payload.strides}) and too large to be gathered",
-                details=[f"found     {payload.num_bytes} bytes", f"expected  at most {_LARGEST_PERMUTED} bytes"],
-                hint=f"copy it from the base:  --exclude {fqn!r}",
-            )
-        pieces.append(piece)
-    size = math.prod(sizes) * item
-    info = TensorInfo(tensor.dtype, tuple(sizes), 0, size)
-    header = Header({key: info}, {}, 0, size, "")
-    return Stored(Gathered(checkpoint.files[0].source, key, header, tuple(pieces), item, place.folder), key, info)
+class _Gatherer:
+    """Makes boxes of the tensors of one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.dcp is not None
+        self._parts = checkpoint.dcp
+        self._source = checkpoint.files[0].source
+        self._files = {file.name: file for file in checkpoint.files}
+        self._sorted: dict[str, tuple[list[Chunk], list[int], int]] = {}
+
+    def box(self, key: str, fqn: str, tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Stored:
+        """The box of `sizes` from `offsets` on, gathered from the chunks of `tensor`. Raises
+        UnsupportedError.
+        """
+        place = self._parts.place
+        item = DTYPES[tensor.dtype].item_bytes
+        pieces = []
+        for chunk in self._near(fqn, tensor, offsets, sizes):
+            payload = self._parts.payloads[chunk.item]
+            file = self._files[join(place.inside, payload.file) if place.inside else payload.file]
+            piece = _piece(file, payload.offset, payload.strides, chunk, offsets, sizes, item)
+            if piece is None:
+                continue
+            if piece.item_step != item and payload.num_bytes > _LARGEST_PERMUTED:
+                raise UnsupportedError(
+                    f"`{fqn}` in {place.folder} is stored permuted (strides {payload.strides}) and too large to be gathered",
+                    details=[f"found     {payload.num_bytes} bytes", f"expected  at most {_LARGEST_PERMUTED} bytes"],
+                    hint=f"copy it from the base:  --exclude {fqn!r}",
+                )
+            pieces.append(piece)
+        size = math.prod(sizes) * item
+        info = TensorInfo(tensor.dtype, tuple(sizes), 0, size)
+        header = Header({key: info}, {}, 0, size, "")
+        return Stored(Gathered(self._source, key, header, tuple(pieces), item, place.folder), key, info)
+
+    def _near(self, fqn: str, tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[Chunk]:
+        """The chunks that may share elements with a box, by their rows: a tensor on hundreds of
+        ranks has hundreds of chunks and boxes.
+        """
+        if not tensor.shape:
+            return tensor.chunks
+        if fqn not in self._sorted:
+            chunks = sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
+            self._sorted[fqn] = chunks, [chunk.offsets[0] for chunk in chunks], max(chunk.sizes[0] for chunk in chunks)
+        chunks, starts, longest = self._sorted[fqn]
+        return chunks[bisect.bisect_right(starts, offsets[0] - longest) : bisect.bisect_left(starts, offsets[0] + sizes[0])]
 
 
 def _piece(
