@@ -32,9 +32,9 @@ from merge_cli.request.grid import Combination
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates
 from merge_cli.request.spec import Selection
-from merge_cli.stores.store import StrPath, name_of
+from merge_cli.stores.store import StrPath, as_path, is_local, name_of
 from merge_cli.trajectory.evaluators import EvaluationError, Evaluator, Subject
-from merge_cli.trajectory.folder import MERGES, Run, Stop, folder_of, read_analysis, read_run, write_run
+from merge_cli.trajectory.folder import MERGES, Run, Stop, folder_of, read_analysis, read_run, run_of, write_run
 from merge_cli.trajectory.ledger import Ledger, Part, Row, key_of
 from merge_cli.trajectory.measuring import Measuring, version_of
 from merge_cli.trajectory.plans import Entry, make_plan
@@ -131,7 +131,7 @@ def plan_evaluation(
 
     Raises UsageError, InputError or MismatchError.
     """
-    given = [Path(paths)] if isinstance(paths, str) or not isinstance(paths, Sequence) else [Path(path) for path in paths]
+    given = [as_path(path) for path in ([paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else paths)]
     rank = rank or Rank()
     if batch < 1:
         raise UsageError(f"--batch must be at least 1, not {batch}")
@@ -146,9 +146,8 @@ def plan_evaluation(
     targets = [*work.singles(plan), *work.merges(plan), *(work.annealed(*each) for each in (annealed or {}).items())]
     share = targets[rank.rank :: rank.world_size]
     rows = {} if redo else {row.key: row for row in Ledger(folder, rank.rank).rows()}
-    root = given[0] if len(given) == 1 else given[-1].absolute().parent
     return EvaluationPlan(
-        run=Run(str(root.absolute()), tuple(Stop(name_of(each.path), each.step) for each in candidates)),
+        run=Run(run_of(given), tuple(Stop(name_of(each.path), each.step) for each in candidates)),
         paths=tuple(candidate.path for candidate in candidates),
         folder=folder,
         targets=tuple(share),
@@ -212,6 +211,9 @@ def run_evaluation(
 class _Planning:
     """From entries of a plan to targets. `notes` name what cannot be made, `merge_bytes` is the
     size of a merge.
+
+    An evaluator needs a folder of this machine, so a checkpoint that lies elsewhere is made here
+    like a merge, of one.
     """
 
     def __init__(self, candidates: Sequence[Candidate], folder: Path, dtype: str, evaluator: str) -> None:
@@ -219,20 +221,21 @@ class _Planning:
         self._folder = folder
         self._dtype = dtype
         self._evaluator = evaluator
+        self._are_here = all(is_local(candidate.path) for candidate in candidates)
         self.notes: list[str] = []
         self.merge_bytes = 0
 
     def singles(self, plan: Sequence[Mapping[str, Any]]) -> Iterator[Target]:
         by_step = {candidate.step: candidate for candidate in self._candidates}
         for entry in plan:
-            if entry.get("last") == 1:
+            if entry.get("last") == 1 and self._are_here:
                 step = entry.get("at", self._candidates[-1].step)
                 if step not in by_step:
                     raise UsageError(f"there is no checkpoint at step {step}", hint="pmerge inspect RUN_FOLDER")
                 yield self._single(by_step[step], entry.get("name") or f"step-{step}")
 
     def merges(self, plan: Sequence[Mapping[str, Any]]) -> Iterator[Target]:
-        entries = [entry for entry in plan if entry.get("last") != 1]
+        entries = [entry for entry in map(self._named, plan) if entry.get("last") != 1 or not self._are_here]
         if not entries:
             return
         paths = [candidate.path for candidate in self._candidates]
@@ -244,6 +247,12 @@ class _Planning:
             self.merge_bytes = max(self.merge_bytes, each.merge.bytes_to_write)
             claim = self._claim(each.combination.name, _parts(each, versions), self._dtype)
             yield Target(claim, None, _entry(each.combination))
+
+    def _named(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A single checkpoint gets the name that it has where nothing is made of it."""
+        if entry.get("last") != 1:
+            return entry
+        return {"name": f"step-{entry.get('at', self._candidates[-1].step)}", **entry}
 
     def annealed(self, given: str, start: int) -> Target:
         candidate = read_candidate(Path(given))

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from merge_cli.errors import InputError, UsageError
-from merge_cli.stores.store import read_file
+from merge_cli.stores.store import folder_of as folder_above
+from merge_cli.stores.store import is_glob, is_local, name_of, read_file
 from merge_cli.system.durable import write_file
 from merge_cli.system.json_text import parse_json
 from merge_cli.trajectory.analysis import Analysis
@@ -61,12 +62,24 @@ def folder_of(paths: Sequence[str | Path], output: str | Path | None = None) -> 
         if not str(output):
             raise UsageError("-o is empty", hint="name the folder of the results:  -o evals")
         return Path(output)
+    here = Path.cwd()
+    if not is_local(str(paths[0])):
+        return here / (name_of(run_of(paths)) + SUFFIX)
     run = Path(paths[0]).resolve()
     if len(paths) > 1 or run.is_file():
         run = run.parent
-    here = Path.cwd()
     beside = run.parent if here == run or run in here.parents else here
     return beside / (run.name + SUFFIX)
+
+
+def run_of(paths: Sequence[str | Path]) -> str:
+    """The one name of the run: its folder; of revisions on the Hub their repository."""
+    first = str(paths[0])
+    if is_local(first):
+        return str((Path(first) if len(paths) == 1 else Path(paths[-1]).absolute().parent).absolute())
+    if "@" in name_of(first):
+        return first.rpartition("@")[0]
+    return folder_above(first) if len(paths) > 1 or is_glob(name_of(first)) else first
 
 
 def write_run(folder: Path, run: Run) -> None:
