@@ -82,6 +82,10 @@ def test_promise_2_and_3_killed_anywhere_it_is_absent_or_complete_and_goes_on(gr
     survives(lambda: sweeps.sweep(ground, "any:kill:0", filesystem=filesystem, codes=(-9,), every=19, first=5))
 
 
+def test_promise_2_and_3_hold_for_distributed_checkpoints(ground: Ground) -> None:
+    survives(lambda: sweeps.distributed(ground, every=19, first=5))
+
+
 @pytest.mark.parametrize("filesystem", ["Linux", "no renameat2 (NFS, Lustre)"])
 def test_promise_2_overwrite_loses_neither_the_old_nor_the_new(ground: Ground, filesystem: str) -> None:
     survives(lambda: sweeps.sweep(ground, "any:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True, every=23, first=9))

@@ -13,10 +13,12 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -60,14 +62,15 @@ class Ground:
     without faults gives.
     """
 
-    def __init__(self, folder: Path, runs: FaultRuns, elements: int = 3000) -> None:
+    def __init__(self, folder: Path, runs: FaultRuns, elements: int = 3000, distributed: bool = False) -> None:
+        write = write_distributed if distributed else write_checkpoint
         self.folder = folder
         self.runs = runs
         self.out = folder / "out"
         self.merged = self.out / "merged"
         self.staging = self.out / "merged.pmerge-partial"
         for step in (100, 200, 300):
-            write_checkpoint(folder / "in" / f"checkpoint-{step}", step, elements)
+            write(folder / "in" / f"checkpoint-{step}", step, elements)
         shutil.move(folder / "in" / "checkpoint-300", folder / "newer")
         self.inputs = digests(folder / "in")
         self.must(runs.run((*COMMAND, "--method", "wma"), folder))
@@ -98,7 +101,7 @@ class Ground:
         if overwrite:
             aside = digests(self.staging / "replaced")
             return "" if self.old in (found, aside) and (found == self.old or not found) else "the old result is lost"
-        readable = any(name.endswith(".index.json") for name in found)
+        readable = any(name.endswith((".index.json", ".metadata")) for name in found)
         return "a destination that is not complete" if self.merged.exists() and (readable or not self.staging.exists()) else ""
 
     def continued(self, refuse: Mapping[str, int], overwrite: bool = False, arguments: Sequence[str] = COMMAND) -> str:
@@ -131,6 +134,19 @@ def write_checkpoint(folder: Path, step: int, elements: int) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_templates" / "tool.jinja").write_text("{{ tools }}")
+
+
+def write_distributed(folder: Path, step: int, elements: int) -> None:
+    """A distributed checkpoint as torchtitan saves it, in two files, with training state."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    generator = torch.Generator().manual_seed(step)
+    state: dict[str, Any] = {f"layers.{i}.w": torch.randn(elements, generator=generator).bfloat16() for i in range(6)}
+    state["optimizer"] = {"state": {"layers.0.w": {"exp_avg": torch.randn(elements, generator=generator)}}}
+    state["train_state"] = {"step": torch.tensor(step)}
+    with warnings.catch_warnings(action="ignore"):  # that one process is meant, and of torch's own storages
+        save(state, storage_writer=FileSystemWriter(folder, thread_count=2), no_dist=True)
 
 
 def digests(folder: Path) -> dict[str, str]:

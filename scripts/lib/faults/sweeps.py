@@ -66,6 +66,7 @@ def sweeps(ground: Ground, every: int) -> Iterator[tuple[str, Callable[[], Row]]
         yield plan("any:kill:0", filesystem=filesystem, codes=(-9,))
     for filesystem in ("Linux", "no renameat2 (NFS, Lustre)", "no flock"):
         yield plan("any:kill:0", filesystem=filesystem, codes=(-9,), overwrite=True)
+    yield "any:kill:0, distributed checkpoints", lambda: distributed(ground, every)
     yield plan("pread:kill:0", match="/in/", codes=(-9,))
     for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         yield plan(f"any:signal:{int(sent)}", codes=(128 + sent,))
@@ -91,6 +92,15 @@ def sweeps(ground: Ground, every: int) -> Iterator[tuple[str, Callable[[], Row]]
     yield plan("mkdir:error:30", codes=(0, 1), text=os.strerror(errno.EROFS))
     yield plan("unlink:error:5", codes=(0, 1))
     yield plan("rmdir:error:5", codes=(0, 1))
+
+
+def distributed(ground: Ground, every: int, first: int = 1) -> Row:
+    """The kills once more over distributed checkpoints, whose `.metadata` is written last."""
+    row = sweep(
+        Ground(ground.folder / "distributed", ground.runs, distributed=True), "any:kill:0", codes=(-9,), every=every, first=first
+    )
+    row.fault += ", distributed checkpoints"
+    return row
 
 
 def strace_sweep(ground: Ground, every: int) -> Row:
