@@ -45,13 +45,13 @@ class Reduced:
     """The outcome of a chunk, or of a part of one.
 
     `writes`: output -> (offset in its file, bytes) pairs; the bytes are valid until the next
-    outcome is asked for. `nonfinite` counts elements that are NaN or Inf by tensor. `values` are
-    for the sink. `errors`: see `formats/quantization/error.py`.
+    outcome is asked for. `nonfinite`: output -> the number of its elements that are NaN or Inf, by
+    tensor. `values` are for the sink. `errors`: see `formats/quantization/error.py`.
     """
 
     chunk: Chunk
     writes: Mapping[int, Sequence[tuple[int, memoryview]]] = field(default_factory=dict)
-    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    nonfinite: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     values: Any = None
     errors: tuple[float, float, float, float] | None = None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from merge_cli.engine.buffers import HostBuffer
 from merge_cli.errors import NonFiniteError
@@ -17,15 +16,6 @@ from merge_cli.planning.sums import WeightedSum
 _SLICE_ELEMENTS = 1 << 16
 Find = Callable[[HostBuffer, str, int, int], list[int]]
 """The positions of NaN and Inf among elements `first` to `end` of a buffer of `dtype`."""
-
-
-@dataclass(frozen=True)
-class Nonfinite:
-    """The first tensor concerned, the error that names it, and the number of elements by tensor."""
-
-    key: str
-    error: NonFiniteError
-    counts: dict[str, int]
 
 
 def nonfinite_error(
@@ -52,29 +42,31 @@ def describe_nonfinite(
     end: int,
     operations: Mapping[int, WeightedSum],
     find: Find,
-) -> Nonfinite:
-    """Look through elements `start` to `end` of `extent` in the buffers that `operations` read and
-    write.
+) -> NonFiniteError:
+    """The error of the first tensor concerned among elements `start` to `end` of `extent`, which
+    lie in the buffers that `operations` read and write.
     """
     count = end - start
-    counts: Counter[str] = Counter()
     by_file: dict[str, Counter[str]] = {}
     first = count
     for i in sorted({i for operation in operations.values() for i in operation.inputs}):
         source = extent.sources[i]
         for position in _in_slices(find, inputs[i], source.dtype, count):
             first = min(first, position)
-            key = extent.key_at(start + position)
-            by_file.setdefault(key, Counter())[str(source.file.path)] += 1
-            counts[key] += 1
-    if counts:
+            by_file.setdefault(extent.key_at(start + position), Counter())[str(source.file.path)] += 1
+    if by_file:
         key = extent.key_at(start + first)
-        return Nonfinite(key, nonfinite_error(key, extent.dtype, by_file[key]), dict(counts))
-    found = (_in_slices(find, outputs[k], extent.dtype, count) for k in operations)
-    overflowed = next(filter(None, found), [])
-    counts.update(extent.key_at(start + position) for position in overflowed)
-    key = next(iter(counts), extent.key_at(start))
-    return Nonfinite(key, nonfinite_error(key, extent.dtype, {}, counts[key]), dict(counts))
+        return nonfinite_error(key, extent.dtype, by_file[key])
+    found = (count_nonfinite(outputs[k], extent, start, end, find) for k in operations)
+    overflowed = next(filter(None, found), {extent.key_at(start): 0})
+    key = next(iter(overflowed))
+    return nonfinite_error(key, extent.dtype, {}, overflowed[key])
+
+
+def count_nonfinite(output: HostBuffer, extent: Extent, start: int, end: int, find: Find) -> dict[str, int]:
+    """How many of elements `start` to `end` of a result are NaN or infinite, by tensor."""
+    positions = _in_slices(find, output, extent.dtype, end - start)
+    return dict(Counter(extent.key_at(start + position) for position in positions))
 
 
 def _in_slices(find: Find, buffer: HostBuffer, dtype: str, count: int) -> list[int]:

@@ -8,7 +8,7 @@ lock: others go on with the chunks that are there, and report their results mean
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from merge_cli.engine.chunk import GRAM_BLOCK_ELEMENTS, Chunk, ChunkSize, Reduced
@@ -23,7 +23,7 @@ class OpenItem:
     def __init__(self, item: WorkItem, writers: Mapping[int, Writer]) -> None:
         self.item = item
         self.writers = writers
-        self.nonfinite: Counter[str] = Counter()
+        self.nonfinite: defaultdict[int, Counter[str]] = defaultdict(Counter)
 
 
 class ScheduleError(Exception):
@@ -81,7 +81,8 @@ class Schedule:
         """
         with self._condition:
             open_item = self._open[reduced.chunk.number[0]]
-            open_item.nonfinite.update(reduced.nonfinite)
+            for k, counts in reduced.nonfinite.items():
+                open_item.nonfinite[k].update(counts)
         written = 0
         for k, writes in reduced.writes.items():
             for offset, data in writes:
@@ -131,7 +132,7 @@ class Schedule:
         open_item = self._open[number]
         sha256 = open_item.writers[k].finish()
         with self._condition:
-            nonfinite = dict(open_item.nonfinite)
+            nonfinite = dict(open_item.nonfinite[k])
             if all(writer.is_finished for writer in open_item.writers.values()):
                 self._open.pop(number, None)
         self._sink.done(open_item.item, k, sha256, nonfinite)

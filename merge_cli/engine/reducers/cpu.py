@@ -15,7 +15,7 @@ from merge_cli.engine.arithmetic import Scratch, add_term, divide, is_finite, st
 from merge_cli.engine.buffers import HostBuffer, elements, page_aligned
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
-from merge_cli.engine.nonfinite import describe_nonfinite
+from merge_cli.engine.nonfinite import count_nonfinite, describe_nonfinite
 from merge_cli.engine.reads import Reads
 from merge_cli.planning.plan import Extent, MergePlan
 from merge_cli.planning.sums import WeightedSum
@@ -52,23 +52,25 @@ class CpuReducer:
         def load(i: int) -> None:
             self._reads.elements(extent.sources[i], first, end, lane.inputs[i])
 
-        nonfinite: Mapping[str, int] = {}
+        nonfinite: Mapping[int, Mapping[str, int]] = {}
         if not lane.reduce(extent, end - first, operations, load):
             nonfinite = self._nonfinite(extent, first, end, operations)
         offset, size = extent.byte_at(first), extent.bytes_written(first, end)
         return Reduced(chunk, {k: [(offset, lane.outputs[k].data(size))] for k in operations}, nonfinite)
 
-    def _nonfinite(self, extent: Extent, first: int, end: int, operations: Mapping[int, WeightedSum]) -> Mapping[str, int]:
+    def _nonfinite(
+        self, extent: Extent, first: int, end: int, operations: Mapping[int, WeightedSum]
+    ) -> Mapping[int, Mapping[str, int]]:
         """Raise NonFiniteError, or count the elements and give every NaN the same bits, which
         devices do not agree on.
         """
-        found = describe_nonfinite(self._lane.inputs, self._lane.outputs, extent, first, end, operations, positions_of_nonfinite)
+        outputs, find = self._lane.outputs, positions_of_nonfinite
         if not self._plan.spec.allow_nonfinite:
-            raise found.error
+            raise describe_nonfinite(self._lane.inputs, outputs, extent, first, end, operations, find)
         for k in operations:
-            values = elements(self._lane.outputs[k], torch_dtype(extent.dtype), 0, end - first)
+            values = elements(outputs[k], torch_dtype(extent.dtype), 0, end - first)
             values.masked_fill_(values.isnan(), float("nan"))
-        return found.counts
+        return {k: count_nonfinite(outputs[k], extent, first, end, find) for k in operations}
 
     def close(self) -> None:
         pass

@@ -10,7 +10,7 @@ from merge_cli.engine.buffers import HostBuffer, page_aligned
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
 from merge_cli.engine.kernels.native import Job, Kernel, load
-from merge_cli.engine.nonfinite import describe_nonfinite
+from merge_cli.engine.nonfinite import count_nonfinite, describe_nonfinite
 from merge_cli.engine.reads import Reads
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Extent, MergePlan
@@ -62,13 +62,12 @@ class NativeReducer:
             job = self._jobs[key] = self._kernel.prepare(extent.value_dtypes, operations, dtypes)
         return job
 
-    def _nonfinite(self, extent: Extent, first: int, end: int, outputs: Sequence[int]) -> Mapping[str, int]:
+    def _nonfinite(self, extent: Extent, first: int, end: int, outputs: Sequence[int]) -> Mapping[int, Mapping[str, int]]:
         """Raise NonFiniteError, or count the elements; the kernel gives every NaN the same bits."""
-        operations = {k: self._plan.operation(extent, k) for k in outputs}
-        found = describe_nonfinite(self._inputs, self._outputs, extent, first, end, operations, self._find)
         if not self._plan.spec.allow_nonfinite:
-            raise found.error
-        return found.counts
+            operations = {k: self._plan.operation(extent, k) for k in outputs}
+            raise describe_nonfinite(self._inputs, self._outputs, extent, first, end, operations, self._find)
+        return {k: count_nonfinite(self._outputs[k], extent, first, end, self._find) for k in outputs}
 
     def _find(self, buffer: HostBuffer, dtype: str, first: int, end: int) -> list[int]:
         address = buffer.address + buffer.begin + DTYPES[dtype].num_bytes(first)

@@ -61,9 +61,7 @@ class NativeQuantizedReducer:
         given = {i: self._read(i, extent.sources[i], extent.shape, chunk.first, chunk.end) for i in job.inputs}
         results = [self._buffer(("output", k), dtype.num_bytes(count)) for k in outputs]
         bad = job.run([given.get(i, 0) for i in range(len(layouts))], [buffer.address for buffer in results], count)
-        nonfinite: dict[str, int] = {}
-        for position in bad:
-            nonfinite[extent.key] = nonfinite.get(extent.key, 0) + self._count(extent, layouts, given, results[position], count)
+        nonfinite = {outputs[i]: {extent.key: self._count(extent, layouts, given, results[i], count)} for i in bad}
         offset = extent.sinks[0].offset + dtype.num_bytes(chunk.first * extent.shape[-1])
         size = dtype.num_bytes(count)
         yield Reduced(chunk, {k: [(offset, results[i].data(size))] for i, k in enumerate(outputs)}, nonfinite)

@@ -49,7 +49,7 @@ class Rows:
     """The outcome of some rows: as `Reduced`."""
 
     writes: Writes = field(default_factory=dict)
-    nonfinite: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[int, dict[str, int]] = field(default_factory=dict)
     errors: Totals | None = None
 
 
@@ -162,7 +162,7 @@ class QuantizedSums:
             if extent.codec is None:
                 for k, total in sums.items():
                     rounded = self._rounded(extent, operations[k], total, first, end)
-                    rows.writes[k] = [self._plain(rows, extent, rounded, first, end)]
+                    rows.writes[k] = [self._plain(rows, k, extent, rounded, first, end)]
             else:
                 for k, values in self._finite(extent, sums, first, end).items():
                     rows.writes[k] = self._encoded(rows, extent, values, first, end, stats.get(k), base)
@@ -233,12 +233,12 @@ class QuantizedSums:
             rounded = torch.where(rounded.isfinite(), rounded, redone)
         return rounded
 
-    def _plain(self, rows: Rows, extent: QuantizedExtent, rounded: Tensor, first: int, end: int) -> tuple[int, memoryview]:
+    def _plain(self, rows: Rows, k: int, extent: QuantizedExtent, rounded: Tensor, first: int, end: int) -> tuple[int, memoryview]:
         if not bool(is_clean(rounded)):
             if not self._allow_nonfinite:
                 raise self._nonfinite(extent, first, end)
             rounded.masked_fill_(rounded.isnan(), float("nan"))
-            rows.nonfinite[extent.key] = rows.nonfinite.get(extent.key, 0) + int((~rounded.isfinite()).sum())
+            rows.nonfinite[k] = {extent.key: int((~rounded.isfinite()).sum())}
         return extent.sinks[0].offset + first * extent.shape[-1] * rounded.itemsize, memory_of(rounded.cpu())
 
     def _finite(self, extent: QuantizedExtent, sums: Mapping[int, Tensor], first: int, end: int) -> dict[int, Tensor]:
