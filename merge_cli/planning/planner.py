@@ -174,6 +174,10 @@ def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Se
         dtype = OUTPUT_DTYPES.get(spec.dtype, DEQUANTIZED)
         dropped = f" and {len(views[base].activation_scales)} activation scales" if views[base].activation_scales else ""
         notes.append(f"dequantized weights are written as {dtype}; scales{dropped} and quantization_config are left out")
+    if views[base].checkpoint.layout == "whole":
+        notes.append(
+            "whole tensors keep the trainer's names and shapes; its own conversion makes another framework's (docs/trainers.md)"
+        )
     biases = [entry.name for entry in entries if entry.name.endswith(ROUTER_BIAS) and entry.kind == "average"]
     if biases:
         dtypes = "/".join(sorted({entry.dtype for entry in entries if entry.name in biases}))

@@ -249,6 +249,7 @@ def test_whole_tensors_leave_out_what_the_trainers_loader_wants(run: Path, tmp_p
     save_dcp(folder / "model_and_optim", state(100), CUTS)
     (folder / ".metadata.json").write_text("{}")
     (folder / "config.json").write_text("{}")
+    assert "its own conversion" in " ".join(plan_average([folder], tmp_path / "out", format="safetensors").notes)
     average([folder], tmp_path / "out", format="safetensors")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "pmerge.json"]
     with pytest.raises(UsageError, match="--training-state base keeps"):
