@@ -9,14 +9,17 @@ the same order, so a checkpoint in one dialect is read as the other by slicing a
 that are transposed ([E, H, 2I]: Llama-4, gpt-oss) are another matter: their rows are no rows of the
 experts, and such a mix is refused.
 
-Source: transformers `conversion_mapping.py`, "mixtral" and "qwen2_moe" (MergeModulelist(dim=0),
-Concatenate(dim=1)).
+Nemotron-H has no gate (`up_proj` [E, I, H] alone) and Granite fuses in both dialects, under other
+names; routers and their biases are renamed along.
+
+Source: transformers `conversion_mapping.py`, "mixtral", "qwen2_moe" (MergeModulelist(dim=0),
+Concatenate(dim=1)), "ernie4_5_moe", "exaone_moe", "granitemoe" and "nemotron_h".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from merge_cli.errors import UnsupportedError
 from merge_cli.formats.alike import original_of
@@ -25,9 +28,26 @@ from merge_cli.formats.logical import Coded, Logical, Stacked, dtype_of, shape_o
 from merge_cli.formats.safetensors import DTYPES, TensorInfo
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
-_FUSED = re.compile(r"^(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)$")
-_PROJECTIONS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
-_RENAMED = ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."))
+_FUSED = re.compile(r"^(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|up_proj|down_proj)$")
+_PROJECTIONS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+_PLACES = (("", ""), (".mlp.", ".block_sparse_moe."), ("model.", "backbone."))  # of fused experts, and of single ones
+_FUSED_ALIKE = (
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+)
+"""Fused in both dialects, with the same bytes (Granite)."""
+_RENAMED = (
+    (".block_sparse_moe.gate.", ".mlp.router."),
+    (".block_sparse_moe.", ".mlp."),
+    (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+    (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
+    (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+    ("backbone.", "model."),
+)
 
 
 def as_dialect_of(base: Mapping[str, Logical], other: Mapping[str, Logical], where: str) -> tuple[Mapping[str, Logical], str]:
@@ -55,12 +75,15 @@ def as_dialect_of(base: Mapping[str, Logical], other: Mapping[str, Logical], whe
         if pieces:
             mapped[key] = _stack(key, base[key], {name: other[name] for name in pieces}, where)
             used.update(pieces)
-    if not used:
+    alike = _renames(missing - mapped.keys(), extra - used, _FUSED_ALIKE)
+    if not used and not alike:
         return other, ""
-    used_renames = _renames(missing - mapped.keys(), extra - used)
+    used_renames = _renames(missing - mapped.keys(), extra - used, _FUSED_ALIKE + _RENAMED)
     result: dict[str, Logical] = {key: tensor for key, tensor in other.items() if key not in used and key not in used_renames}
     result.update(mapped)
     result.update({new: other[old] for old, new in used_renames.items()})
+    if not used:
+        return result, f"{where} has other names for its experts; {len(used_renames)} tensors are read under the base's"
     described = "all experts of a layer in one tensor" if fused_here else "each expert by itself"
     return result, f"{where} holds {described}; its rows are read as the base's {len(mapped)} expert tensors"
 
@@ -72,7 +95,7 @@ def _pieces(fused: str, tensors: Mapping[str, Logical], among: set[str]) -> list
     match = _FUSED.match(fused)
     assert match is not None
     experts = match["experts"]
-    for place in (experts, experts.replace(".mlp.", ".block_sparse_moe.")):
+    for place in dict.fromkeys(experts.replace(fused_part, part, 1) for fused_part, part in _PLACES):
         for projections in _PROJECTIONS[match["projection"]]:
             if f"{place}.0.{projections[0]}.weight" not in among:
                 continue
@@ -138,12 +161,12 @@ def _stack(fused: str, base: Logical, pieces: Mapping[str, Logical], where: str)
     return Stacked(shape_of(base), tuple(piece for piece in pieces.values() if not isinstance(piece, Stacked)))
 
 
-def _renames(missing: set[str], extra: set[str]) -> dict[str, str]:
-    """Old name -> new name, for the rest of a MoE block that is renamed along with its experts
-    (Mixtral, Phi-MoE).
+def _renames(missing: set[str], extra: set[str], among: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Old name -> new name, for what is renamed along with the experts of a layer, in both
+    directions.
     """
     renames: dict[str, str] = {}
-    for per_expert, fused in _RENAMED:
+    for per_expert, fused in among:
         for old, new in ((per_expert, fused), (fused, per_expert)):
             for key in sorted(extra - renames.keys()):
                 if old in key and (to := key.replace(old, new)) in missing and to not in renames.values():

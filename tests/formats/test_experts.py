@@ -32,6 +32,27 @@ MOE: dict[str, dict[str, Any]] = {
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "olmoe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5_moe": {**SMALL, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    "exaone_moe": {
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_layer_types": ["dense", "sparse"],
+        "layer_types": ["full_attention"] * 2,
+    },
+    "granitemoe": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron_h": {
+        **SMALL,
+        "layers_block_type": ["moe", "attention"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+        "head_dim": 8,
+    },
 }
 
 
