@@ -88,8 +88,10 @@ def carry_out(job: Job, on_progress: Callable[[Progress], None] | None = None) -
     `missing` files is no failure.
     """
     from merge_cli.engine.chunk import Statistics
+    from merge_cli.engine.input_checks import check_no_writer
     from merge_cli.engine.stream import stream
 
+    check_no_writer(job.merge)
     began = time.perf_counter()
     statistics = Statistics()
     with ExitStack() as stack:

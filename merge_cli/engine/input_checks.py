@@ -5,14 +5,17 @@ not have changed.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 
 from merge_cli.engine.buffers import page_aligned
 from merge_cli.engine.reader import InputFiles, check_unchanged
-from merge_cli.errors import MismatchError, first_ten
+from merge_cli.errors import ChangedError, MismatchError, first_ten
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.planning.plan import Extent, MergePlan, WorkItem
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES
+from merge_cli.stores.store import is_local
+from merge_cli.system.writers import find_writer
 
 
 def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: InputFiles, block_bytes: int = 1 << 20) -> None:
@@ -48,8 +51,24 @@ def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: Inpu
         )
 
 
+def check_no_writer(plan: MergePlan) -> None:
+    """Raise ChangedError where a process of this host holds an input open or mapped for writing."""
+    local = [str(file.path) for checkpoint in plan.inputs for file in checkpoint.files if is_local(str(file.path))]
+    writer = find_writer({os.path.realpath(path): path for path in local})
+    if writer is not None:
+        how = "mapped" if writer.is_mapped else "open"
+        raise ChangedError(
+            f"a process of this host holds {writer.path} {how} for writing",
+            details=[f"found     process {writer.pid}: {writer.command}"],
+            hint="nothing was published; wait until it has ended, and run the same command again",
+        )
+
+
 def check_inputs_unchanged(plan: MergePlan) -> None:
-    """Raise ChangedError when an input file is not what it was when the plan was made."""
+    """Raise ChangedError when an input file is not what it was when the plan was made, or may be
+    written to.
+    """
+    check_no_writer(plan)
     for checkpoint in plan.inputs:
         for file in checkpoint.files:
             check_unchanged(file)

@@ -25,7 +25,8 @@ from merge_cli.request.discovery import find_candidates
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import check_tokens_per_step, coefficients_of, select_checkpoints
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
-from merge_cli.stores.store import StrPath, as_path, resolve
+from merge_cli.stores.store import StrPath, as_path, is_local, resolve
+from merge_cli.system.still import wait_until_still
 
 if TYPE_CHECKING:
     from merge_cli.engine.budget import Budget
@@ -116,6 +117,7 @@ def plan_average(
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
     coefficients, doubts = coefficients_of(candidates, spec, selection.order)
+    wait_until_still([candidate.path for candidate in candidates if is_local(candidate.path)], run.settle)
     seen = Seen(run.max_header)
     inputs = [open_checkpoint(candidate.path, seen=seen, training_state=spec.training_state) for candidate in candidates]
     base = _find_base(candidates, selection.base)

@@ -45,8 +45,9 @@ from merge_cli.request.methods import PARAMETERS
 from merge_cli.request.selection import check_tokens_per_step, coefficients_of, order_candidates, select_checkpoints
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
 from merge_cli.request.tokens import with_tokens_of_names
-from merge_cli.stores.store import StrPath
+from merge_cli.stores.store import StrPath, is_local
 from merge_cli.system.files import read_json
+from merge_cli.system.still import wait_until_still
 from merge_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ def plan_sweep(
         notes += newer
     folder = folder or default_destination("sweep", order_candidates(candidates, "step", needs_order=False))
     chosen, same_as, skipped, warnings = _choose_all(wanted, candidates, selection)
+    wait_until_still(sorted({each.path for one in chosen for each in one.candidates if is_local(each.path)}), run.settle)
     inputs, merges = _plan_groups(spec, chosen, run.max_header)
     for checkpoint in inputs:
         notes += checkpoint.notes

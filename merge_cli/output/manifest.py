@@ -117,6 +117,7 @@ def side_files(base: Checkpoint, dtype: str, dequantized: bool = False) -> Itera
             continue
         check_side_files(base.root, [name])
         data = read_file(join(base.root, name), MAX_SIDE_FILE_BYTES)
+        check_side_files(base.root, [name])  # again: it may have become a link to a file elsewhere before it was opened
         if name == "config.json" and dtype != "keep":
             config = without_quantization(base.config) if dequantized else base.config
             data = json.dumps(with_dtype(config, dtype), indent=2).encode() + b"\n"

@@ -13,6 +13,7 @@ MergeSpec, and are in `METHODS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +28,7 @@ from merge_cli.stores.store import StrPath
 Made = TypeVar("Made", bound=Options)
 MOST_PROCESSES = MOST_THREADS = 256
 MAX_HEADERS = 100_000_000
+_LONGEST_WAIT_S = 7 * 86_400
 
 
 def _globs(value: str | Sequence[str], _: str) -> tuple[str, ...]:
@@ -43,6 +45,16 @@ def _stride(value: Any, flag: str) -> int | str:
     if isinstance(_amount(value, flag), int) and value < 1:
         raise UsageError(f"{flag} must be at least 1 step, not {value}")
     return value  # type: ignore[no-any-return]
+
+
+def _seconds(value: float | str, flag: str) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds <= _LONGEST_WAIT_S:
+        raise UsageError(f"{flag} cannot be {value!r}", details=["expected  seconds, at most a week"], hint=f"{flag} 60")
+    return seconds
 
 
 def _workers(value: int | str, flag: str) -> int | str:
@@ -179,6 +191,9 @@ class RunConfig(Options):
     direct: str = option("auto", "Read past the page cache (O_DIRECT).", choices=("auto", "on", "off"))
     max_header: int = option(
         MAX_HEADERS, "Bound on the headers of all checkpoints together.", metavar="SIZE", read=parse_size, shown="100MB"
+    )
+    settle: float = option(
+        0.0, "Wait until the inputs have been still for so long.", metavar="SECONDS", read=_seconds, shown="no wait"
     )
     overwrite: bool = option(False, "Replace an existing result, at the end.")
     restart: bool = option(False, "Discard the files of an unfinished run.")
