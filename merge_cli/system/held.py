@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from merge_cli.system.durable import foreign, fsync_file, open_own, output_error, rename_to_new, write_all
+from merge_cli.system.durable import NOT_SUPPORTED, foreign, fsync_file, open_own, output_error, rename_to_new, write_all
 from merge_cli.system.files import sha256_of_open
 from merge_cli.system.process import start_time
 
@@ -66,7 +66,11 @@ class HeldFolder:
         name = own_name("").rpartition("/")[2]
         try:
             os.rename(name, name, src_dir_fd=self.fd, dst_dir_fd=other.fd)
+        except FileNotFoundError:
+            return True
         except OSError as error:
+            if error.errno not in (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EACCES):
+                raise
             return error.errno != errno.EXDEV
         return True
 

@@ -2,6 +2,7 @@
 touched.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +97,21 @@ def test_the_names_of_records_are_short_and_differ_where_the_names_of_files_do()
     assert all("/" not in name and len(os.fsencode(name)) <= 160 + len("@100-200") for name in found)
     assert escaped("model-00001-of-00002.safetensors") == "model-00001-of-00002.safetensors"
     assert escaped(f"{long}@0-100") == f"{escaped(long)}@0-100"
+
+
+@pytest.mark.parametrize(("number", "answer"), [(errno.ENOENT, True), (errno.EXDEV, False), (errno.EPERM, True), (errno.EIO, None)])
+def test_whether_names_can_be_moved_is_asked_without_a_file(
+    number: int, answer: bool | None, held: HeldFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EPERM is of a filesystem that cannot rename at all, which is found out when that is needed."""
+    assert held.is_on_same_mount(held)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    if answer is None:
+        with pytest.raises(OSError, match="Input/output"):
+            held.is_on_same_mount(held)
+    else:
+        assert held.is_on_same_mount(held) is answer

@@ -160,8 +160,8 @@ MUTANTS = (
     ),
     Mutant(
         "ranks: one name for all processes that write a file",
-        "        self._own = own_name(file.name)\n",
-        '        self._own = f"{GROWING}/x"\n',
+        'return f"{GROWING}/{short}.{_host()}.{pid}.{start_time(pid)}.{secrets.token_hex(4)}"',
+        'return f"{GROWING}/{short}.{_host()}"',
         "test_two_ranks_may_write_one_file",
     ),
     Mutant(
