@@ -147,7 +147,7 @@ def _kept(files: Sequence[Outgoing], there: Mapping[str, There], address: str) -
         raise OutputError(
             f"{address} holds other files, and nothing there is replaced",
             details=first_ten([f"found  {name}, {there[name].num_bytes} bytes" for name in others]),
-            hint="push to another branch or folder",
+            hint="push to another branch, folder or repository",
         )
     return kept
 

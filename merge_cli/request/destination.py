@@ -20,9 +20,10 @@ def destination_of(output: StrPath, example: str = "merged") -> Path:
     if any(ord(character) < 32 for character in os.fspath(output)):
         raise UsageError("-o holds a line break or another control character", hint=f"name the folder of the result:  -o {example}")
     if not is_local(os.fspath(output)):
+        made = example if example == "merged" else f"{example}/NAME"  # of a sweep each result by itself
         raise UsageError(
             f"the result is written to a folder of this machine, and {os.fspath(output)} is none",
-            hint=f"-o {example}, and then  pmerge push {example} {shlex.quote(os.fspath(output))}",
+            hint=f"-o {example}, and then  pmerge push {made} {shlex.quote(os.fspath(output))}",
         )
     destination = Path(as_path(output))
     if destination.suffix == ".safetensors":

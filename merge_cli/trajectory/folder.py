@@ -56,11 +56,13 @@ class Run:
 
 def folder_of(paths: Sequence[str | Path], output: str | Path | None = None) -> Path:
     """The folder for the run at `paths` (one run folder, or the checkpoints of one). Raises
-    UsageError for an empty `output`.
+    UsageError for an `output` that is empty or elsewhere.
     """
     if output is not None:
         if not str(output):
             raise UsageError("-o is empty", hint="name the folder of the results:  -o evals")
+        if not is_local(str(output)):
+            raise UsageError(f"{output} is no folder of this machine", hint="name one:  -o evals")
         return Path(output)
     here = Path.cwd()
     if not is_local(str(paths[0])):

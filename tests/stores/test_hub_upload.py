@@ -89,6 +89,14 @@ def test_other_files_are_never_replaced(merged: Path, hub: HubServer) -> None:
     assert (there["README.md"], there["LICENSE"]) == (b"my card", b"mine") and there["pmerge.json"]
 
 
+def test_a_repository_whose_first_commit_is_a_model_has_no_empty_branch(merged: Path, hub: HubServer) -> None:
+    """Squashed histories begin so."""
+    hub.commit("org/squashed", "main", {**ROOT, "model.safetensors": b"another model"})
+    with pytest.raises(OutputError, match=r"holds other files") as caught:
+        push(merged, "hf://org/squashed@merged")
+    assert "repository" in caught.value.hint and "merged" not in hub.refs["org/squashed"]
+
+
 def test_a_card_of_its_own_and_a_folder(merged: Path, hub: HubServer) -> None:
     (merged / "README.md").write_text("# Mine\n")
     done = push(merged, f"hf://{REPO}@merged/last-10", read_back=True)

@@ -14,9 +14,10 @@ from dcp_checkpoints import save_dcp
 from hub_server import HubServer
 
 from merge_cli import analyze, evaluate, plan_evaluation
+from merge_cli.errors import UsageError
 from merge_cli.features.evaluate import EvaluationPlan
 from merge_cli.trajectory.evaluators import CommandEvaluator
-from merge_cli.trajectory.folder import read_run
+from merge_cli.trajectory.folder import folder_of, read_run, run_of
 
 REPO = "allenai/OLMo-2-1124-7B"
 STEPS = range(1000, 7000, 1000)
@@ -81,6 +82,20 @@ def test_evaluate_plans_the_same_everywhere(
         sorted(names(far)) == sorted(names(near)) == sorted(names(plan_evaluation(distributed, evaluator, output=tmp_path / "d")))
     )
     assert all(each.path is None for each in far.targets) and far.merge_bytes == near.merge_bytes
+
+
+def test_what_is_kept_about_a_run_is_kept_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for paths, run, folder in (
+        ([f"hf://{REPO}@step*"], f"hf://{REPO}", "OLMo-2-1124-7B.pmerge"),
+        ([f"hf://{REPO}@step1000", f"hf://{REPO}@step2000"], f"hf://{REPO}", "OLMo-2-1124-7B.pmerge"),
+        ([f"hf://{REPO}@main/runs/a"], f"hf://{REPO}@main/runs/a", "a.pmerge"),
+        (["s3://bucket/run/step-*"], "s3://bucket/run", "run.pmerge"),
+        (["s3://bucket/run"], "s3://bucket/run", "run.pmerge"),
+    ):
+        assert (run_of(paths), folder_of(paths)) == (run, tmp_path / folder)
+    with pytest.raises(UsageError, match="s3://bucket/evals is no folder of this machine"):
+        folder_of([str(tmp_path)], "s3://bucket/evals")
 
 
 def test_evaluate_copies_far_checkpoints_for_a_while(
