@@ -107,7 +107,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not is_sealed(raw):
         raise InputError(f"{folder / MANIFEST} was changed", hint=f"pmerge verify {shlex.quote(str(folder))}")
     try:
-        content = parse_json(raw)
+        content = parse_json(raw, is_own=True)
     except ValueError:
         content = None
     if not isinstance(content, dict):

@@ -142,7 +142,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     try:
         LOCAL.check_inside(str(path.parent), str(path))
         raw = read_file(str(path), MAX_MANIFEST_BYTES)
-        content = parse_json(raw)
+        content = parse_json(raw, is_own=True)
     except ValueError as error:
         return {}, f"is not valid JSON: {error}"
     except InputError as error:

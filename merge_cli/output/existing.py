@@ -34,7 +34,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         raw = read_file(str(folder / MANIFEST), MAX_MANIFEST_BYTES)
-        content = parse_json(raw) if is_sealed(raw) else {}
+        content = parse_json(raw, is_own=True) if is_sealed(raw) else {}
     except (OSError, InputError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -351,9 +351,9 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
     """The checkpoints at `paths`. Raises InputError or UsageError.
 
     Of those in a run folder the newest is left out if it is incomplete, with a warning; all that
-    are incomplete if `incomplete` is "skip"; none, so that opening it is an error, if "error". An
-    earlier result of pmerge is an error unless `allow_merged` is set. Modification times are read
-    only if `order` is "mtime".
+    are incomplete if `incomplete` is "skip"; none, so that opening it is an error, if "error", or
+    if fewer than two would be left. An earlier result of pmerge is an error unless `allow_merged`
+    is set. Modification times are read only if `order` is "mtime".
     """
     asked = asked or Selection()
     if not isinstance(paths, str | os.PathLike) and not paths:
@@ -374,7 +374,9 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
     if any(is_glob(path) and not is_local(path) for path in named):
         return Found(candidates, skipped, [])  # revisions of the Hub are complete
     in_runs = [each for each in candidates if each.path not in named]
-    left_out = find_incomplete(in_runs, asked.incomplete) if len(candidates) > 1 else {}
+    left_out = find_incomplete(in_runs, asked.incomplete)
+    if len(candidates) - len(left_out) < 2:
+        left_out = {}  # an average of one is none: opening it is the error that names it
     warnings = [f"{path} is left out as incomplete: {reason}" for path, reason in left_out.items()]
     return Found([each for each in candidates if each.path not in left_out], skipped, warnings)
 

@@ -31,7 +31,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if the file cannot be read or holds anything else."""
     try:
-        value = parse_json(read_regular(path, _MAX_RECORD_BYTES))
+        value = parse_json(read_regular(path, _MAX_RECORD_BYTES), is_own=True)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import secrets
-import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -143,7 +142,7 @@ class HeldFolder:
         try:
             with self._place(name) as (fd, last):
                 if stat.S_ISDIR(os.stat(last, dir_fd=fd, follow_symlinks=False).st_mode):
-                    shutil.rmtree(last, dir_fd=fd)
+                    _remove_tree(fd, last)
                 else:
                     os.unlink(last, dir_fd=fd)
         except FileNotFoundError:
@@ -279,3 +278,18 @@ def _open_folder(name: str, fd: int, path: Path) -> int:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise foreign(path) from error
         raise
+
+
+def _remove_tree(fd: int, name: str) -> None:
+    """Remove the folder `name` of the folder `fd`; links in it are removed, not followed. (That of
+    shutil asks whether os.stat is the one that it knows.)
+    """
+    for _, folders, files, inside in os.fwalk(name, topdown=False, dir_fd=fd):
+        for each in files:
+            os.unlink(each, dir_fd=inside)
+        for each in folders:
+            try:
+                os.rmdir(each, dir_fd=inside)
+            except NotADirectoryError:
+                os.unlink(each, dir_fd=inside)  # a link to a folder
+    os.rmdir(name, dir_fd=fd)

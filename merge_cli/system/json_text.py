@@ -14,16 +14,19 @@ DEEPEST = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_json(raw: bytes | str) -> Any:
+def parse_json(raw: bytes | str, *, is_own: bool = False) -> Any:
     """The value of a JSON text. Raises ValueError: no JSON, nested more than 100 deep, a string
     with half of a surrogate pair, a number of thousands of digits.
+
+    Records of pmerge's own (`is_own`) may have such halves: they are bytes of file names that are
+    not UTF-8.
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode(json.detect_encoding(raw))
         value = json.loads(text)
         if is_too_deep(value):
             raise RecursionError
-        if may_hold_surrogates(text):
+        if not is_own and may_hold_surrogates(text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"it is nested too deeply, more than {DEEPEST} levels") from None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders import write_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -175,7 +177,7 @@ def test_complete_sets_of_any_numbering_are_averaged(name: str, first: int, tmp_
 
 def test_one_such_shard_given_alone_is_refused(tmp_path: Path) -> None:
     write(tmp_path, weights(10), None, "model-00001-of-000003")
-    with pytest.raises(InputError, match="one of 3 shards"):
+    with pytest.raises(InputError, match="one of several shards"):
         plan_average([tmp_path / "model-00001-of-000003.safetensors"])
 
 
@@ -308,3 +310,14 @@ def test_files_that_hold_other_rows_are_not_taken_for_alike(same: bool, tmp_path
     else:
         with pytest.raises(MismatchError, match="other parts of the tensors"):
             plan_average([tmp_path])
+
+
+def test_side_files_whose_names_are_not_utf_8_are_kept_and_verified(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", [{"w": torch.full((4,), float(n))} for n in range(2)])
+    odd = b"note-\xcb\xb5\xc3\xf7.md"
+    for path in paths:
+        (path / os.fsdecode(odd)).write_text("odd")
+    out = average(paths, tmp_path / "out").output
+    assert (out / os.fsdecode(odd)).read_text() == "odd"
+    assert verify(out, against_inputs=True).problems == ()
+    assert plan_average(paths, out).is_done, "its own record is read again"

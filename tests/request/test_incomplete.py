@@ -118,16 +118,19 @@ def test_sweeps_analyses_and_the_command_leave_it_out_too(tmp_path: Path) -> Non
     assert "--incomplete skip" in refused.stderr
 
 
-def test_a_run_with_one_checkpoint_only_keeps_its_error(tmp_path: Path) -> None:
+def test_a_run_of_which_one_would_be_left_keeps_its_error(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run" / "ckpt_1000", TENSORS, shards=3)
     (tmp_path / "run" / "ckpt_1000" / shard_name(3, 3)).unlink()
     with pytest.raises(InputError, match="1 of 3 weight files are missing"):
+        plan_average(tmp_path / "run", tmp_path / "out")
+    write_checkpoint(tmp_path / "run" / "ckpt_500", TENSORS, shards=3)
+    with pytest.raises(InputError, match="1 of 3 weight files are missing"):  # what is left would be a copy
         plan_average(tmp_path / "run", tmp_path / "out")
 
 
 def test_distributed_checkpoints_have_the_marker_of_their_trainer(tmp_path: Path) -> None:
     for trainer in ("torch", "olmo", "megatron"):
-        for step in (1, 2):
+        for step in (0, 1, 2):
             folder = tmp_path / trainer / f"iter_{step:07d}"
             save_dcp(folder / ("model_and_optim" if trainer == "olmo" else ""), {"w": torch.ones(3)})
             assert incomplete_reason(folder) is None
@@ -142,7 +145,7 @@ def test_distributed_checkpoints_have_the_marker_of_their_trainer(tmp_path: Path
     assert incomplete_reason(megatron) is None
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("1")
     assert "newer than iteration 1" in (incomplete_reason(megatron) or "")
-    assert names(tmp_path / "megatron") == ["iter_0000001"]
+    assert names(tmp_path / "megatron") == ["iter_0000000", "iter_0000001"]
     data = next((tmp_path / "torch" / "iter_0000002").glob("*.distcp"))
     truncate(data, 10)
     assert "ends before" in (incomplete_reason(data.parent) or "")

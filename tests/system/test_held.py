@@ -115,3 +115,19 @@ def test_whether_names_can_be_moved_is_asked_without_a_file(
             held.is_on_same_mount(held)
     else:
         assert held.is_on_same_mount(held) is answer
+
+
+def test_a_folder_is_removed_with_links_in_it_and_nothing_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dear = tmp_path / "dear"
+    (dear / "kept").mkdir(parents=True)
+    top = tmp_path / "top"
+    (top / "gone" / "deep").mkdir(parents=True)
+    (top / "gone" / "deep" / "file").write_text("")
+    (top / "gone" / "link").symlink_to(dear)
+    folder = HeldFolder(top)
+    folder.hold()
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda *place, **options: real(*place, **options))  # a wrapper, as monitors install it
+    folder.remove("gone")
+    folder.release()
+    assert list(top.iterdir()) == [] and (dear / "kept").is_dir()
