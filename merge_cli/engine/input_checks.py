@@ -44,8 +44,10 @@ def check_equal_integers(plan: MergePlan, work: Sequence[WorkItem], inputs: Inpu
                         different.setdefault(key, set()).update(str(extent.sources[j].file.path) for j in (base, i))
     if different:
         lines = [f"`{key}`  in {', '.join(sorted(paths))}" for key, paths in different.items()]
+        one = len(different) == 1
+        count = "1 tensor that is" if one else f"{len(different)} tensors that are"
         raise MismatchError(
-            f"{len(different)} tensors that are not averaged (integers, activation scales) differ between the checkpoints",
+            f"{count} not averaged (integers, activation scales) differ{'s' if one else ''} between the checkpoints",
             details=first_ten(lines),
             hint="take them from the newest checkpoint:  --int-policy newest ; or some of them from the base:  --exclude GLOB",
         )

@@ -84,7 +84,7 @@ def warnings_for(coeffs: Coefficients, steps: Sequence[float] | None = None) -> 
     share = coeffs.age_share(steps)
     if share is not None and share > AGE_HURTS:
         lines.append(
-            f"the average lags {coeffs.lag(steps):.10g} steps behind, {100 * share:.0f} % of the steps so far:"
+            f"the average lags {round(coeffs.lag(steps), 1):.10g} steps behind, {100 * share:.0f} % of the steps so far:"
             f" above {100 * AGE_HURTS:.0f} % merges hurt, below {100 * AGE_HELPS:.0f} % they helped"
         )
     span = steps[-1] - steps[0]

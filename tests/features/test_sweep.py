@@ -134,7 +134,7 @@ def test_integers_and_config_come_from_the_base_of_each_output(tmp_path: Path) -
     asked = {"methods": ["sma"], "last": [2], "at": [200, 400]}
     assert assert_each_is_that_of_average([tmp_path / "run"], tmp_path, tmp_path / "out", asked) == 2
     assert json.loads((tmp_path / "out" / "sma-last2-at200" / "config.json").read_text()) == {"model_type": "b"}
-    with pytest.raises(MismatchError, match="1 tensors that are not averaged"):
+    with pytest.raises(MismatchError, match="1 tensor that is not averaged"):
         sweep([tmp_path / "run"], tmp_path / "other", methods=["sma"], last=[2, 3])
     assert not [path for path in (tmp_path / "other").iterdir() if not path.name.endswith(".pmerge-partial")]
 
