@@ -48,7 +48,7 @@ def finalize(
         places = moved_paths(planned.paths, as_path(inputs_root)) if inputs_root is not None else {}
         opened = [open_checkpoint(places.get(each, each), seen=seen, training_state=kept) for each in planned.paths]
         merge = replan(planned, [replace(each, path=path) for each, path in zip(opened, planned.paths, strict=True)])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise OutputError(
             f"{folder / 'state.json'} does not describe a run of this version of pmerge: {error!r:.200}",
             hint="run the command that began it again; to throw its work away, add --restart",

@@ -155,7 +155,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 def _with_inputs_below(manifest: Mapping[str, Any], root: str | os.PathLike[str], folder: Path) -> dict[str, Any]:
     try:
         return with_inputs_below(manifest, as_path(root))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / MANIFEST} does not name inputs that may have moved: {error!r:.200}") from error
 
 

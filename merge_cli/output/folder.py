@@ -210,9 +210,11 @@ class StagingFolder:
 
 def with_fingerprints(state: Any) -> dict[str, Any]:
     """A recorded state with the inputs' fingerprints in the form of today; {} for anything else."""
-    if not isinstance(state, dict) or not isinstance(state.get("inputs"), dict):
+    try:
+        recorded = state["inputs"].items()
+        inputs = {path: {name: recorded_fingerprint(file) for name, file in files.items()} for path, files in recorded}
+    except (AttributeError, IndexError, KeyError, TypeError):
         return {}
-    inputs = {path: {name: recorded_fingerprint(file) for name, file in files.items()} for path, files in state["inputs"].items()}
     return {**state, "inputs": inputs}
 
 

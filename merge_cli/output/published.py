@@ -61,7 +61,7 @@ def plan_again(manifest: Mapping[str, Any], problems: list[str], max_header: int
         plan = replan(from_result(manifest), inputs)
         if not isinstance(manifest.get("nonfinite", {}), dict):
             raise TypeError("`nonfinite` is not an object")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"pmerge.json does not describe a run of this version of pmerge: {error!r:.200}")
         return None
     except PmergeError as error:

@@ -14,7 +14,7 @@ from builders import training_run, write_run
 from merge_cli import Rank, average, plan_average, run_average
 from merge_cli.errors import OutputError
 from merge_cli.output import publish as publishing
-from merge_cli.output.folder import StagingFolder
+from merge_cli.output.folder import StagingFolder, with_fingerprints
 from merge_cli.output.joint import JointDestination
 from merge_cli.output.solo import SoloDestination
 from merge_cli.system.durable import exchange
@@ -187,3 +187,10 @@ def test_files_that_come_after_the_exchange_are_kept_and_named(
     assert files_of(tmp_path / "out.kept-1") == {"eval_results.json": b"hours of work"}
     run(paths, out, "lone", overwrite=True)
     assert '"method": "sma"' in (out / "pmerge.json").read_text() and not (tmp_path / "out.pmerge-partial").exists()
+
+
+@pytest.mark.parametrize(
+    "state", [None, 1.5, "x", [], {}, {"inputs": 5}, {"inputs": {"p": 1.5}}, {"inputs": {"p": {"f": 2}}}], ids=str
+)
+def test_a_state_of_another_shape_counts_as_none(state: object) -> None:
+    assert with_fingerprints(state) == {}

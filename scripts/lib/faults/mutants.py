@@ -166,8 +166,8 @@ MUTANTS = (
     ),
     Mutant(
         "verify: index not checked",
-        "            problems += _check_index(folder, weights,",
-        "            problems += [] and _check_index(folder, weights,",
+        "            problems += check_index(",
+        "            problems += [] and check_index(",
         "test_the_index_must_fit_the_shards_whatever_the_checksums_say",
     ),
     Mutant(
@@ -188,13 +188,66 @@ MUTANTS = (
         "            if False:",
         "test_weights_that_are_not_the_average_are_found_whatever_the_checksums_say",
     ),
+    Mutant(
+        "verify: headers not compared with the plan",
+        "        if header != file.header:",
+        "        if False:",
+        "test_files_that_are_not_those_of_the_inputs_are_found",
+    ),
+    Mutant(
+        "verify: set of files not compared with the plan",
+        "        elif name not in listed:\n",
+        "        elif name not in listed and False:\n",
+        "test_files_that_are_not_those_of_the_inputs_are_found",
+    ),
+    Mutant(
+        "verify: method not compared with its coefficients",
+        "    if not _are_equal(given, output.coefficients):",
+        "    if False:",
+        "test_a_record_that_does_not_fit_itself_is_found",
+    ),
+    Mutant(
+        "headers of all checkpoints without a bound",
+        "            if self._spent <= self._max_bytes:",
+        "            if True:",
+        "test_the_headers_of_all_checkpoints_together_are_bounded",
+    ),
+    Mutant(
+        "headers not read back",
+        "    _check_complete(merge, staging.path / CHECKPOINT)\n",
+        "",
+        "test_a_header_that_cannot_be_read_back_is_not_published",
+    ),
+    Mutant(
+        "writers of inputs not looked for",
+        "    if writer is not None:",
+        "    if False:",
+        "test_an_input_that_a_process_may_write_to_stops_the_run_and_both_are_named",
+    ),
+    Mutant(
+        "deep JSON accepted",
+        "        if is_too_deep(value):",
+        "        if False:",
+        "test_what_is_no_json_to_work_with_is_a_value_error",
+    ),
+    Mutant(
+        "a FIFO taken for a file",
+        "        if not stat.S_ISREG(status.st_mode):\n            raise OSError(errno.EINVAL",
+        "        if False:\n            raise OSError(errno.EINVAL",
+        "test_a_file_that_is_none_is_an_error_at_once",
+    ),
+    Mutant(
+        "records of two names shared",
+        '.replace("%", "%25")',
+        "",
+        "test_the_names_of_records_are_short_and_differ_where_the_names_of_files_do",
+    ),
 )
 OPEN = (
     "rename not undone when its sync fails",
     "old result not put back",
     "ranks: inode or request of a piece's record ignored",
     "header written first",
-    "headers not read back",
 )
 
 
