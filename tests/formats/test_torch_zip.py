@@ -76,7 +76,7 @@ class LossScaler:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a class of somebody's": ({"scaler": LossScaler()}, "asks for test_torch_zip.LossScaler"),
+    "a class of somebody's": ({"scaler": LossScaler()}, f"asks for {__name__}.LossScaler"),
     "a dtype": ({"dtype": torch.float32, "device": torch.device("cpu")}, "asks for torch.device"),
     "a whole module": (torch.nn.Linear(2, 2), "asks for torch.nn.modules.linear.Linear"),
     "sparse": ({"w": torch.eye(3).to_sparse()}, "_rebuild_sparse_tensor"),

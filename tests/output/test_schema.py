@@ -129,7 +129,7 @@ def test_unfinished_work_of_0_1_0_for_another_request_can_be_restarted(run: list
 def test_every_record_has_its_number(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 
-    def publish(folder: StagingFolder, overwrite: bool) -> None:
+    def publish(folder: StagingFolder, files: object, overwrite: bool) -> None:
         found.append([folder.state_file, *sorted(folder.records.folder.iterdir())])
         raise OutputError("stopped")
 
@@ -167,7 +167,7 @@ def test_a_newer_result_is_not_called_damaged(run: list[Path], tmp_path: Path) -
     change(merged / "pmerge.json", schema=SCHEMA + 1, files="in another form")
     refused(lambda: verify(merged), merged / "pmerge.json")
     (finding,) = plan_average(run, merged, overwrite=True).findings
-    assert "pmerge.json is by a newer version of pmerge" in str(finding)
+    assert "by a newer version of pmerge" in str(finding)
 
 
 def test_a_result_of_another_algorithm_is_checked_but_for_its_sums(run: list[Path], tmp_path: Path) -> None:
