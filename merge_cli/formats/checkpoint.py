@@ -25,10 +25,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_cli.errors import IncompleteError, InputError, first_ten
-from merge_cli.formats.alike import Files, Moved
+from merge_cli.formats.alike import Files, Moved, original_of
 from merge_cli.formats.foreign import recognize
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES, Header, SeenHeaders, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
@@ -151,10 +152,10 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     dcp: DcpParts | None = None
 
-    @property
+    @cached_property
     def tensor_bytes(self) -> int:
         """The bytes of all tensors, headers not counted."""
-        return sum(stored.info.end - stored.info.start for stored in self.tensors.values())
+        return sum(stored.info.end - stored.info.start for stored in original_of(self.tensors).values())
 
 
 def open_safetensors(path: StrPath, *, seen: Opened | None = None) -> Checkpoint:

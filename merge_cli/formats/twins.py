@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 from contextlib import closing
 
 from merge_cli.errors import first_ten
+from merge_cli.formats.alike import original_of
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.stores.store import is_local, read_bytes
 
@@ -43,8 +44,11 @@ def _split(group: Sequence[Checkpoint], number: int) -> list[list[Checkpoint]]:
     for -1.
     """
     parts: dict[Hashable, list[Checkpoint]] = {}
+    places: dict[int, tuple[str, int]] = {}  # of checkpoints with equal headers, which share their tensors
     for each in group:
-        fact = _headers(each) if number < 0 else _block(each, number)
+        if number >= 0 and id(original_of(each.tensors)) not in places:
+            places[id(original_of(each.tensors))] = _place(each, number)
+        fact = _headers(each) if number < 0 else _block(each, *places[id(original_of(each.tensors))])
         parts.setdefault(fact, []).append(each)
     return [part for part in parts.values() if len(part) > 1]
 
@@ -53,18 +57,26 @@ def _headers(checkpoint: Checkpoint) -> Hashable:
     return tuple((file.name, file.header.sha256, file.file_bytes) for file in checkpoint.files)
 
 
-def _block(checkpoint: Checkpoint, number: int) -> Hashable:
-    """The values in the middle of one of the tensors, which are taken evenly by bytes; elsewhere
-    than on this machine the versions of all files.
+def _place(checkpoint: Checkpoint, number: int) -> tuple[str, int]:
+    """The key of one of the tensors, which are taken evenly by bytes, and the byte of it where
+    block `number` begins; "" where there is none.
     """
-    if not is_local(checkpoint.path):
-        return tuple(file.source.version for file in checkpoint.files)
     at = checkpoint.tensor_bytes * (2 * number + 1) // (2 * SAMPLES)
-    for stored in checkpoint.tensors.values():
+    for key, stored in original_of(checkpoint.tensors).items():
         size = stored.info.end - stored.info.start
         if at < size:
-            begin = max(0, min(at, size - SAMPLE_BYTES))
-            with closing(stored.file.source) as source:
-                return bytes(read_bytes(source, stored.offset + begin, min(SAMPLE_BYTES, size)))
+            return key, max(0, min(at, size - SAMPLE_BYTES))
         at -= size
-    return b""
+    return "", 0
+
+
+def _block(checkpoint: Checkpoint, key: str, begin: int) -> Hashable:
+    """The values there; elsewhere than on this machine the versions of all files."""
+    if not is_local(checkpoint.path):
+        return tuple(file.source.version for file in checkpoint.files)
+    if not key:
+        return b""
+    stored = checkpoint.tensors[key]
+    size = stored.info.end - stored.info.start
+    with closing(stored.file.source) as source:
+        return bytes(read_bytes(source, stored.offset + begin, min(SAMPLE_BYTES, size)))
