@@ -58,18 +58,18 @@ def analyze_command(
     for line in _lines(analysis):
         console.out(line)
     if not quiet:
-        console.say(f"analysis: {plan.folder};  next:  pmerge evaluate {checkpoints[0]} --text held_out.txt")
+        console.err(f"analysis: {plan.folder};  next:  pmerge evaluate {checkpoints[0]} --text held_out.txt")
 
 
 def _show_plan(plan: AnalysisPlan) -> None:
-    console.say(
+    console.err(
         f"analysis of {len(plan.candidates)} checkpoints: read {console.human_bytes(plan.bytes_to_read)},"
         f" buffers {console.human_bytes(plan.budget.bytes)} ({plan.budget.workers} threads)"
     )
     for note in plan.notes:
-        console.say(f"note: {note}")
+        console.err(f"note: {note}")
     for warning in plan.warnings:
-        console.say(f"warning: {warning}")
+        console.err(f"warning: {warning}")
 
 
 def _lines(analysis: Analysis) -> list[str]:

@@ -41,12 +41,12 @@ def average_command(
     """
     from merge_cli.cli.show import finish_dry_run, plan_as_json, result_as_json, show_plan, show_result, warn_of_nonfinite
     from merge_cli.cli.weights import split_weights
-    from merge_cli.cli.workers import Workers, errors_said_once, is_to_print, speak_for, this_process
+    from merge_cli.cli.workers import Workers, errors_reported_once, is_to_print, prefix_lines_of, this_process
     from merge_cli.features.average import plan_average
     from merge_cli.ranks.launcher import WORKER
 
     me = this_process(lay_over(Processes(), given))
-    muted, quiet = quiet, speak_for(me, quiet)
+    muted, quiet = quiet, prefix_lines_of(me, quiet)
     paths, weights = split_weights(checkpoints)
     if weights is not None:
         if "weights" in given:
@@ -57,7 +57,7 @@ def average_command(
         raise UsageError("--storage-bandwidth is for the estimate of --dry-run", hint="add --dry-run")
     is_first = me.source == WORKER and not me.rank and not dry_run
     with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
-        with errors_said_once(me), console.doing("reading headers", quiet):
+        with errors_reported_once(me), console.doing("reading headers", quiet):
             plan = plan_average(paths, output, rank=me, typed=sys.argv[1:], **given)
             if plan.findings and not dry_run:
                 raise plan.findings[0]
@@ -65,7 +65,7 @@ def average_command(
             show_plan(plan)
         if dry_run:
             if me.rank:
-                console.say(f"the plan is shown by rank 0 (rank from {me.source}); to run alone:  --world-size 1")
+                console.err(f"the plan is shown by rank 0 (rank from {me.source}); to run alone:  --world-size 1")
             else:
                 finish_dry_run(plan, as_json, quiet, bandwidth)
             raise typer.Exit(max((finding.exit_code for finding in plan.findings[:1]), default=0))
@@ -73,10 +73,10 @@ def average_command(
         if not quiet:
             show_result(plan, result)
         elif plan.rank.rank and not muted and result.has_published:
-            console.say(f"finished last and published {plan.output}")
+            console.err(f"finished last and published {plan.output}")
             warn_of_nonfinite(result)
         elif plan.rank.rank and plan.rank.source != WORKER and not muted and result.already_published:
-            console.say("the result exists already; its path is on the stdout of rank 0. To run alone:  --world-size 1")
+            console.err("the result exists already; its path is on the stdout of rank 0. To run alone:  --world-size 1")
         if not is_to_print(me, plan.output, result.has_published, result.already_published):
             return
         if as_json:

@@ -24,15 +24,15 @@ _DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2
 _CONTROL |= {code: f"\\u{code:04x}" for code in _DIRECTION}
 
 
-_speaker = ""
+_prefix = ""
 
 
-def speak_as(name: str) -> None:
+def prefix_lines(name: str) -> None:
     """Begin every line on stderr with `name`, for one of several processes that write to one
     terminal.
     """
-    global _speaker
-    _speaker = name
+    global _prefix
+    _prefix = name
 
 
 def printable(text: object) -> str:
@@ -65,7 +65,7 @@ def out_text(line: str) -> None:
         _print(part)
 
 
-def say(line: str = "") -> None:
+def err(line: str = "") -> None:
     """One line on stderr, broken between words on a terminal; a closed or broken stderr never stops
     a run.
     """
@@ -76,7 +76,7 @@ def say(line: str = "") -> None:
 def _say(line: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(_speaker + line, file=sys.stderr, flush=True)  # noqa: T201
+            print(_prefix + line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _print(text: str) -> None:
@@ -90,11 +90,11 @@ def _print(text: str) -> None:
 
 def print_error(error: PmergeError, label: str = "error") -> None:
     """An error on stderr: the problem and its place, found and expected, the next command."""
-    say(f"{label}: {error.message}")
+    err(f"{label}: {error.message}")
     for line in error.details:
-        say(f"  {line}")
+        err(f"  {line}")
     if error.hint:
-        say(f"hint: {error.hint}")
+        err(f"hint: {error.hint}")
 
 
 def report_error(error: PmergeError) -> None:
@@ -102,7 +102,7 @@ def report_error(error: PmergeError) -> None:
     result.
     """
     print_error(error)
-    if "--json" in sys.argv[1:] and not _speaker:  # of several ranks, those with a prefix leave stdout to another one
+    if "--json" in sys.argv[1:] and not _prefix:  # of several ranks, those with a prefix leave stdout to another one
         with suppress(PmergeError):
             out_json({"error": error.message, "details": error.details, "hint": error.hint})
 
@@ -110,7 +110,7 @@ def report_error(error: PmergeError) -> None:
 def dry_run_ended(findings: Sequence[PmergeError]) -> None:
     """The last line of --dry-run."""
     fine = "" if findings else "; nothing in the headers would stop this run (values were not read)"
-    say(f"dry run: nothing was written{fine}")
+    err(f"dry run: nothing was written{fine}")
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str =
     return layout.table(header, [[printable(cell) for cell in row] for row in rows], indent)
 
 
-def say_table(header: Sequence[str], rows: Iterable[Sequence[object]], optional: Collection[str] = ()) -> None:
+def err_table(header: Sequence[str], rows: Iterable[Sequence[object]], optional: Collection[str] = ()) -> None:
     """A table on stderr. On a terminal that is too narrow for it, `optional` columns are left out."""
     cells = [[printable(cell) for cell in row] for row in rows]
     for line in layout.table(header, cells, width=layout.width_of(sys.stderr), optional=optional):
@@ -217,7 +217,7 @@ class ProgressLine:
             self._bar.update(self._task, total=total, completed=done, text=_speed(progress, done, total))
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._last_line = time.monotonic()
-            say(f"{100 * done / max(total, 1):3.0f} %  {_speed(progress, done, total)}")
+            err(f"{100 * done / max(total, 1):3.0f} %  {_speed(progress, done, total)}")
 
 
 def _speed(progress: Progress, done: int, total: int) -> str:

@@ -101,12 +101,12 @@ def evaluate_command(
 
     def show(row: Row, done: int, total: int) -> None:
         if not quiet:
-            console.say(f"{done} of {total}  {row.name}  {_numbers(row, metric)}  ({console.human_seconds(row.seconds)})")
+            console.err(f"{done} of {total}  {row.name}  {_numbers(row, metric)}  ({console.human_seconds(row.seconds)})")
 
     result = run_evaluation(planned, on_row=show, command=sys.argv)
     _show_result(result, metric, as_json)
     if not quiet:
-        console.say(f"ledger: {result.folder};  next:  pmerge forecast {checkpoints[0]}")
+        console.err(f"ledger: {result.folder};  next:  pmerge forecast {checkpoints[0]}")
     if result.error is not None:
         raise result.error
 
@@ -142,13 +142,13 @@ def _show_plan(plan: EvaluationPlan) -> None:
     merges = sum(each.entry is not None for each in missing)
     known = f", {len(plan.known)} of {len(plan.targets)} are known" if plan.known else ""
     share = "" if plan.rank.is_alone else f" ({plan.rank})"
-    console.say(f"{len(missing)} evaluations{share}: {len(missing) - merges} checkpoints, {merges} merges{known}")
+    console.err(f"{len(missing)} evaluations{share}: {len(missing) - merges} checkpoints, {merges} merges{known}")
     if merges:
-        console.say(f"  merges take up to {console.human_bytes(plan.disk_bytes)} on the disk of {plan.folder}")
+        console.err(f"  merges take up to {console.human_bytes(plan.disk_bytes)} on the disk of {plan.folder}")
     for note in plan.notes:
-        console.say(f"note: {note}")
+        console.err(f"note: {note}")
     for warning in plan.evaluator.warnings:
-        console.say(f"warning: {warning}")
+        console.err(f"warning: {warning}")
 
 
 def _numbers(row: Row, wanted: list[str] | None) -> str:

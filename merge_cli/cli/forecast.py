@@ -44,9 +44,9 @@ def forecast_command(
             console.out(line)
     if not quiet:
         for warning in found.warnings:
-            console.say(f"warning: {warning.name}: {warning.text}")
+            console.err(f"warning: {warning.name}: {warning.text}")
     for refusal in found.refusals:
-        console.say(f"no forecast: {refusal.name}: {refusal.text}")
+        console.err(f"no forecast: {refusal.name}: {refusal.text}")
     if found.refusals:
         raise typer.Exit(1)
 

@@ -30,7 +30,7 @@ def push_command(
     with console.ProgressLine(quiet) as line:
         done = push(folder, address, read_back=read_back, on_progress=line.update)
     if not quiet:
-        console.say(
+        console.err(
             f"sent {console.count(len(done.sent), 'file')} ({console.human_bytes(done.sent_bytes)}),"
             f" kept {len(done.kept)} that were there, in {console.human_seconds(done.seconds)}"
         )

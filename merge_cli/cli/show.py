@@ -30,17 +30,17 @@ def show_plan(plan: AveragePlan) -> None:
         for i, (candidate, value) in enumerate(zip(plan.candidates, chosen.values, strict=True))
     ]
     parameters = "".join(f" {k}={v}" for k, v in merge.spec.parameters.items() if not isinstance(v, list))
-    console.say(f"average of {console.count(len(rows), 'checkpoint')} by {merge.spec.method}{parameters} -> {plan.output}")
+    console.err(f"average of {console.count(len(rows), 'checkpoint')} by {merge.spec.method}{parameters} -> {plan.output}")
     if not plan.rank.is_alone:
         _show_shares(plan)
     if folder:
-        console.say(f"  checkpoints in {folder}:")
-    console.say_table(("checkpoint", "step", "coefficient", " ", ""), rows, optional=(" ",))
-    console.say(
+        console.err(f"  checkpoints in {folder}:")
+    console.err_table(("checkpoint", "step", "coefficient", " ", ""), rows, optional=(" ",))
+    console.err(
         f"  as little noise as a plain average of {chosen.effective_sample_size:.1f} (effective sample size"
         f" {chosen.effective_sample_size:.2f} of {len(rows)}), on average {chosen.mean_age():.1f} checkpoints behind the newest"
     )
-    console.say(
+    console.err(
         f"  read {console.human_bytes(merge.bytes_to_read)}, write {console.human_bytes(merge.bytes_to_write)}"
         f" in {console.count(len(merge.files), 'file')}, buffers {console.human_bytes(plan.budget.bytes)}"
         f" ({console.count(plan.budget.workers, 'thread')}), device {plan.device.name},"
@@ -49,21 +49,21 @@ def show_plan(plan: AveragePlan) -> None:
     )
     side = merge.inputs[merge.base].side_files
     if side.kept or side.skipped:
-        console.say(f"  kept from the base: {console.names(side.kept) or 'nothing'}")
-        console.say(f"  left out: {console.names(side.skipped) or 'nothing'}")
+        console.err(f"  kept from the base: {console.names(side.kept) or 'nothing'}")
+        console.err(f"  left out: {console.names(side.skipped) or 'nothing'}")
     copied = sorted({key for file in merge.files for run in file.extents if run.is_copy for key in run.keys})
     if copied:
-        console.say(f"  copied, not averaged: {console.count(len(copied), 'tensor')} ({console.names(copied, 3)})")
+        console.err(f"  copied, not averaged: {console.count(len(copied), 'tensor')} ({console.names(copied, 3)})")
     if merge.spec.dtype != "keep":
         from merge_cli.output.manifest import with_dtype
 
         config = merge.inputs[merge.base].config
         recorded = "; config.json says so" if with_dtype(config, "bf16") != with_dtype(config, "fp32") else ""
-        console.say(f"  floats are written as {merge.spec.dtype}{recorded}")
+        console.err(f"  floats are written as {merge.spec.dtype}{recorded}")
     for note in plan.notes:
-        console.say(f"note: {note}")
+        console.err(f"note: {note}")
     for warning in plan.warnings:
-        console.say(f"warning: {warning}")
+        console.err(f"warning: {warning}")
 
 
 def _show_shares(plan: AveragePlan) -> None:
@@ -74,7 +74,7 @@ def _show_shares(plan: AveragePlan) -> None:
     largest = max(loads) * len(loads) / max(sum(loads), 1)
     parts = sum(not piece.is_whole for piece in pieces)
     of_files = f", {parts} of them parts of files" if parts else ""
-    console.say(
+    console.err(
         f"  {plan.rank} (from {plan.rank.source}): {console.count(len(pieces), 'piece')}{of_files};"
         f" the largest share is {largest:.2f} x the mean"
     )
@@ -90,7 +90,7 @@ def finish_dry_run(plan: AveragePlan, as_json: bool, quiet: bool, storage_bandwi
     expected = estimate(plan.merge, storage_bandwidth, device=plan.device)
     rate = console.human_bytes(expected.storage_bandwidth)
     if not quiet:
-        console.say(
+        console.err(
             f"  about {console.human_seconds(expected.seconds)}, limited by {expected.bottleneck}, at {rate}/s"
             f" {'as given' if storage_bandwidth else 'measured on the first bytes'}"
         )
@@ -107,12 +107,12 @@ def show_result(plan: AveragePlan, result: AverageResult) -> None:
 
     if not result.has_published:
         if result.already_published:
-            console.say("the result exists already, complete: nothing was left to do")
+            console.err("the result exists already, complete: nothing was left to do")
         elif plan.rank.source == WORKER:
-            console.say("done by all workers")
+            console.err("done by all workers")
         else:
             left = f"{result.missing} of {len(plan.merge.files)} files are with other ranks, the last of which publishes"
-            console.say(f"{plan.rank} has finished its part in {result.seconds:.1f} s; {left}")
+            console.err(f"{plan.rank} has finished its part in {result.seconds:.1f} s; {left}")
         return
     statistics = result.statistics
     parts = {
@@ -122,17 +122,17 @@ def show_result(plan: AveragePlan, result: AverageResult) -> None:
     }
     moved = statistics.bytes_read + statistics.bytes_written
     shares = ", ".join(f"{name} {100 * seconds / max(sum(parts.values()), 1e-9):.0f} %" for name, seconds in parts.items())
-    console.say(
+    console.err(
         f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s; most time went into"
         f" {max(parts, key=lambda name: parts[name])} ({shares})"
     )
     if statistics.requantization_error is not None:
         largest, mean = statistics.requantization_error
-        console.say(f"quantizing again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
+        console.err(f"quantizing again added an error of {largest:.2%} at most, {mean:.2%} on average (relative to the magnitudes)")
     for note in statistics.notes:
-        console.say(f"note: {note}")
+        console.err(f"note: {note}")
     if result.reused:
-        console.say(f"{console.count(result.reused, 'file')} of an earlier run kept")
+        console.err(f"{console.count(result.reused, 'file')} of an earlier run kept")
     warn_of_nonfinite(result)
 
 
@@ -142,7 +142,7 @@ def warn_of_nonfinite(result: AverageResult) -> None:
         [f"`{key}` has {console.count(count, 'element')} that are NaN or Inf" for key, count in result.nonfinite.items()],
         "such tensors",
     ):
-        console.say(f"warning: {line}")
+        console.err(f"warning: {line}")
 
 
 def plan_as_json(plan: AveragePlan) -> dict[str, Any]:

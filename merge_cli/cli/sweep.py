@@ -52,12 +52,12 @@ def sweep_command(
 
     Example:  pmerge sweep run/ -o sweep --method sma,ema:0.1,ema:0.2 --last 3,6,10
     """
-    from merge_cli.cli.workers import Workers, errors_said_once, is_to_print, speak_for, this_process
+    from merge_cli.cli.workers import Workers, errors_reported_once, is_to_print, prefix_lines_of, this_process
     from merge_cli.features.sweep import as_dict, plan_sweep
     from merge_cli.ranks.launcher import WORKER
 
     me = this_process(lay_over(Processes(), given))
-    muted, quiet = quiet, speak_for(me, quiet)
+    muted, quiet = quiet, prefix_lines_of(me, quiet)
     if list_file is None:
         method = method or DEFAULT
     elif method is None and (last or every or at):
@@ -66,7 +66,7 @@ def sweep_command(
         )
     is_first = me.source == WORKER and not me.rank and not dry_run
     with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
-        with errors_said_once(me), console.doing("reading headers", quiet):
+        with errors_reported_once(me), console.doing("reading headers", quiet):
             plan = plan_sweep(
                 checkpoints,
                 output,
@@ -85,7 +85,7 @@ def sweep_command(
             _show_plan(plan)
         if dry_run:
             if me.rank:
-                console.say(f"the plan is shown by rank 0 (this is from {me.source}); to be alone:  --world-size 1")
+                console.err(f"the plan is shown by rank 0 (this is from {me.source}); to be alone:  --world-size 1")
             else:
                 _finish_dry_run(plan, as_json, quiet)
             raise typer.Exit(max((finding.exit_code for finding in plan.findings[:1]), default=0))
@@ -95,9 +95,9 @@ def sweep_command(
     if not quiet:
         _show_result(plan, result)
     elif not muted and result.published:
-        console.say(f"has published {console.names(list(map(str, result.published)))}")
+        console.err(f"has published {console.names(list(map(str, result.published)))}")
     elif not muted and me.source != WORKER and not result.missing:
-        console.say("the results exist already; their paths are on the stdout of rank 0. To be alone:  --world-size 1")
+        console.err("the results exist already; their paths are on the stdout of rank 0. To be alone:  --world-size 1")
     if not as_json:
         for path in paths:
             console.out(path)
@@ -124,9 +124,9 @@ def _run(plan: SweepPlan, quiet: bool, others: Workers) -> tuple[SweepResult, bo
 def _show_plan(plan: SweepPlan) -> None:
     done = {each.combination.name for each in plan.outputs if each.is_done}
     made, used = console.count(len(plan.outputs), "output"), console.count(len(plan.inputs), "checkpoint")
-    console.say(f"sweep of {made} from {used} -> {plan.output}")
+    console.err(f"sweep of {made} from {used} -> {plan.output}")
     if not plan.rank.is_alone:
-        console.say(f"  {plan.rank} (from {plan.rank.source}): they share the pieces of all outputs")
+        console.err(f"  {plan.rank} (from {plan.rank.source}): they share the pieces of all outputs")
     rows = []
     for each in plan.outputs:
         steps = ["-" if candidate.step is None else str(candidate.step) for candidate in each.candidates]
@@ -143,15 +143,15 @@ def _show_plan(plan: SweepPlan) -> None:
             )
         )
     header = ("output", "N", "steps", "effective", "mean age", "coefficients", "")
-    console.say_table(header, rows, optional=("coefficients", "steps"))
-    console.say("  effective: a plain average of so many has as little noise; mean age: checkpoints behind the newest, on average")
+    console.err_table(header, rows, optional=("coefficients", "steps"))
+    console.err("  effective: a plain average of so many has as little noise; mean age: checkpoints behind the newest, on average")
     for same, name in plan.same_as:
-        console.say(f"  {same.name} is the same as {name}, and is not written")
+        console.err(f"  {same.name} is the same as {name}, and is not written")
     for line in first_ten([f"{skipped.name} is skipped: {reason}" for skipped, reason in plan.skipped], "such combinations"):
-        console.say(f"  {line}")
+        console.err(f"  {line}")
     for number, group in enumerate(plan.groups, 1):
         first = f"group {number} of {len(plan.groups)} (another layout): " if len(plan.groups) > 1 else ""
-        console.say(
+        console.err(
             f"  {first}{console.count(len(group.outputs), 'output')} from {console.count(len(group.merge.inputs), 'checkpoint')}:"
             f" read {console.human_bytes(group.bytes_to_read)} (separate runs: {console.human_bytes(group.bytes_read_separately)}),"
             f" write {console.human_bytes(group.merge.bytes_to_write)}, buffers {console.human_bytes(group.budget.bytes)}"
@@ -159,9 +159,9 @@ def _show_plan(plan: SweepPlan) -> None:
             f" kernel {plan.kernel}"
         )
     for note in plan.notes:
-        console.say(f"note: {note}")
+        console.err(f"note: {note}")
     for warning in plan.warnings:
-        console.say(f"warning: {warning}")
+        console.err(f"warning: {warning}")
 
 
 def _finish_dry_run(plan: SweepPlan, as_json: bool, quiet: bool) -> None:
@@ -184,13 +184,13 @@ def _show_result(plan: SweepPlan, result: SweepResult) -> None:
     done = f"done in {result.seconds:.1f} s, {moved / max(result.seconds, 1e-9) / 1e9:.2f} GB/s"
     if result.missing:
         left = f"{sum(result.missing.values())} files of {len(result.missing)} outputs are with other ranks"
-        console.say(f"{done}; {plan.rank} has finished its part; {left}, the last of which publishes")
+        console.err(f"{done}; {plan.rank} has finished its part; {left}, the last of which publishes")
     else:
-        console.say(f"{done}; {console.count(len(result.outputs), 'output')} listed in {result.report}")
+        console.err(f"{done}; {console.count(len(result.outputs), 'output')} listed in {result.report}")
     for note in result.statistics.notes:
-        console.say(f"note: {note}")
+        console.err(f"note: {note}")
     if result.reused:
-        console.say(f"{console.count(result.reused, 'file')} of an earlier run kept")
+        console.err(f"{console.count(result.reused, 'file')} of an earlier run kept")
 
 
 def _costs(plan: SweepPlan) -> dict[str, Any]:

@@ -93,12 +93,12 @@ def _show(found: Verification, quiet: bool, named: bool) -> None:
             console.out(f"{found.recomputed} of {console.count(found.num_tensors, 'tensor')} computed again")
         console.out("ok" if found.ok else f"{console.count(len(found.problems), 'check')} failed")
     for problem in found.problems[:20]:
-        console.say(f"error: {problem}")
+        console.err(f"error: {problem}")
     if len(found.problems) > 20:
-        console.say(f"... and {len(found.problems) - 20} more; --json lists them all")
+        console.err(f"... and {len(found.problems) - 20} more; --json lists them all")
     if not quiet:
         for note in found.notes[:10]:
-            console.say(f"note: {note}")
+            console.err(f"note: {note}")
 
 
 def _parse_sample(text: str) -> int | None:

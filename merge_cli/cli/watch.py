@@ -89,7 +89,7 @@ def watch_command(
     def show(event: Event) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         if not quiet or event.kind in _LOUD:
-            console.say(f"{now}  {event.kind:8}  {event.text}")
+            console.err(f"{now}  {event.kind:8}  {event.text}")
         if as_json:
             console.out_json_line({"time": now, "event": event.kind, **{k: v for k, v in vars(event).items() if v and k != "kind"}})
         elif event.kind == "done":

@@ -37,18 +37,18 @@ def this_process(processes: Processes) -> Rank:
     return Rank(0, count, 0, count, WORKER) if me.source != WORKER and count > 1 else me
 
 
-def speak_for(me: Rank, quiet: bool) -> bool:
+def prefix_lines_of(me: Rank, quiet: bool) -> bool:
     """Name this process in its lines; whether it is to be quiet: one rank talks for all, each task
     of an array has its own log.
     """
     if not me.rank or me.source == ARRAY:
         return quiet
-    console.speak_as(f"worker {me.rank}: " if me.source == WORKER else f"{me}: ")
+    console.prefix_lines(f"worker {me.rank}: " if me.source == WORKER else f"{me}: ")
     return True
 
 
 @contextmanager
-def errors_said_once(me: Rank) -> Iterator[None]:
+def errors_reported_once(me: Rank) -> Iterator[None]:
     """While planning: every worker meets the same error, and the first one reports it."""
     try:
         yield
@@ -68,7 +68,7 @@ def run_with(others: Workers, run: Callable[[bool], T]) -> tuple[T, bool]:
         return result, False
     result = run(True)
     for line in failed:
-        console.say(f"warning: {line}; this one did its work")
+        console.err(f"warning: {line}; this one did its work")
     return result, True
 
 

@@ -144,7 +144,7 @@ class _Watcher:
         self._merges = WatchedMerges(plan.folder)
         self._evaluator: Evaluator | None = None
         self._arrivals = Arrivals(plan.run, plan.settle_s)
-        self._said: set[tuple[str, str, str]] = set()
+        self._emitted: set[tuple[str, str, str]] = set()
         self.failed: dict[int, tuple[float, float]] = {}  # step -> when to try again, and how long was waited for that
 
     def look(self) -> None:
@@ -190,7 +190,7 @@ class _Watcher:
                 if merge.state == "made" and (self._merges.path(name)).is_dir():
                     self._hand_over(name, merge.step)
                 else:
-                    self._say(Event("skipped", f"{name}: its checkpoints are gone", merge.step, name))
+                    self._emit(Event("skipped", f"{name}: its checkpoints are gone", merge.step, name))
                     self._merges.note(name, replace(merge, state="skipped", reason="its checkpoints are gone"))
 
     def _open_kinds(self, candidate: Candidate, listed: Sequence[Candidate]) -> list[Combination]:
@@ -238,7 +238,7 @@ class _Watcher:
             wait = min(_LONGEST_RETRY_S, max(1.0, self._plan.settle_s, 2 * waited))
             self.failed[step] = (time.monotonic() + wait, wait)
             lines = str(error).splitlines()
-            self._say(Event("failed", "; ".join(" ".join(line.split()) for line in lines), None if step < 0 else step))
+            self._emit(Event("failed", "; ".join(" ".join(line.split()) for line in lines), None if step < 0 else step))
 
     def _work(self, step: int, complete: Sequence[Candidate], kinds: Sequence[Combination], listed: int) -> None:
         """Everything at one checkpoint: make, measure, report, hand over, note, remove older ones."""
@@ -259,7 +259,7 @@ class _Watcher:
         for name in made:
             self._hand_over(name, step)
         for name, merge in skipped.items():
-            self._say(Event("skipped", f"{name}: {merge.reason}", step, name))
+            self._emit(Event("skipped", f"{name}: {merge.reason}", step, name))
             self._merges.note(name, replace(merge, checkpoints=listed))
         self._remove_older()
 
@@ -288,7 +288,7 @@ class _Watcher:
             merge = self._merges.record.merges[name]
             if merge.state != "made":
                 about = f"{len(each.candidates)} checkpoints in {result.seconds:.1f} s"
-                self._say(Event("merged", f"{path}  {about}", step, name, path))
+                self._emit(Event("merged", f"{path}  {about}", step, name, path))
             self._merges.note(name, replace(merge, state="made", manifest=sha256_of(each.path / MANIFEST), reason=""))
         return {each.combination.name: each.combination for each in planned.outputs}
 
@@ -297,7 +297,7 @@ class _Watcher:
         if self._evaluator is None and plan.evaluator is not None:
             self._evaluator = plan.evaluator(Path(complete[-1].path))
             for warning in self._evaluator.warnings:
-                self._say(Event("warning", warning, step))
+                self._emit(Event("warning", warning, step))
         assert self._evaluator is not None
         entries = [single(step), *map(_entry, made.values())]
         planned = plan_evaluation(
@@ -309,7 +309,7 @@ class _Watcher:
             keep=True,
             allow_equal=plan.allow_equal,
         )
-        result = run_evaluation(planned, on_row=lambda row, done, total: self._say(_measured(row, plan.metric)), command=sys.argv)
+        result = run_evaluation(planned, on_row=lambda row, done, total: self._emit(_measured(row, plan.metric)), command=sys.argv)
         if result.error is not None:
             raise result.error
         if plan.report is not None:
@@ -322,11 +322,11 @@ class _Watcher:
         if found.now is not None:
             now = found.now
             text = f"annealed loss now {now.value:.4f} ({now.low:.4f} to {now.high:.4f})"
-            self._say(Event("forecast", text, step, metrics={"value": now.value, "low": now.low, "high": now.high}))
+            self._emit(Event("forecast", text, step, metrics={"value": now.value, "low": now.low, "high": now.high}))
         else:
-            self._say(Event("forecast", "none yet: " + "; ".join(each.text for each in found.refusals), step))
+            self._emit(Event("forecast", "none yet: " + "; ".join(each.text for each in found.refusals), step))
         path = report(plan.run, plan.report, ledger=plan.folder, metric=plan.metric)
-        self._say(Event("report", str(path), step, path=str(path)))
+        self._emit(Event("report", str(path), step, path=str(path)))
 
     def _hand_over(self, name: str, step: int) -> None:
         """Run the command after a merge, and note the merge as finished."""
@@ -344,9 +344,9 @@ class _Watcher:
                 tether.cut()
             if code != 0:
                 raise EvaluationError(f"--then ended with exit code {code} for {name}", hint=f"its output is in {folder}")
-            self._say(Event("then", f"ended with 0 for {name}", step, name, str(path)))
+            self._emit(Event("then", f"ended with 0 for {name}", step, name, str(path)))
         self._merges.note(name, replace(self._merges.record.merges[name], state="done"))
-        self._say(Event("done", str(path), step, name, str(path)))
+        self._emit(Event("done", str(path), step, name, str(path)))
 
     def _remove_older(self) -> None:
         """Of each kind, keep the newest merges; only folders that are recorded as made here go."""
@@ -362,15 +362,15 @@ class _Watcher:
     def _remove(self, name: str) -> None:
         step, path = self._merges.record.merges[name].step, str(self._merges.path(name))
         kept = self._merges.remove(name)
-        self._say(Event("kept", f"{path}: {kept}", step, name, path) if kept else Event("removed", path, step, name, path))
+        self._emit(Event("kept", f"{path}: {kept}", step, name, path) if kept else Event("removed", path, step, name, path))
 
     def _once(self, kind: str, about: str, text: str, step: int | None = None) -> None:
         """An event that is not repeated while nothing changes."""
-        if (kind, about, text) not in self._said:
-            self._said.add((kind, about, text))
-            self._say(Event(kind, text if text == about else f"{about}: {text}", step, path=about))
+        if (kind, about, text) not in self._emitted:
+            self._emitted.add((kind, about, text))
+            self._emit(Event(kind, text if text == about else f"{about}: {text}", step, path=about))
 
-    def _say(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         self._on_event(event)
 
 

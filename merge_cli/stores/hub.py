@@ -107,7 +107,7 @@ class HubSource:
         answer = self._store.client.head(self._url)
         location = answer.headers.get("Location")
         if answer.status not in (200, 302, 303, 307, 308) or (answer.status != 200 and not location):
-            raise StoreError(f"cannot read {self.path}: {_said(answer)}")
+            raise StoreError(f"cannot read {self.path}: {_reason(answer)}")
         size = answer.headers.get("X-Linked-Size") or (answer.headers.get("Content-Length") if answer.status == 200 else None)
         if size is not None and size != str(self.num_bytes):
             raise ChangedError(f"{self.path} has {size} bytes by its link, and {self.num_bytes} by its listing", offset=0)
@@ -257,15 +257,15 @@ class HubStore:
         code = answer.headers.get("X-Error-Code", "")
         page = f"{self.endpoint}/{repo}"
         if code == "GatedRepo" or answer.status == 403:
-            return InputError(f"access to {repo} is refused: {_said(answer)}", hint=f"ask for it at {page}, then  hf auth login")
+            return InputError(f"access to {repo} is refused: {_reason(answer)}", hint=f"ask for it at {page}, then  hf auth login")
         if code == "RevisionNotFound":
             return InputError(f"{repo} has no branch, tag or commit {revision}", hint=f"see  {page}/tree/main")
         if answer.status in (401, 404):
             return InputError(
-                f"there is no model {repo} on {urlsplit(self.endpoint).hostname}, or no access to it: {_said(answer)}",
+                f"there is no model {repo} on {urlsplit(self.endpoint).hostname}, or no access to it: {_reason(answer)}",
                 hint="hf auth login, or HF_TOKEN=..., for private and gated repositories",
             )
-        return InputError(f"cannot list {repo}: {_said(answer)}")
+        return InputError(f"cannot list {repo}: {_reason(answer)}")
 
 
 STORE = HubStore()
@@ -296,5 +296,5 @@ def _file_in_cache(path: Path) -> File:
     return File(path.stat().st_size, f"{'sha256' if len(name) == 64 else 'git'} {name}")
 
 
-def _said(answer: Answer) -> str:
+def _reason(answer: Answer) -> str:
     return answer.headers.get("X-Error-Message") or f"the server answered {answer.status}"
