@@ -107,7 +107,8 @@ def plan_average(
     rank = rank or Rank()
     if run.verify_resume and not rank.is_alone:
         raise UsageError("--verify-resume is for one process", hint="pmerge verify checks the result")
-    found, skipped, left_out = find_candidates(paths, selection)
+    seen = Seen(run.max_header)
+    found, skipped, left_out = find_candidates(paths, selection, seen)
     if typed and not run.restart:
         from merge_cli.output.resumed import keep_selected
 
@@ -118,7 +119,6 @@ def plan_average(
     candidates = selected.candidates
     coefficients, doubts = coefficients_of(candidates, spec, selection.order)
     wait_until_still([candidate.path for candidate in candidates if is_local(candidate.path)], run.settle)
-    seen = Seen(run.max_header)
     inputs = [open_checkpoint(candidate.path, seen=seen, training_state=spec.training_state) for candidate in candidates]
     base = _find_base(candidates, selection.base)
     steps = [candidate.step for candidate in candidates]

@@ -20,6 +20,7 @@ from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
 from merge_cli.formats.foreign import recognize
+from merge_cli.formats.opening import Seen
 from merge_cli.formats.pickled import ENDINGS, is_shard, pickled_files
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
@@ -347,13 +348,13 @@ class Found(NamedTuple):
     warnings: list[str]
 
 
-def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None = None) -> Found:
+def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None = None, seen: Seen | None = None) -> Found:
     """The checkpoints at `paths`. Raises InputError or UsageError.
 
     Of those in a run folder the newest is left out if it is incomplete, with a warning; all that
     are incomplete if `incomplete` is "skip"; none, so that opening it is an error, if "error", or
     if fewer than two would be left. An earlier result of pmerge is an error unless `allow_merged`
-    is set. Modification times are read only if `order` is "mtime".
+    is set. Modification times are read only if `order` is "mtime". `seen` as in `open_checkpoint`.
     """
     asked = asked or Selection()
     if not isinstance(paths, str | os.PathLike) and not paths:
@@ -374,7 +375,7 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
     if any(is_glob(path) and not is_local(path) for path in named):
         return Found(candidates, skipped, [])  # revisions of the Hub are complete
     in_runs = [each for each in candidates if each.path not in named]
-    left_out = find_incomplete(in_runs, asked.incomplete)
+    left_out = find_incomplete(in_runs, asked.incomplete, seen)
     if len(candidates) - len(left_out) < 2:
         left_out = {}  # an average of one is none: opening it is the error that names it
     warnings = [f"{path} is left out as incomplete: {reason}" for path, reason in left_out.items()]

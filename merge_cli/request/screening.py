@@ -10,6 +10,7 @@ from pathlib import Path
 
 from merge_cli.errors import UsageError, first_ten
 from merge_cli.formats.completeness import incomplete_reason
+from merge_cli.formats.opening import Seen
 from merge_cli.names import MANIFEST
 from merge_cli.request.labels import Candidate
 from merge_cli.stores.store import folder_of, is_local
@@ -17,12 +18,13 @@ from merge_cli.stores.store import folder_of, is_local
 _LONG = 200
 
 
-def find_incomplete(in_runs: Sequence[Candidate], which: str) -> dict[str, str]:
+def find_incomplete(in_runs: Sequence[Candidate], which: str, seen: Seen | None = None) -> dict[str, str]:
     """By path, why a checkpoint of a run folder is incomplete: of the newest ones, or of all if
-    `which` is "skip"; nothing is looked at if it is "error". Raises InputError for other faults.
+    `which` is "skip"; nothing is looked at if it is "error". `seen` as in `open_checkpoint`. Raises
+    InputError for other faults.
     """
     chosen = {"newest": _newest_of_each_run(in_runs), "skip": in_runs, "error": []}[which]
-    reasons = {each.path: incomplete_reason(each.path) for each in chosen}
+    reasons = {each.path: incomplete_reason(each.path, seen=seen) for each in chosen}
     return {path: reason for path, reason in reasons.items() if reason is not None}
 
 

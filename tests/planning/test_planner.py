@@ -114,6 +114,13 @@ def test_equal_headers_and_indexes_are_parsed_once(tmp_path: Path, monkeypatch: 
     assert sorted(parsed) == ["_parse_index", "parse_header", "parse_header"]
 
 
+def test_the_first_checkpoint_opened_need_not_be_an_input(tmp_path: Path) -> None:
+    seen = Seen()
+    paths = [write(tmp_path / f"c{step}", "quantized", step) for step in range(3)]
+    opened = [open_checkpoint(path, seen=seen) for path in paths]
+    assert places(planned(opened[1:])) == places(planned(list(map(open_checkpoint, paths[1:]))))
+
+
 def test_one_record_a_tensor_is_held_for_inputs_with_equal_headers(tmp_path: Path) -> None:
     seen = Seen()
     inputs = [open_checkpoint(write(tmp_path / f"c{step}", "quantized", step), seen=seen) for step in range(4)]
