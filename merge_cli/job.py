@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_cli.errors import OutputError
+from merge_cli.output.destination import Destination
 from merge_cli.output.existing import read_manifest
 from merge_cli.output.joint import JointDestination
 from merge_cli.output.manifest import count_nonfinite
 from merge_cli.output.progress import Progress, RunProgress
 from merge_cli.output.publish import publish
 from merge_cli.output.records import FileRecord
-from merge_cli.output.sink import Destination, PublishingSink
+from merge_cli.output.sink import PublishingSink
 from merge_cli.output.solo import SoloDestination
 from merge_cli.planning.plan import MergePlan, WorkItem
 from merge_cli.ranks.launcher import Rank

@@ -39,24 +39,17 @@ def place(path: Path) -> str:
 
 @cache
 def imports_of(path: Path) -> frozenset[str]:
-    """The modules that a file imports at run time, also inside functions; `merge_cli` ones as paths
-    of files.
+    """The modules that a file imports, also inside functions or for types alone; `merge_cli` ones
+    as paths of files.
     """
     tree = ast.parse((PACKAGE / path).read_text())
-    for_types = {id(node) for each in ast.walk(tree) if is_for_types(each) for node in ast.walk(each)}
     found: set[str] = set()
     for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
         if isinstance(node, ast.ImportFrom) and node.module:
             found.update(file_of(f"{node.module}.{alias.name}") or file_of(node.module) for alias in node.names)
         elif isinstance(node, ast.Import):
             found.update(file_of(alias.name) for alias in node.names)
     return frozenset(found)
-
-
-def is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def file_of(module: str) -> str:

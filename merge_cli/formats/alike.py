@@ -9,13 +9,9 @@ a record of its tensor is made of the first one's when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, KeysView, Mapping
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
-if TYPE_CHECKING:
-    from merge_cli.formats.checkpoint import WeightFile
-
-Files = Mapping["WeightFile", "WeightFile"]
-"""A file of one checkpoint -> that of another with the same header."""
+from merge_cli.formats.weight_file import Files
 
 
 class Movable(Protocol):

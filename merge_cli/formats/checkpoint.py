@@ -29,13 +29,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_cli.errors import IncompleteError, InputError, first_ten
-from merge_cli.formats.alike import Files, Moved, original_of
+from merge_cli.formats.alike import Moved, original_of
 from merge_cli.formats.foreign import recognize
-from merge_cli.formats.safetensors import MAX_HEADER_BYTES, Header, SeenHeaders, TensorInfo, read_header
+from merge_cli.formats.safetensors import MAX_HEADER_BYTES, SeenHeaders, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files
 from merge_cli.formats.untrusted_json import DECODER, parse_member, walk_object
-from merge_cli.stores.local import version_of_time
-from merge_cli.stores.store import Entry, Source, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
+from merge_cli.formats.weight_file import Files, WeightFile
+from merge_cli.stores.store import Entry, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
 from merge_cli.system.json_text import may_hold_surrogates, parse_json
 
 if TYPE_CHECKING:
@@ -48,42 +48,6 @@ _PART_NUMBER = re.compile(r"^(?P<stem>.+)[-_](?P<number>\d{4,7})\.safetensors$")
 RANK_FOLDER = re.compile(r"^(?:[a-z]*_)?(?:mp|tp|pp|ep|dp|cp|rank)(?:_rank)?[_-]?\d+(?:[_-].*)?$", re.IGNORECASE)
 MAX_INDEX_BYTES = 100_000_000  # as much as a header; the largest in use have about 20 MB
 MAX_CONFIG_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class WeightFile:
-    """One safetensors file of a checkpoint; `name` is its path inside the checkpoint."""
-
-    source: Source
-    name: str
-    header: Header
-
-    @property
-    def path(self) -> str:
-        return self.source.path
-
-    @property
-    def file_bytes(self) -> int:
-        return self.header.file_bytes
-
-    def moved(self, files: Files) -> WeightFile:
-        """The file of another checkpoint that stands for this one in `files`."""
-        return files[self]
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies the file's content, on every host and after a remount: size, version and
-        hash of the header.
-        """
-        return {"file_bytes": self.file_bytes, "version": self.source.version, "header_sha256": self.header.sha256}
-
-
-def recorded_fingerprint(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's fingerprint out of a record; before there were stores it had a time and an inode
-    instead of a version.
-    """
-    kept = {key: value for key, value in record.items() if key not in ("mtime_ns", "inode")}
-    return {"version": version_of_time(record["mtime_ns"]), **kept} if "mtime_ns" in record else kept
 
 
 class Stored(NamedTuple):

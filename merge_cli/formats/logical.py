@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from merge_cli.formats.alike import Files, Moved, original_of
+from merge_cli.formats.alike import Moved, original_of
 from merge_cli.formats.checkpoint import Checkpoint, Stored
 from merge_cli.formats.quantization import Codec, Found, find_quantized
 from merge_cli.formats.safetensors import DTYPES
+from merge_cli.formats.weight_file import Files
 
 Shape = tuple[int, ...]
 

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from merge_cli.errors import IncompleteError, InputError, UnsupportedError, first_ten
-from merge_cli.formats.checkpoint import Checkpoint, Stored, WeightFile, read_config
+from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
 from merge_cli.formats.safetensors import DTYPES, Header, TensorInfo, num_elements
 from merge_cli.formats.side_files import list_side_files
 from merge_cli.formats.torch_zip import list_tensors
+from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.store import StrPath, as_path, join, name_of, open_store
 
 LAYOUT = "pickle"

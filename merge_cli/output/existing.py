@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import InputError, OutputError, first_ten
-from merge_cli.formats.checkpoint import recorded_fingerprint
+from merge_cli.formats.weight_file import recorded_fingerprint
 from merge_cli.names import MANIFEST
 from merge_cli.output.folder import differences, staging_path
 from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed

@@ -37,7 +37,7 @@ from typing import Any
 from merge_cli.engine.sink import Writer
 from merge_cli.engine.writer import CHECKPOINT, shard_writer
 from merge_cli.errors import OutputError, first_ten
-from merge_cli.formats.checkpoint import recorded_fingerprint
+from merge_cli.formats.weight_file import recorded_fingerprint
 from merge_cli.names import STAGING_SUFFIX
 from merge_cli.output.lock import Lock
 from merge_cli.output.records import DONE, Records

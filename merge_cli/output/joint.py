@@ -35,12 +35,13 @@ from pathlib import Path
 from merge_cli.engine.sink import Writer
 from merge_cli.engine.writer import assemble
 from merge_cli.errors import OutputError
+from merge_cli.output.destination import Claim
 from merge_cli.output.existing import already_there, is_in_the_way, is_published
 from merge_cli.output.folder import StagingFolder
 from merge_cli.output.lock import Lock, flock
 from merge_cli.output.publish import recover
 from merge_cli.output.records import FileRecord
-from merge_cli.output.sink import Claim, Discard
+from merge_cli.output.sink import Discard
 from merge_cli.output.solo import complete_records
 from merge_cli.output.trust import uids_of
 from merge_cli.planning.plan import MergePlan, OutputFile, WorkItem
@@ -58,8 +59,8 @@ _SHARED_WAIT_S = 2.0
 
 
 class JointDestination:
-    """A `Destination` (see `sink.py`) that one rank of several shares; `rank` None belongs to
-    somebody who only publishes.
+    """A `Destination` (see `destination.py`) that one rank of several shares; `rank` None belongs
+    to somebody who only publishes.
 
     `own` are the names of the items in this rank's share. Records are looked into only by a rank
     that is alone: a record of a live rank is durable. So the time that hundreds of ranks need to

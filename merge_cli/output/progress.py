@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merge_cli.errors import OutputError
-from merge_cli.output.sink import Destination
+from merge_cli.output.destination import Destination
 from merge_cli.ranks.launcher import Rank
 from merge_cli.system.files import read_json
 

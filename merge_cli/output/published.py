@@ -22,9 +22,9 @@ from typing import Any
 from zlib import crc32
 
 from merge_cli.errors import InputError, PmergeError
-from merge_cli.formats.checkpoint import recorded_fingerprint
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import Header, parse_header
+from merge_cli.formats.weight_file import recorded_fingerprint
 from merge_cli.names import MANIFEST
 from merge_cli.output.manifest import digest, index_of, side_files
 from merge_cli.planning.plan import MergePlan, OutputFile

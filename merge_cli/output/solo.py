@@ -8,12 +8,12 @@ from pathlib import Path
 
 from merge_cli.engine.sink import Writer
 from merge_cli.errors import OutputError
+from merge_cli.output.destination import Claim
 from merge_cli.output.existing import already_there, is_in_the_way, is_published
 from merge_cli.output.folder import StagingFolder
 from merge_cli.output.lock import Lock
 from merge_cli.output.publish import recover
 from merge_cli.output.records import FileRecord, files_have_changed
-from merge_cli.output.sink import Claim
 from merge_cli.output.trust import uids_of
 from merge_cli.planning.plan import MergePlan, WorkItem
 from merge_cli.planning.record import describe
@@ -22,7 +22,7 @@ from merge_cli.system.durable import output_error
 
 
 class SoloDestination:
-    """A `Destination` (see `sink.py`) whose staging folder nobody else may touch meanwhile.
+    """A `Destination` (see `destination.py`) whose staging folder nobody else may touch meanwhile.
 
     Entering raises OutputError if another run holds the lock, if the destination is another result,
     or if the staging folder belongs to another request.

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from merge_cli.errors import UsageError
-from merge_cli.formats.checkpoint import Checkpoint, WeightFile
+from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.dcp.checkpoint import chunk_key
 from merge_cli.formats.dcp.clone import CloneFile, Copied, DcpParts
 from merge_cli.formats.dcp.entries import AVERAGE, BASE
 from merge_cli.formats.dcp.item import Envelope
+from merge_cli.formats.weight_file import WeightFile
 from merge_cli.planning.extents import Entry
 from merge_cli.planning.plan import ExtentBuilder, Gap, Location, Output, OutputFile
 from merge_cli.request.spec import MergeSpec

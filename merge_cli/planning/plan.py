@@ -23,10 +23,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, TypeVar, overload
 
-from merge_cli.formats.alike import Files
-from merge_cli.formats.checkpoint import Checkpoint, WeightFile
+from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.quantization import Codec
 from merge_cli.formats.safetensors import DTYPES
+from merge_cli.formats.weight_file import Files, WeightFile
 from merge_cli.planning.sums import WeightedSum, weighted_sum
 from merge_cli.request.coefficients import IDENTITY, Coefficients
 from merge_cli.request.spec import MergeSpec

@@ -22,8 +22,8 @@ from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
 from merge_cli.errors import ChangedError, UsageError
 from merge_cli.features.average import plan_average
-from merge_cli.formats.checkpoint import WeightFile
 from merge_cli.formats.opening import open_checkpoint
+from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 from merge_cli.tuning import direct
 

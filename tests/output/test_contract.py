@@ -19,8 +19,8 @@ from merge_cli import Rank, plan_average
 from merge_cli.engine.sink import Writer
 from merge_cli.errors import OutputError
 from merge_cli.features.average import AveragePlan
+from merge_cli.output.destination import Claim, Destination
 from merge_cli.output.joint import JointDestination
-from merge_cli.output.sink import Claim, Destination
 from merge_cli.output.solo import SoloDestination
 from merge_cli.planning.plan import WorkItem
 

@@ -36,9 +36,9 @@ from merge_cli.engine import writer
 from merge_cli.errors import InputError, NonFiniteError, OutputError, UsageError
 from merge_cli.features.average import AverageResult
 from merge_cli.output import joint
+from merge_cli.output.destination import Claim
 from merge_cli.output.joint import JointDestination
 from merge_cli.output.lock import Lock
-from merge_cli.output.sink import Claim
 from merge_cli.planning.plan import OutputFile, WorkItem
 from merge_cli.request.spec import RunConfig
 from merge_cli.system.files import read_json

@@ -17,8 +17,8 @@ from builders import write_checkpoint
 from merge_cli import Rank, average, finalize, plan_average, run_average, verify
 from merge_cli.engine.reader import InputFiles, check_unchanged
 from merge_cli.errors import ChangedError, StoreError
-from merge_cli.formats.checkpoint import WeightFile
 from merge_cli.formats.opening import open_checkpoint
+from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.local import LocalSource
 from merge_cli.stores.store import read_bytes
 

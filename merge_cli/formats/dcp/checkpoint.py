@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from merge_cli.errors import IncompleteError, InputError
-from merge_cli.formats.checkpoint import Checkpoint, Stored, WeightFile, read_config
+from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
 from merge_cli.formats.dcp.clone import DcpParts
 from merge_cli.formats.dcp.entries import treat
 from merge_cli.formats.dcp.folder import METADATA_FILE, Payload, locate, open_folder
@@ -23,6 +23,7 @@ from merge_cli.formats.dcp.metadata import Chunk, Item, Tensor
 from merge_cli.formats.dcp.trainers import DcpPlace, files_beside
 from merge_cli.formats.safetensors import Header, TensorInfo
 from merge_cli.formats.side_files import SideFiles, list_side_files
+from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.store import StrPath, as_path, join
 
 _IN_KEY = re.compile(r"(?:\[\d+:\d+(?:, \d+:\d+)*\])?(?: strides \([\d, ]+\))?$")

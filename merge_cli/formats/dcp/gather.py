@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from merge_cli.errors import UnsupportedError
-from merge_cli.formats.alike import Files
-from merge_cli.formats.checkpoint import Checkpoint, Stored, WeightFile
+from merge_cli.formats.checkpoint import Checkpoint, Stored
 from merge_cli.formats.dcp.checkpoint import chunk_key
 from merge_cli.formats.dcp.clone import DcpParts
 from merge_cli.formats.dcp.metadata import Chunk, Tensor
 from merge_cli.formats.safetensors import DTYPES, Header, TensorInfo
 from merge_cli.formats.side_files import list_side_files
+from merge_cli.formats.weight_file import Files, WeightFile
 from merge_cli.stores.store import join
 
 READ_BYTES = 1 << 20

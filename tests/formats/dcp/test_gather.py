@@ -14,11 +14,11 @@ from dcp_checkpoints import grid
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_cli.formats.checkpoint import WeightFile
 from merge_cli.formats.dcp import gather
 from merge_cli.formats.dcp.gather import Gathered, Piece, _piece
 from merge_cli.formats.dcp.metadata import Chunk, Item, Size
 from merge_cli.formats.safetensors import Header
+from merge_cli.formats.weight_file import WeightFile
 
 
 def box_of(
