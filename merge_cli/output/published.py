@@ -8,7 +8,8 @@ changes it and seals `pmerge.json` anew is found, unless the inputs agree with t
 
 Not known, because no byte of the result and nothing in the inputs depends on it: the command line,
 the versions, and a method or parameters that give the same coefficients. A step can be compared
-only where the input has one in its name or its trainer state.
+only where the input has one in its trainer state: a name may be that of a link, and the record has
+the path that it leads to.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from merge_cli.output.manifest import digest, index_of, side_files
 from merge_cli.planning.plan import MergePlan, OutputFile
 from merge_cli.planning.record import describe_result, fingerprint, from_result, replan
 from merge_cli.request.coefficients import Coefficients
-from merge_cli.request.discovery import read_candidate
+from merge_cli.request.discovery import step_inside
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import coefficients_of
 from merge_cli.stores.store import join
@@ -116,7 +117,7 @@ def _of_the_record(plan: MergePlan, manifest: Mapping[str, Any], path: Path) -> 
     if not _are_equal(given, output.coefficients):
         yield f"{path}: method {plan.spec.method} with its parameters does not give these coefficients"
     for candidate in found:
-        step = read_candidate(candidate.path).step
+        step = step_inside(candidate.path)
         if step is not None and step != candidate.step:
             yield f"{path}: `step` of {candidate.path} is {candidate.step}, and it is step {step}"
 

@@ -93,6 +93,16 @@ def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
     )
 
 
+def step_inside(path: str) -> int | None:
+    """The step in the trainer state of the local folder `path`, which outranks any name that leads
+    there; None where there is none, or it cannot be read.
+    """
+    try:
+        return _trainer_step(open_store(path), join(path, "trainer_state.json")) if is_local(path) else None
+    except InputError:
+        return None
+
+
 def _label_of(path: str) -> StepLabel:
     """The label in the last part of a path; of a revision on the Hub, in the revision's name."""
     name = name_of(path)

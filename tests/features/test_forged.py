@@ -125,15 +125,37 @@ def test_a_record_that_does_not_fit_itself_is_found(out: Path, fields: dict[str,
     assert text in problems(out, sample=None)
 
 
-def test_a_step_is_compared_with_the_input_that_has_one(out: Path) -> None:
+def test_a_step_is_compared_with_the_trainer_state_of_its_input(tmp_path: Path) -> None:
+    run = nasty_run(tmp_path / "run", layout="sharded")
+    for step, path in enumerate(run, 500):
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    out = tmp_path / "out"
+    average(run, out)
     inputs = json.loads((out / "pmerge.json").read_bytes())["inputs"]
     newest = inputs[-1]["step"]
+    assert problems(out) == ""
     inputs[-1]["step"] += 1
     reseal(out, inputs=inputs)
     assert f"`step` of {inputs[-1]['path']} is {newest + 1}, and it is step {newest}" in problems(out)
     inputs[-1]["step"] = "newest"
     reseal(out, inputs=inputs)
     assert "does not describe a run" in problems(out)
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folders", "files"])
+def test_steps_in_the_names_of_links_are_taken_from_the_record(tmp_path: Path, single: bool) -> None:
+    """The record has the paths that the links lead to, whose names have other steps."""
+    run = nasty_run(tmp_path / "run", layout="single")
+    links = []
+    for step, path in enumerate(run, 11):
+        links.append(tmp_path / "links" / f"step_{step}" / ("model.safetensors" if single else ""))
+        links[-1].parent.mkdir(exist_ok=True, parents=True)
+        links[-1].symlink_to(path / "model.safetensors" if single else path)
+        if single:
+            (path / "trainer_state.json").write_text('{"global_step": 7}')
+    average(links, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "pmerge.json").read_bytes())["inputs"][0]["step"] == 11
+    assert problems(tmp_path / "out") == ""
 
 
 def test_a_side_file_of_the_base_that_changed_since_is_named(out: Path, original: Path, tmp_path: Path) -> None:
