@@ -22,11 +22,12 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from merge_cli.errors import InputError, UnsupportedError
+from merge_cli.errors import IncompleteError, InputError, UnsupportedError
 
 _DEEPEST = 64  # marks; checkpoints nest about ten deep
 _BYTES_PER_CONTAINER = 4  # real files have one container for 12 bytes and more
 _LONGEST_KEY = 16
+_STOP = b"."  # the last byte of every pickle
 LARGEST_INT = 9  # bytes: an unsigned 64-bit integer and its sign
 _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
 
@@ -80,8 +81,8 @@ def named(module: str, name: str) -> tuple[Global, None]:
 def loads(raw: bytes, allowed: Allowed, what: str) -> Any:
     """The value of the pickle `raw`, read from `what` (which errors name).
 
-    Raises UnsupportedError for an opcode or a name that is not allowed, InputError for bytes that
-    are no pickle.
+    Raises UnsupportedError for an opcode or a name that is not allowed, IncompleteError for a
+    pickle that ends early, InputError for bytes that are no pickle.
     """
     machine = _Machine(raw, allowed)
     try:
@@ -93,10 +94,11 @@ def loads(raw: bytes, allowed: Allowed, what: str) -> Any:
             hint="the file holds more than tensors, or is not what its name says: save it again with torch's own writer",
         ) from None
     except (IndexError, struct.error, UnicodeDecodeError) as error:
+        details = [f"found     {type(error).__name__} near byte {machine.at} of {len(raw)}"]
+        if not raw.endswith(_STOP):
+            raise IncompleteError(f"{what} is not a complete pickle", details=details) from None
         raise InputError(
-            f"{what} is not a complete pickle",
-            details=[f"found     {type(error).__name__} near byte {machine.at} of {len(raw)}"],
-            hint="the file is truncated or damaged; copy or save it again",
+            f"{what} is not a complete pickle", details=details, hint="the file is damaged; copy or save it again"
         ) from None
 
 
@@ -290,8 +292,10 @@ def _global(m: _Machine) -> None:
     parts = []
     for _ in range(2):
         end = m.raw.find(b"\n", m.at, m.at + 200)
+        if end < 0 and m.at + 200 > len(m.raw):
+            raise IndexError("the pickle ends early")
         if end < 0:
-            raise Refused("the pickle has the name of a class that is too long, or has no end")
+            raise Refused("the pickle has the name of a class that is too long")
         parts.append(m.read(end - m.at).decode("utf-8"))
         m.at += 1
     m.push_global(*parts)

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from merge_cli.errors import InputError, UnsupportedError
+from merge_cli.errors import IncompleteError, InputError, UnsupportedError
 
 MAX_DIRECTORY_BYTES = 64 << 20
 _END, _END64, _LOCATOR64 = struct.Struct("<IHHHHIIH"), struct.Struct("<IQHHIIQQQQ"), struct.Struct("<IIQI")
@@ -88,14 +88,21 @@ def _damaged(what: str, why: str) -> InputError:
     return InputError(f"{what} is not a complete zip archive: {why}", hint=_HINT)
 
 
+def _cut_off(what: str, why: str) -> IncompleteError:
+    """The end is not there, which writers of archives write last."""
+    return IncompleteError(f"{what} is not a complete zip archive: {why}")
+
+
 def _directory(read: Read, length: int, what: str) -> tuple[int, int, int]:
     """The beginning, size and number of entries of the directory, by the records at the very end."""
     if length < _END.size:
-        raise _damaged(what, f"it has {length} bytes")
+        raise _cut_off(what, f"it has {length} bytes")
     tail = read(length - min(length, _TAIL), min(length, _TAIL))
     signature, *_, count, size, begin, comment = _END.unpack_from(tail, len(tail) - _END.size)
-    if signature != 0x06054B50 or comment:
-        raise _damaged(what, "no end record at its end")
+    if signature != 0x06054B50:
+        raise _cut_off(what, "no end record at its end")
+    if comment:
+        raise _damaged(what, "it carries a comment")
     end = length - _END.size
     if len(tail) == _TAIL and tail[_END64.size : _END64.size + 4] == b"PK\6\7":
         _, _, at, _ = _LOCATOR64.unpack_from(tail, _END64.size)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from merge_cli.errors import InputError, UnsupportedError
+from merge_cli.errors import IncompleteError, InputError, UnsupportedError
 from merge_cli.formats.inert_pickle import Allowed, Global, Refused, loads
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.formats.stored_zip import Member, list_members
@@ -68,10 +68,12 @@ def _list(source: Source) -> dict[str, LocatedTensor]:
 
     def read(offset: int, length: int) -> bytes:
         if offset + length > source.num_bytes:
-            raise InputError(f"{path} ends before what it promises", hint="the file is truncated; copy or save it again")
+            raise IncompleteError(f"{path} ends before what it promises")
         return bytes(read_bytes(source, offset, length))
 
-    if source.num_bytes < 4 or read(0, 4) != b"PK\x03\x04":
+    if source.num_bytes < 4:
+        raise IncompleteError(f"{path} has {source.num_bytes} bytes, fewer than any archive")
+    if read(0, 4) != b"PK\x03\x04":
         raise UnsupportedError(
             f"{path} is not an archive of torch.save, or older than torch 1.6",
             hint="load it with torch and save it again, or as safetensors",

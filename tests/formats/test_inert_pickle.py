@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_cli.errors import InputError, UnsupportedError
+from merge_cli.errors import IncompleteError, InputError, UnsupportedError
 from merge_cli.formats.inert_pickle import OPCODES, PERSISTENT, Allowed, Global, Inert, inert, loads, named
 from merge_cli.formats.pickle_writer import dumps
 
@@ -106,8 +106,8 @@ HOSTILE = {
     "a key that is a long tuple": (PROTO + b"}(" + b"K\x01" * 17 + b"tNs.", "a tuple as a key"),
     "a key that is True, and so 1": (PROTO + b"}(K\x01N\x88Nu.", "a bool as a key"),
     "a made-up name": (PROTO + b"K\x01K\x02\x93.", "makes up the name"),
-    "a name without an end": (b"\x80\x02ctorch", "has no end"),
-    "a name that never ends": (b"\x80\x02c" + b"x" * 100_000, "has no end"),
+    "a name without an end": (b"\x80\x02ctorch", "not a complete pickle"),
+    "a name that never ends": (b"\x80\x02c" + b"x" * 100_000, "too long"),
     "a string that is no UTF-8": (PROTO + b"\x8c\x01\xff.", "not a complete pickle"),
     "an unpaired surrogate": (PROTO + b"\x8c\x03\xed\xa0\x80.", "not a complete pickle"),
     "two values": (PROTO + b"NN.", "does not end with one value"),
@@ -219,3 +219,13 @@ def test_damaged_bytes_give_one_clear_error_or_inert_data(data: st.DataObject) -
         loads(bytes(raw), PATH, "x")
     except InputError as error:
         assert isinstance(error, UnsupportedError) or "not a complete pickle" in error.message
+
+
+def test_a_pickle_that_ends_early_is_incomplete_and_not_one_with_its_end() -> None:
+    raw = pickle.dumps({"a": [1, 2.0, "text"], "b": (None, 1 << 40)}, 2)
+    for length in range(len(raw)):
+        with pytest.raises(IncompleteError):
+            loads(raw[:length], {}, "x")
+    with pytest.raises(InputError) as caught:
+        loads(PROTO + b"a.", {}, "x")
+    assert not isinstance(caught.value, IncompleteError)

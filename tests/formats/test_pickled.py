@@ -107,3 +107,15 @@ def test_what_is_missing_or_no_plain_weights_is_refused(run: Path, tmp_path: Pat
     torch.save(weights(1), run / "checkpoint-20" / "pytorch_model.bin")
     with pytest.raises(InputError, match="several sets of weights"):
         open_checkpoint(run / "checkpoint-20")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_the_newest_that_is_being_written_is_left_out_with_a_warning(share: float, run: Path, tmp_path: Path) -> None:
+    file = run / "checkpoint-30" / "pytorch_model-00003-of-00003.bin"
+    raw = file.read_bytes()
+    file.write_bytes(raw[: int(share * len(raw))])
+    reason = incomplete_reason(run / "checkpoint-30")
+    assert reason is not None and str(file) in reason
+    plan = plan_average(run, tmp_path / "out")
+    assert [Path(each.path).name for each in plan.candidates] == ["checkpoint-10", "checkpoint-20"]
+    assert any(str(file) in warning for warning in plan.warnings)
