@@ -434,7 +434,7 @@ def _plan_groups(
     for each in chosen:
         own = [candidate.path for candidate in each.candidates]
         order = None if own == [path for path in used if path in own] else tuple(own)  # weights, in the order given
-        groups.setdefault((_layout(opened[own[-1]]), order), []).append(each)
+        groups.setdefault((_layout(opened[own[-1]], spec), order), []).append(each)
     plans = []
     for (_, order), members in groups.items():
         inside = {candidate.path for each in members for candidate in each.candidates}
@@ -450,8 +450,12 @@ def _plan_groups(
     return list(opened.values()), plans
 
 
-def _layout(base: Checkpoint) -> object:
-    """Equal for checkpoints that give, as the base, the same files with the same headers."""
+def _layout(base: Checkpoint, spec: MergeSpec) -> object:
+    """Equal for checkpoints that give, as the base, the same files: with the same headers, and
+    with nothing in them that is taken over from this very one.
+    """
+    if spec.copies_from_base or not all(file.header.data_start for file in base.files):  # only safetensors has headers
+        return base.path
     quantization = json.dumps(base.config.get("quantization_config"), sort_keys=True, default=str)
     files = tuple((file.name, file.header.sha256) for file in base.files)
     places = tuple((stored.file.name, stored.name) for stored in base.tensors.values())

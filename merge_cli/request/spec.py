@@ -156,6 +156,11 @@ class MergeSpec(Options):
         synonyms={"hf": "safetensors", "dcp": "keep", "base": "keep"},
     )
 
+    @property
+    def copies_from_base(self) -> bool:
+        """Whether values, or more than headers, may be taken over from the base."""
+        return bool(self.include or self.exclude or self.requantize or self.int_policy == "newest" or self.training_state != "drop")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format == "safetensors" and self.training_state != "drop":

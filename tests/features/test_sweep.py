@@ -139,6 +139,29 @@ def test_integers_and_config_come_from_the_base_of_each_output(tmp_path: Path) -
     assert not [path for path in (tmp_path / "other").iterdir() if not path.name.endswith(".pmerge-partial")]
 
 
+@pytest.mark.parametrize("options", [{"exclude": ["v"]}, {"include": ["w"]}, {"int_policy": "newest"}], ids=str)
+def test_each_output_copies_from_its_own_base(options: dict[str, Any], tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        tensors = {"w": torch.full((8,), float(step)), "v": torch.full((8,), float(step)), "n": torch.full((4,), step)}
+        if "int_policy" not in options:
+            del tensors["n"]
+        write_checkpoint(tmp_path / "run" / f"step_{step}", tensors)
+    wanted = [{"last": 2, "at": 2}, {"last": 2, "at": 3}]
+    made = sweep([tmp_path / "run"], tmp_path / "sweep", combinations=wanted, **options)
+    for output, asked in zip(made.outputs, wanted, strict=True):
+        single = average([tmp_path / "run"], tmp_path / "one" / output.name, last=2, to_step=asked["at"], **options).output
+        assert content(output) == content(single)
+
+
+def test_each_output_of_pickles_has_the_dtype_of_its_own_base(tmp_path: Path) -> None:
+    for step, dtype in ((1, torch.bfloat16), (2, torch.bfloat16), (3, torch.float32)):
+        (tmp_path / "run" / f"step_{step}").mkdir(parents=True)
+        torch.save({"w": torch.full((8,), float(step), dtype=dtype)}, tmp_path / "run" / f"step_{step}" / "pytorch_model.bin")
+    made = sweep([tmp_path / "run"], tmp_path / "sweep", methods=["sma"], last=[2], at=[2, 3])
+    for output, step in zip(made.outputs, (2, 3), strict=True):
+        assert content(output) == content(average([tmp_path / "run"], tmp_path / f"one-{step}", last=2, to_step=step).output)
+
+
 def test_inputs_are_read_once_and_only_where_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"layers.{i}": torch.randn(300, 101).bfloat16() for i in range(4)}
     paths = write_run(tmp_path / "run", training_run(tensors, 5), shards=2)
