@@ -10,7 +10,7 @@ import typer
 
 from merge_cli.cli import console
 from merge_cli.cli.options import Given, InputsRoot, Json, Quiet, flags, takes
-from merge_cli.errors import UsageError
+from merge_cli.errors import InputError, UsageError
 from merge_cli.request.spec import RunConfig, lay_over
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def verify_command(
     found = []
     for path in results:
         with console.ProgressLine(quiet) as line:
-            found.append(_verify(path, against_inputs, options, line.update))
+            found.append(_verify(path, against_inputs, options, line.update, alone=path == output))
         if not as_json:
             _show(found[-1], quiet, named=len(results) > 1)
     if as_json and found[0].path == output:
@@ -63,10 +63,20 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _verify(path: Path, against_inputs: bool, options: dict[str, Any], on_progress: Callable[[Progress], None]) -> Verification:
-    from merge_cli.features.verify import verify
+def _verify(
+    path: Path, against_inputs: bool, options: dict[str, Any], on_progress: Callable[[Progress], None], *, alone: bool
+) -> Verification:
+    """What `verify` finds. An output of a sweep (not `alone`) that is no result of pmerge is one that
+    failed, so that the others are checked too.
+    """
+    from merge_cli.features.verify import Verification, verify
 
-    return verify(path, against_inputs=against_inputs, **options, on_progress=on_progress)
+    try:
+        return verify(path, against_inputs=against_inputs, **options, on_progress=on_progress)
+    except InputError as error:
+        if alone:
+            raise
+        return Verification(path, {}, (error.message,), (), 0, 0.0)
 
 
 def _as_dict(found: Verification) -> dict[str, Any]:
