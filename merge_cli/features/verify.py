@@ -90,7 +90,7 @@ def verify(
     manifest, state = _read_manifest(folder / MANIFEST)
     if state == "ok":
         _check_versions(manifest, folder, against_inputs)
-    problems: list[str] = []
+    problems = [f"pmerge.json: has no `{key}`" for key in ("files", "side_files") if state == "ok" and key not in manifest]
     weights, beside = listed_files(manifest, "files", problems), listed_files(manifest, "side_files", problems)
     plan = todo = None
     if against_inputs and state == "ok" and not problems:

@@ -17,6 +17,7 @@ from schemes import quantized_run
 
 from merge_cli import average, verify
 from merge_cli.errors import InputError, UsageError
+from merge_cli.output.manifest import seal
 
 FLIPS = 40  # for each file
 
@@ -292,6 +293,15 @@ def test_another_request_is_not_taken_for_the_recorded_one(out: Path) -> None:
     assert "another plan" in problems(out, against_inputs=True)
     reseal(out, inputs="none")
     assert "does not describe a run" in problems(out, against_inputs=True)
+
+
+@pytest.mark.parametrize("key", ["files", "side_files"])
+def test_a_record_without_its_lists_is_found(out: Path, key: str) -> None:
+    content = json.loads((out / "pmerge.json").read_bytes())
+    del content[key], content["sha256"]
+    (out / "pmerge.json").write_bytes(seal(content))
+    assert f"pmerge.json: has no `{key}`" in problems(out)
+    assert f"pmerge.json: has no `{key}`" in problems(out, against_inputs=True)
 
 
 def test_the_command(out: Path) -> None:
