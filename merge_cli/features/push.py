@@ -89,7 +89,7 @@ def push(
         if _times(files) != before:
             raise ChangedError(f"{path} changed while it was being sent", hint="nothing complete was published; push it again")
 
-    pinned = target.send(todo, f"Add {path.resolve().name}", on_sent)
+    pinned = target.send(todo, f"Add {Path(os.path.realpath(path)).name}", on_sent)
     _check(pinned, files, read_back)
     names = tuple(each.name for each in todo)
     return Pushed(pinned, names, tuple(sorted(kept)), total, time.perf_counter() - began)

@@ -42,16 +42,16 @@ def check_destinations(plans: Mapping[Path, MergePlan], run: RunConfig, ranks: i
         problems += _check_existing(destination, plan, run)
     for destination in [*plans][:1]:
         where = destination if len(plans) == 1 else destination.parent
-        problems += _check_parent(where, destination.resolve().parent, plans, ranks)
+        problems += _check_parent(where, Path(os.path.realpath(destination)).parent, plans, ranks)
     return problems
 
 
 def _check_place(destination: Path, plan: MergePlan) -> list[UsageError | OutputError]:
-    real = destination.resolve()
+    real = Path(os.path.realpath(destination))
     for checkpoint in plan.inputs:
         if not is_local(checkpoint.path):
             continue
-        source = Path(checkpoint.path).resolve()
+        source = Path(os.path.realpath(checkpoint.path))
         if real == source or real.is_relative_to(source) or (checkpoint.root and source.is_relative_to(real)):
             return [
                 UsageError(
@@ -78,7 +78,9 @@ def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[
         hint = "make it again:  --overwrite"
         return [OutputError(f"{destination / name} is not as it was written", hint=hint) for name in islice(names, 1)]
     if destination.is_symlink():
-        return [OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {destination.resolve()}")]
+        return [
+            OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {os.path.realpath(destination)}")
+        ]
     if not is_merged(destination):
         return [
             OutputError(

@@ -30,7 +30,7 @@ def destination_of(output: StrPath, example: str = "merged") -> Path:
         without = destination.with_suffix("")
         raise UsageError(f"the result is a folder, and {destination} looks like a file", hint=f"-o {without}")
     if destination.name in ("", ".."):
-        destination = destination.resolve()
+        destination = Path(os.path.realpath(destination))
         if not destination.name:
             raise UsageError(f"the result cannot be {destination}", hint=f"name the folder of the result:  -o {example}")
     return destination

@@ -192,7 +192,7 @@ class LocalStore:
         return LocalSource(path)
 
     def resolve(self, path: str) -> str:
-        return str(Path(path).resolve())
+        return os.path.realpath(path)
 
     def check_inside(self, root: str, path: str) -> None:
         link = Path(path)

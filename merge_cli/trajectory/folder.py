@@ -14,6 +14,7 @@ never written to.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def folder_of(paths: Sequence[str | Path], output: str | Path | None = None) -> 
     here = Path.cwd()
     if not is_local(str(paths[0])):
         return here / (name_of(run_of(paths)) + SUFFIX)
-    run = Path(paths[0]).resolve()
+    run = Path(os.path.realpath(paths[0]))
     if len(paths) > 1 or run.is_file():
         run = run.parent
     beside = run.parent if here == run or run in here.parents else here

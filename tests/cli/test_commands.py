@@ -345,6 +345,24 @@ def test_overwrite_keeps_what_pmerge_did_not_write(run: Path) -> None:
     assert "does not follow links" in pmerge("average", run, "-o", link, "--overwrite", cwd=run, expect=1).stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, code, says",
+    [
+        (("average", "run", "-o", "loop/out"), 1, "loop is not a folder"),
+        (("average", "run", "-o", "loop"), 1, "loop exists already"),
+        (("average", "run", "-o", "loop/.."), 2, "is or contains the input"),
+        (("average", "run", "-o", "loop", "--overwrite"), 1, "does not follow links"),
+        (("average", "run", "-o", "out", "--base", "loop"), 2, "--base loop is not one of"),
+        (("sweep", "run", "-o", "loop/x"), 1, "loop is not a folder"),
+        (("watch", "loop"), 2, "loop"),
+    ],
+)
+def test_links_in_a_circle_are_one_clear_error(run: Path, arguments: Sequence[str], code: int, says: str) -> None:
+    (run.parent / "loop").symlink_to("loop")
+    failed = pmerge(*arguments, cwd=run.parent, expect=code)
+    assert says in failed.stderr and "Traceback" not in failed.stderr
+
+
 def test_unfinished_folders_of_a_run_are_left_out(run: Path) -> None:
     write(run / "ckpt_99000-tmp", 99000)
     plan = json.loads(pmerge("average", run, "--dry-run", "--json", cwd=run).stdout)
