@@ -66,7 +66,7 @@ def verify_command(
 def _verify(
     path: Path, against_inputs: bool, options: dict[str, Any], on_progress: Callable[[Progress], None], *, alone: bool
 ) -> Verification:
-    """What `verify` finds. An output of a sweep (not `alone`) that is no result of pmerge is one that
+    """Verify a result. An output of a sweep (not `alone`) that is no result of pmerge is one that
     failed, so that the others are checked too.
     """
     from merge_cli.features.verify import Verification, verify
