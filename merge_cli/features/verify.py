@@ -108,7 +108,7 @@ def verify(
             problems += check_index(folder, weights, [name for name in beside if name.endswith(INDEX_SUFFIX)], max_header)
         else:
             problems += check_metadata(folder)
-    strangers, notes = look_around(folder, {*weights, *beside, MANIFEST})
+    strangers, notes = look_around(folder, {*weights, *beside, MANIFEST}, weights if against_inputs else None)
     problems += strangers
     if plan is not None and todo is not None:
         problems += differences(plan, manifest, folder)

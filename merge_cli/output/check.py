@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from merge_cli.errors import InputError
 from merge_cli.formats.checkpoint import read_index
 from merge_cli.formats.opening import open_checkpoint
 from merge_cli.formats.safetensors import BoundError, Header, SeenHeaders, read_header_at
+from merge_cli.formats.side_files import list_side_files
 from merge_cli.names import OTHER_WEIGHTS
 from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import MergePlan
@@ -169,11 +170,15 @@ def check_metadata(folder: Path) -> list[str]:
     return []
 
 
-def look_around(folder: Path, recorded: set[str]) -> tuple[list[str], list[str]]:
+def look_around(folder: Path, recorded: set[str], weights: Iterable[str] | None = None) -> tuple[list[str], list[str]]:
     """The files in the folder that are not recorded: weights, indexes, code and configurations,
     which a loader might take, are problems, the rest notes. Upper and lower case count alike.
+
+    With the names of its `weights`, whatever a merge would copy from a base is a problem too
+    (tokenizers, chat templates), but for documentation, which no loader reads.
     """
     problems, notes = [], []
+    copied = () if weights is None else list_side_files(str(folder), set(weights)).kept
     for name in _names_in(folder, ""):
         if name in recorded:
             continue
@@ -182,6 +187,8 @@ def look_around(folder: Path, recorded: set[str]) -> tuple[list[str], list[str]]
             problems.append(f"{folder / name}: pmerge did not write these weights, and a loader may take them")
         elif folded.endswith(_READ_BY_LOADERS):
             problems.append(f"{folder / name}: pmerge did not write this file, and a loader may take it")
+        elif name in copied and not folded.endswith(".md"):
+            problems.append(f"{folder / name}: its inputs do not give this file, and a loader may take it")
         else:
             notes.append(f"{folder / name}: not written by pmerge")
     return problems, notes

@@ -158,6 +158,19 @@ def test_steps_in_the_names_of_links_are_taken_from_the_record(tmp_path: Path, s
     assert problems(tmp_path / "out") == ""
 
 
+@pytest.mark.parametrize("name", ["processor_config.json", "template.jinja", "vocab.txt", "chat_templates/tool.jinja"])
+def test_a_file_that_a_base_would_give_and_nobody_recorded_is_found(out: Path, name: str) -> None:
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    (out / "README.md").write_text("the card that push writes")
+    (out / "logs").mkdir()
+    (out / "logs" / "eval.json").write_text("{}")
+    assert verify(out).ok
+    found = verify(out, against_inputs=True, sample=1)
+    assert found.problems == (f"{out / name}: its inputs do not give this file, and a loader may take it",)
+    assert [Path(note.split(": ")[0]).name for note in found.notes] == ["README.md", "eval.json"]
+
+
 def test_a_side_file_of_the_base_that_changed_since_is_named(out: Path, original: Path, tmp_path: Path) -> None:
     base = Path(json.loads((out / "pmerge.json").read_bytes())["base"])
     before = (base / "config.json").read_bytes()
