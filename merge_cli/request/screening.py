@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from merge_cli.errors import UsageError, first_ten
+from merge_cli.errors import InputError, UsageError, first_ten
 from merge_cli.formats.completeness import incomplete_reason
 from merge_cli.formats.opening import Seen
 from merge_cli.names import MANIFEST
@@ -20,11 +21,14 @@ _LONG = 200
 
 def find_incomplete(in_runs: Sequence[Candidate], which: str, seen: Seen | None = None) -> dict[str, str]:
     """By path, why a checkpoint of a run folder is incomplete: of the newest ones, or of all if
-    `which` is "skip"; nothing is looked at if it is "error". `seen` as in `open_checkpoint`. Raises
-    InputError for other faults.
+    `which` is "skip"; nothing is looked at if it is "error". `seen` as in `open_checkpoint`. One
+    that is broken in another way is kept: if it is selected, opening it raises the error.
     """
     chosen = {"newest": _newest_of_each_run(in_runs), "skip": in_runs, "error": []}[which]
-    reasons = {each.path: incomplete_reason(each.path, seen=seen) for each in chosen}
+    reasons: dict[str, str | None] = {}
+    for each in chosen:
+        with suppress(InputError):
+            reasons[each.path] = incomplete_reason(each.path, seen=seen)
     return {path: reason for path, reason in reasons.items() if reason is not None}
 
 

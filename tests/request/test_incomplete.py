@@ -107,6 +107,16 @@ def test_another_fault_is_not_taken_for_a_save_under_way(tmp_path: Path) -> None
         plan_average(run, tmp_path / "out")
 
 
+def test_a_broken_newest_stops_only_runs_that_select_it(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "ckpt_4000" / shard_name(2, 3)).write_bytes(b"\xff" * 4096)
+    for incomplete in ("newest", "skip"):
+        plan = plan_average(run, tmp_path / "out", to_step=3000, incomplete=incomplete)
+        assert [each.step for each in plan.candidates] == [1000, 2000, 3000]
+        with pytest.raises(InputError, match="ckpt_4000"):
+            plan_average(run, tmp_path / "out", incomplete=incomplete)
+
+
 def test_sweeps_analyses_and_the_command_leave_it_out_too(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     (run / "ckpt_4000" / shard_name(3, 3)).unlink()
