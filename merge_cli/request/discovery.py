@@ -140,7 +140,9 @@ def _weights_time(store: Store, path: str) -> int:
     if (place := find_dcp(path)) is not None:
         return _weights_time(store, join(place.folder, METADATA_FILE))
     entries = _entries(path)
-    weights = [join(path, entry.name) for entry in entries if entry.name.endswith(".safetensors")]
+    names = [entry.name for entry in entries]
+    weights = [join(path, name) for name in names if name.endswith(".safetensors")]
+    weights += [join(path, name) for name in pickled_files(names)]
     ranks = [join(path, entry.name) for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
     return max((_weights_time(store, each) for each in [*weights, *ranks]), default=0)
 

@@ -354,6 +354,21 @@ def test_the_time_of_a_checkpoint_is_that_of_its_newest_weights(tmp_path: Path) 
     assert {candidate.mtime_ns for candidate in find_candidates([tmp_path / "a"])[0]} == {0}
 
 
+def test_the_time_of_pickled_weights_is_that_of_the_newest(tmp_path: Path) -> None:
+    files = {
+        "a": ["pytorch_model.bin"],
+        "b": ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+        "c": ["model.safetensors", "pytorch_model.bin"],
+    }
+    for number, (name, inside) in enumerate(files.items()):
+        (tmp_path / name).mkdir()
+        for later, file in enumerate([*inside, "optimizer.bin"]):
+            (tmp_path / name / file).write_bytes(b"")
+            os.utime(tmp_path / name / file, (10 * number + later + 1,) * 2)
+    times = [read_candidate(tmp_path / name, with_time=True).mtime_ns // 10**9 for name in "abc"]
+    assert times == [1, 12, 21]
+
+
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", "[" * 100_000, "\xff", *(f'{{"global_step": {v}}}' for v in ('"5"', "true", "5.0", "-1", "9" * 400, "9" * 5000))],
