@@ -27,6 +27,8 @@ BLOCKS_OF_MANY = 4
 """Blocks in a chunk of more than two threads: Python's part, some 70 microseconds a chunk in which
 no other thread runs Python, is then 1 % of its time (docs/log.md).
 """
+FEW_THREADS = 2
+"""Threads of which one computes while another reads: only these get chunks of less than a block."""
 PYTHON_THREADS = 8
 """The threads that one process keeps busy where a chunk is many calls from Python, as with torch.
 """
@@ -66,7 +68,8 @@ def fit_memory(
     """The largest chunk (up to `chunk_bytes`, or a good size for reading) with which the plan keeps
     to `memory_bytes`.
 
-    By `threads`, or as many as `cores` (default: those of the process) are worth. So many
+    By `threads`, or as many as `cores` (default: those of the process) are worth: fewer, down to
+    `FEW_THREADS`, before a chunk is less than a block (or `chunk_bytes`). So many
     `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes
     (default: 2 GiB, and at most three quarters of its free memory). Raises UsageError, with need
     and have, when not even a small chunk fits.
@@ -98,11 +101,13 @@ def fit_memory(
     def fits(memory: Memory) -> bool:
         return memory.host * processes <= memory_bytes and (device_memory is None or memory.device <= device_memory)
 
+    block = (target if chunk_bytes else min(target, BLOCK_ELEMENTS), QUANTIZED_VALUES)
     for workers in range(most, 0, -1):
+        fewest_elements, fewest_values = (MIN_CHUNK_ELEMENTS,) * 2 if threads or workers <= FEW_THREADS else block
         size = size_of(target, ACCELERATOR_VALUES if device.is_accelerator else blocks * QUANTIZED_VALUES)
-        while not fits(need(workers, size)) and max(size.elements, size.values) > MIN_CHUNK_ELEMENTS:
-            elements = max(MIN_CHUNK_ELEMENTS, size.elements // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
-            size = size_of(elements, max(MIN_CHUNK_ELEMENTS, size.values // 2))
+        while not fits(need(workers, size)) and (size.elements > fewest_elements or size.values > fewest_values):
+            half = size.elements // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
+            size = size_of(max(fewest_elements, half), max(fewest_values, size.values // 2))
         memory = need(workers, size)
         if fits(memory):
             return Budget(device, workers, size, memory.host, memory.device)

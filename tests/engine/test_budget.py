@@ -9,7 +9,7 @@ from builders import write_trained
 
 from merge_cli import plan_average
 from merge_cli.cli.workers import count_workers
-from merge_cli.engine.budget import BLOCK_ELEMENTS, BLOCKS_OF_MANY, PYTHON_THREADS, fit_memory
+from merge_cli.engine.budget import BLOCK_ELEMENTS, BLOCKS_OF_MANY, FEW_THREADS, PYTHON_THREADS, fit_memory
 from merge_cli.engine.device import CPU
 from merge_cli.engine.kernels import native
 from merge_cli.planning.plan import GRAM, Extent, MergePlan
@@ -62,6 +62,26 @@ def test_any_number_of_cores_keeps_to_the_memory(plan: MergePlan, memory: int) -
     budget = fit_memory(plan, memory, CPU)
     assert budget.bytes <= memory
     assert budget.workers > 1
+
+
+@needs_kernel
+def test_many_cores_and_inputs_share_little_memory_by_fewer_threads(plan: MergePlan) -> None:
+    """Reads stay large: a chunk is less than a block only where two threads have no more."""
+    many = replace(plan, inputs=plan.inputs * 15)
+    budget = fit_memory(many, GIB, CPU, cores=256)
+    assert FEW_THREADS < budget.workers < 256 and budget.bytes <= GIB
+    assert budget.size.elements >= BLOCK_ELEMENTS
+    given = fit_memory(many, GIB, CPU, cores=256, chunk_bytes=4 << 20)
+    assert FEW_THREADS <= given.workers < budget.workers and given.size.num_bytes == 4 << 20
+    scarce = fit_memory(many, 64 << 20, CPU, cores=256)
+    assert scarce.workers == FEW_THREADS and scarce.size.elements < BLOCK_ELEMENTS
+
+
+@needs_kernel
+def test_so_many_threads_as_asked_for_get_chunks_that_fit(plan: MergePlan) -> None:
+    many = replace(plan, inputs=plan.inputs * 15)
+    budget = fit_memory(many, GIB, CPU, threads=64)
+    assert budget.workers == 64 and budget.bytes <= GIB and budget.size.elements < BLOCK_ELEMENTS
 
 
 @needs_kernel
