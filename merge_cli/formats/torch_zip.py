@@ -11,6 +11,8 @@ Tensors may share a storage (tied weights, views): each is reported with its own
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from merge_cli.stores.store import Source, StrPath, as_path, open_store, read_by
 MAX_PICKLE_BYTES = 64 << 20
 MAX_ENTRIES = 1 << 20
 _DEEPEST = 32
+_TRAINING_STATE = re.compile(r"(?:^|_)(?:opt|optims?|optimizers?|schedulers?|scalers?|rng)(?=_|$)", re.IGNORECASE)
 
 
 class LocatedTensor(NamedTuple):
@@ -96,6 +99,7 @@ def _list(source: Source) -> dict[str, LocatedTensor]:
 def _tensors_in(value: Any, path: str) -> dict[str, PickledTensor]:
     """The tensors in dicts, lists and tuples, in order, by the keys that lead to them."""
     found: dict[str, PickledTensor] = {}
+    nested: dict[str, bool] = {}  # the first keys that lead to tensors, and whether others follow
     pending: list[tuple[tuple[str, ...], Any]] = [((), value)]
     left = MAX_ENTRIES  # a few shared lists can mean any number of values
     while pending:
@@ -105,6 +109,8 @@ def _tensors_in(value: Any, path: str) -> dict[str, PickledTensor]:
             if name in found:
                 raise UnsupportedError(f"{path} has two tensors that would be called `{name[:200]}`", hint="rename one of them")
             found[name] = each
+            if keys:
+                nested[keys[0]] = len(keys) > 1
         elif type(each) in (dict, list, tuple):
             left -= len(each)
             if left < 0 or len(keys) == _DEEPEST:
@@ -113,7 +119,25 @@ def _tensors_in(value: Any, path: str) -> dict[str, PickledTensor]:
                 )
             inside = each.items() if type(each) is dict else enumerate(each)
             pending += reversed([((*keys, _key(key)), inner) for key, inner in inside])
+    _check_is_model(nested, path)
     return found
+
+
+def _check_is_model(nested: Mapping[str, bool], path: str) -> None:
+    """Raise UnsupportedError for a trainer's file of everything: its optimizer would be averaged
+    into the model.
+
+    `nested` has the first keys that lead to tensors; those of a plain model are the tensors' names.
+    """
+    state = [key for key in nested if "." not in key and _TRAINING_STATE.search(key)]
+    models = [key for key in nested.keys() - set(state) if nested[key]]
+    if state and models:
+        model = min(models, key=lambda key: ("model" not in key, key))
+        keep = f"import torch; torch.save(torch.load({path!r}, map_location='cpu')[{model[:100]!r}], 'model.pt')"
+        raise UnsupportedError(
+            f"{path} holds the state of training (`{state[0][:100]}`) beside the model",
+            hint=f"save the model alone:  python -c {shlex.quote(keep)}",
+        )
 
 
 def _key(key: Any) -> str:

@@ -3,6 +3,7 @@ name.
 """
 
 import io
+import shlex
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from builders import tensor_bytes
 from torch import Tensor
 
-from merge_cli.errors import InputError
+from merge_cli.errors import InputError, UnsupportedError
 from merge_cli.formats.torch_zip import list_tensors
 
 
@@ -60,11 +61,33 @@ def test_only_c_order_counts_as_contiguous(tmp_path: Path) -> None:
 
 
 def test_nested_state_is_named_by_its_path(tmp_path: Path) -> None:
-    value = {"model": model(), "optim": {"state": {0: {"exp_avg": torch.ones(3)}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]},
+    value = {"model": model(), "ema": {"state": {0: {"shadow": torch.ones(3)}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]},
              "list": [torch.zeros(2), (torch.ones(1), None)], "shape": torch.Size((3, 4)), "step": 7, "name": "run"}  # fmt: skip
     found = list_tensors(saved(tmp_path / "x.pt", value))
-    assert {"model.a.weight", "optim.state.0.exp_avg", "list.0", "list.1.0"} <= set(found)
+    assert {"model.a.weight", "ema.state.0.shadow", "list.0", "list.1.0"} <= set(found)
     assert len(found) == len(model()) + 3
+
+
+@pytest.mark.parametrize("key", ["optimizer", "optim", "optimizer_state_dict", "lr_schedulers", "cuda_rng_state"])
+def test_a_file_of_the_whole_training_state_is_refused(key: str, tmp_path: Path) -> None:
+    adam = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]}
+    value = {"epoch": 1, key: torch.ones(3) if "rng" in key else adam, "model_state": {"w": torch.ones(3)}}
+    path = saved(tmp_path / "ckpt.pt", value)
+    with pytest.raises(UnsupportedError, match=rf"holds the state of training \(`{key}`\)") as caught:
+        list_tensors(path)
+    command = shlex.split(caught.value.hint.partition(":  ")[2])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2].replace("'model.pt'", repr(str(tmp_path / "model.pt"))), {})
+    assert list(list_tensors(tmp_path / "model.pt")) == ["w"]
+
+
+def test_names_of_a_model_are_no_training_state(tmp_path: Path) -> None:
+    for value in (
+        {"opt.w": torch.ones(3), "optimal": {"w": torch.ones(3)}},
+        {"rng": torch.ones(3), "w": torch.ones(3)},
+        {"model": {"scheduler": torch.ones(3)}, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}},
+    ):
+        assert list_tensors(saved(tmp_path / "x.pt", value))
 
 
 def test_a_bare_tensor_has_no_name(tmp_path: Path) -> None:
