@@ -38,7 +38,7 @@ from merge_cli.request.discovery import no_such_checkpoint
 from merge_cli.request.grid import Combination, combination
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import select_checkpoints
-from merge_cli.request.spec import RunConfig, Selection
+from merge_cli.request.spec import RunConfig, Selection, read_seconds
 from merge_cli.stores.store import StrPath, as_path, is_glob, open_store
 from merge_cli.system.files import sha256_of
 from merge_cli.system.tether import Tether
@@ -106,8 +106,7 @@ def plan_watch(run: StrPath, kinds: Sequence[Combination], *, output: StrPath | 
         _at(kind, 1)
     if plan.keep is not None and plan.keep < 1:
         raise UsageError(f"--keep must be at least 1, not {plan.keep}")
-    if plan.settle_s < 0:
-        raise UsageError(f"--settle must be at least 0 seconds, not {plan.settle_s:g}")
+    read_seconds(plan.settle_s, "--settle")
     if plan.report is not None and plan.evaluator is None:
         raise UsageError("--report needs --command or --text", hint="--text held_out.txt")
     if plan.then is not None:

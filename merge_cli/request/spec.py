@@ -47,7 +47,8 @@ def _stride(value: Any, flag: str) -> int | str:
     return value  # type: ignore[no-any-return]
 
 
-def _seconds(value: float | str, flag: str) -> float:
+def read_seconds(value: float | str, flag: str) -> float:
+    """A length of time in seconds. Raises UsageError for NaN, less than 0, and more than a week."""
     try:
         seconds = float(value)
     except (TypeError, ValueError):
@@ -198,7 +199,7 @@ class RunConfig(Options):
         MAX_HEADERS, "Bound on the headers of all checkpoints together.", metavar="SIZE", read=parse_size, shown="100MB"
     )
     settle: float = option(
-        0.0, "Wait until the inputs have been still for so long.", metavar="SECONDS", read=_seconds, shown="no wait"
+        0.0, "Wait until the inputs have been still for so long.", metavar="SECONDS", read=read_seconds, shown="no wait"
     )
     overwrite: bool = option(False, "Replace an existing result, at the end.")
     restart: bool = option(False, "Discard the files of an unfinished run.")

@@ -132,6 +132,12 @@ def test_a_checkpoint_that_is_being_written_is_never_touched(run: Path, damage: 
     assert "sma-last2-at400" in [event.name for event in look(run)]
 
 
+@pytest.mark.parametrize("settle_s", [float("nan"), float("inf"), -1.0])
+def test_the_seconds_to_settle_are_a_length_of_time(settle_s: float, run: Path) -> None:
+    with pytest.raises(UsageError, match="--settle cannot be"):
+        look(run, settle_s=settle_s)
+
+
 def test_a_checkpoint_settles_first(run: Path) -> None:
     look(run)
     folder = save(run, 400)
