@@ -70,11 +70,12 @@ def _verify(
     failed, so that the others are checked too.
     """
     from merge_cli.features.verify import Verification, verify
+    from merge_cli.formats.safetensors import BoundError
 
     try:
         return verify(path, against_inputs=against_inputs, **options, on_progress=on_progress)
     except InputError as error:
-        if alone:
+        if alone or isinstance(error, BoundError):
             raise
         return Verification(path, {}, (error.message,), (), 0, 0.0)
 

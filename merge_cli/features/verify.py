@@ -75,7 +75,8 @@ def verify(
     `against_inputs` also computes `sample` tensors, drawn at random (None: all), again from the
     recorded inputs, on `device`; `inputs_root` is the folder in which they lie now, if they have
     moved. What does not hold is in the result. Raises UsageError or
-    InputError where there is no result of pmerge to check.
+    InputError where there is no result of pmerge to check, BoundError where headers together are
+    larger than `max_header` bytes.
     """
     folder = Path(as_path(path))
     if sample is not None and sample < 1:
@@ -107,7 +108,7 @@ def verify(
         if any(name.endswith(".safetensors") for name in weights):
             problems += check_index(folder, weights, [name for name in beside if name.endswith(INDEX_SUFFIX)], max_header)
         else:
-            problems += check_metadata(folder)
+            problems += check_metadata(folder, max_header)
     strangers, notes = look_around(folder, {*weights, *beside, MANIFEST}, weights if against_inputs else None)
     problems += strangers
     if plan is not None and todo is not None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from merge_cli.errors import InputError
 from merge_cli.formats.checkpoint import read_index
-from merge_cli.formats.opening import open_checkpoint
+from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import BoundError, Header, SeenHeaders, read_header_at
 from merge_cli.formats.side_files import list_side_files
 from merge_cli.names import OTHER_WEIGHTS
@@ -130,15 +130,15 @@ def _digest(path: Path, file_bytes: int, meter: Meter, stopped: threading.Event)
 
 def check_index(folder: Path, weights: Mapping[str, Listed], indexes: Sequence[str], max_header: int) -> list[str]:
     """The index against the shards: every tensor in one file, the file that the index gives for it,
-    and the right total size.
+    and the right total size. Raises BoundError.
     """
     headers: dict[str, Header] = {}
     seen = SeenHeaders(max_header)
     for name in weights:
         try:
             headers[name] = read_header_at(str(folder / name), seen)
-        except BoundError as error:
-            return [error.message]
+        except BoundError:
+            raise  # nothing is wrong with the file
         except InputError:
             return []  # already reported
     if not indexes:
@@ -159,12 +159,14 @@ def check_index(folder: Path, weights: Mapping[str, Listed], indexes: Sequence[s
     return problems
 
 
-def check_metadata(folder: Path) -> list[str]:
+def check_metadata(folder: Path, max_header: int) -> list[str]:
     """The metadata of a distributed checkpoint against its files, and the envelope of every chunk
-    of the model.
+    of the model. Raises BoundError.
     """
     try:
-        open_checkpoint(folder)
+        open_checkpoint(folder, seen=Seen(max_header))
+    except BoundError:
+        raise
     except InputError as error:
         return [error.message]
     return []

@@ -24,7 +24,7 @@ from zlib import crc32
 
 from merge_cli.errors import InputError, PmergeError
 from merge_cli.formats.opening import Seen, open_checkpoint
-from merge_cli.formats.safetensors import Header, parse_header
+from merge_cli.formats.safetensors import BoundError, Header, parse_header
 from merge_cli.formats.weight_file import recorded_fingerprint
 from merge_cli.names import MANIFEST
 from merge_cli.output.manifest import digest, index_of, side_files
@@ -42,7 +42,7 @@ _LIBM = 1e-12  # other mathematical libraries may round exp and log otherwise in
 
 def plan_again(manifest: Mapping[str, Any], problems: list[str], max_header: int) -> MergePlan | None:
     """The plan that `pmerge.json` describes, made from its inputs; None, and what has changed,
-    where they are not the same.
+    where they are not the same. Raises BoundError.
     """
     try:
         seen = Seen(max_header)
@@ -65,6 +65,8 @@ def plan_again(manifest: Mapping[str, Any], problems: list[str], max_header: int
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"pmerge.json does not describe a run of this version of pmerge: {error!r:.200}")
         return None
+    except BoundError:
+        raise
     except PmergeError as error:
         problems.append(f"the inputs cannot be averaged again: {error.message}")
         return None

@@ -89,6 +89,8 @@ def test_the_mean_of_a_run_is_what_torch_loads(run: Path, tmp_path: Path, traini
     manifest = json.loads((tmp_path / "out" / "pmerge.json").read_bytes())
     assert manifest.get("training_state", "drop") == training_state and ".metadata" in manifest["side_files"]
     assert verify(tmp_path / "out", against_inputs=True, sample=None).problems == ()
+    with pytest.raises(InputError, match="larger than 10 bytes"):
+        verify(tmp_path / "out", max_header=10)
     assert "step-30" not in (tmp_path / "out" / ".metadata").read_bytes().decode("latin-1")
 
 

@@ -17,6 +17,7 @@ from schemes import quantized_run
 
 from merge_cli import average, verify
 from merge_cli.errors import InputError, UsageError
+from merge_cli.formats.safetensors import BoundError
 from merge_cli.output.manifest import seal
 
 FLIPS = 40  # for each file
@@ -304,6 +305,18 @@ def test_a_record_without_its_lists_is_found(out: Path, key: str) -> None:
     assert f"pmerge.json: has no `{key}`" in problems(out, against_inputs=True)
 
 
+def test_a_bound_on_headers_that_is_too_low_is_an_error_with_its_remedy(tmp_path: Path) -> None:
+    average(nasty_run(tmp_path / "run", layout="single"), tmp_path / "out")
+    size = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little")
+    assert problems(tmp_path / "out", max_header=size) == ""
+    with pytest.raises(BoundError, match=r"at .*/out/"):
+        verify(tmp_path / "out", max_header=size - 1)
+    with pytest.raises(BoundError, match=r"at .*/run/"):
+        verify(tmp_path / "out", against_inputs=True, max_header=10)
+    low = pmerge("verify", "out", "--max-header", "10", cwd=tmp_path, expect=2)
+    assert "larger than 10 bytes" in low.stderr and "--max-header" in low.stderr
+
+
 def test_the_command(out: Path) -> None:
     here = out.parent
     good = pmerge("verify", "out", "--against-inputs", "--sample", "all", cwd=here, expect=0)
@@ -346,6 +359,7 @@ def test_the_folder_of_a_sweep_is_verified_output_by_output(tmp_path: Path) -> N
     assert "no result of pmerge: sweep/sma" in lost.stderr and "error: sweep/wma/config.json" in lost.stderr
     found = json.loads(pmerge("verify", "sweep", "--json", cwd=tmp_path, expect=1).stdout)
     assert [len(each["problems"]) for each in found["outputs"]] == [1, 1]
+    assert "--max-header" in pmerge("verify", "sweep", "--max-header", "10", cwd=tmp_path, expect=2).stderr
 
 
 @pytest.mark.parametrize(
