@@ -32,10 +32,13 @@ def main() -> None:
     try:
         try:
             _require_linux()
+            from merge_cli.system.descriptors import allow_open_files
+
             gc.set_threshold(
                 1_000_000
             )  # a plan is millions of small tuples without cycles: walking them costs as much as making them
             _handle_signals()
+            allow_open_files()
             os.umask(os.umask(0o077) & 0o077)  # one that takes the owner's own rights would lock the run out of its files
             warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without, and pmerge uses none
             from merge_cli.cli.app import run

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from merge_cli.errors import ChangedError, InputError, StoreError
 from merge_cli.stores.store import Entry, Kind, Stat
+from merge_cli.system.descriptors import open_files_hint
 from merge_cli.system.durable import NOT_SUPPORTED
 
 DIRECT_BLOCK_BYTES = 4096
@@ -242,6 +243,4 @@ def _stays_inside(root: Path, path: Path) -> bool:
 
 
 def _too_few_descriptors(path: str, error: OSError) -> StoreError:
-    return StoreError(
-        f"cannot open {path}: {error.strerror}", hint="allow more open files:  ulimit -n 1024, then run the same command again"
-    )
+    return StoreError(f"cannot open {path}: {error.strerror}", hint=open_files_hint())

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from merge_cli.errors import OutputError
+from merge_cli.system.descriptors import open_files_hint
 from merge_cli.system.files import TMPFS, filesystem_type
 
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -214,7 +215,7 @@ def output_error(error: OSError, what: str, path: Path, need: int = 0) -> Output
         details = ["the file would be larger than the limit of this shell (ulimit -f) or of the filesystem"]
         hint = "ulimit -f unlimited, then the same command again; or smaller files:  --shard-size 1GB"
     elif error.errno in (errno.EMFILE, errno.ENFILE):
-        details, hint = ["too few open files are allowed"], "ulimit -n 1024, then the same command again"
+        details, hint = ["too few open files are allowed"], open_files_hint()
     elif error.errno == errno.EROFS:
         hint = "the filesystem is read-only: remount it, or choose another place:  -o PATH"
     elif error.errno in (errno.EACCES, errno.EPERM):

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -395,6 +398,17 @@ def test_no_room_for_a_file(big: Path, tmp_path: Path) -> None:
     assert ended.code == 1 and "ulimit -f" in ended.stderr and "Traceback" not in ended.stderr
     assert assert_absent_or_complete(big, tmp_path / "out") == 0
     assert_finishes(big, tmp_path / "out")
+
+
+def test_as_many_files_are_open_as_the_hard_limit_allows(big: Path, tmp_path: Path) -> None:
+    """A real process, for the server of the tests sets both limits."""
+    grid = shlex.join(["sweep", "run", "-o", str(tmp_path / "out"), *GRID, "--quiet"])
+    for limit, code in (("-S", 0), ("", 1)):
+        command = f"ulimit {limit} -n 24 && exec {shlex.quote(sys.executable)} -m merge_cli {grid}"
+        ended = subprocess.run(["bash", "-c", command], cwd=big, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == code, ended.stderr
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert "open files" in ended.stderr and "ulimit -n 1024" in ended.stderr and "Traceback" not in ended.stderr
 
 
 # -- what is asked for
