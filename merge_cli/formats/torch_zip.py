@@ -27,7 +27,8 @@ from merge_cli.stores.store import Source, StrPath, as_path, open_store, read_by
 MAX_PICKLE_BYTES = 64 << 20
 MAX_ENTRIES = 1 << 20
 _DEEPEST = 32
-_TRAINING_STATE = re.compile(r"(?:^|_)(?:opt|optims?|optimizers?|schedulers?|scalers?|rng)(?=_|$)", re.IGNORECASE)
+TRAINING_STATE = re.compile(r"(?:^|[_-])(?:opt|optims?|optimizers?|schedulers?|scalers?|rng)(?=[._-]|$)", re.IGNORECASE)
+"""In the key or file name of what a trainer saves beside the model."""
 
 
 class LocatedTensor(NamedTuple):
@@ -129,7 +130,7 @@ def _check_is_model(nested: Mapping[str, bool], path: str) -> None:
 
     `nested` has the first keys that lead to tensors; those of a plain model are the tensors' names.
     """
-    state = [key for key in nested if "." not in key and _TRAINING_STATE.search(key)]
+    state = [key for key in nested if "." not in key and TRAINING_STATE.search(key)]
     models = [key for key in nested.keys() - set(state) if nested[key]]
     if state and models:
         model = min(models, key=lambda key: ("model" not in key, key))

@@ -22,6 +22,7 @@ from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, reco
 from merge_cli.formats.foreign import recognize
 from merge_cli.formats.opening import Seen
 from merge_cli.formats.pickled import ENDINGS, is_shard, pickled_files
+from merge_cli.formats.torch_zip import TRAINING_STATE
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
 from merge_cli.request.screening import check_none_is_merged, find_incomplete
@@ -287,14 +288,19 @@ def _is_named_by_step(path: str) -> bool:
 
 
 def _step_files(entries: Sequence[Entry]) -> list[str]:
-    """The safetensors files that are a checkpoint each. A bare number numbers a shard; an index
-    unites its files.
+    """The files that are a checkpoint each: safetensors, or where there are none, of torch.save.
+
+    A bare number numbers a shard of safetensors; an index unites its files.
     """
     if any(entry.name.endswith(".safetensors.index.json") for entry in entries):
         return []
-    names = [e.name for e in entries if e.name.endswith(".safetensors") and not e.name.startswith(".") and e.kind != "folder"]
-    numbers = [name for name in names if BARE_NUMBER.fullmatch(name.removesuffix(".safetensors"))]
-    named = [name for name in names if name not in numbers and parse_label(name).step is not None]
+    files = [entry.name for entry in entries if entry.kind != "folder" and not entry.name.startswith(".")]
+    names = [name for name in files if name.endswith(".safetensors")]
+    if names:
+        names = [name for name in names if not BARE_NUMBER.fullmatch(name.removesuffix(".safetensors"))]
+    else:
+        names = [name for name in files if name.endswith(ENDINGS) and not TRAINING_STATE.search(name)]
+    named = [name for name in names if parse_label(name).step is not None]
     return named if len({re.sub(r"[0-9]+", "#", name) for name in named}) == 1 else []
 
 

@@ -16,6 +16,7 @@ from merge_cli.errors import InputError
 _STEP = re.compile(
     r"(?:global[_-]?step|step|iteration|iter|checkpoint|ckpt|epoch)[-_=]?([0-9]{1,18})(?![0-9a-z]|\.[0-9])", re.IGNORECASE
 )
+_ENDING = re.compile(r"\.(?:safetensors|bin|pth?)$")
 _SHARD = re.compile(r"-[0-9]+-of-[0-9]+$")
 _STAGE = re.compile(r"(?:^|[-_])(stage[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
 _INGREDIENT = re.compile(r"(?:^|[-_])(ingredient[-_]?\d+)(?=[-_]|$)", re.IGNORECASE)
@@ -67,7 +68,7 @@ def parse_label(name: str) -> StepLabel:
     The number after step outranks one after iter, checkpoint or ckpt, and these one after epoch.
     Tokens are `tokens5B` or `5BT`, beside a step: `7B` is the size of a model.
     """
-    name = _SHARD.sub("", name.removesuffix(".safetensors"))
+    name = _SHARD.sub("", _ENDING.sub("", name))
     stage, ingredient = _STAGE.search(name), _INGREDIENT.search(name)
     found = {match[0].lower().rstrip("0123456789").rstrip("-_="): int(match[1]) for match in _STEP.finditer(name)}
     epoch = found.pop("epoch", None)  # an order, where there is no better number

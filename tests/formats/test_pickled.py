@@ -119,3 +119,27 @@ def test_the_newest_that_is_being_written_is_left_out_with_a_warning(share: floa
     plan = plan_average(run, tmp_path / "out")
     assert [Path(each.path).name for each in plan.candidates] == ["checkpoint-10", "checkpoint-20"]
     assert any(str(file) in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("name", ["ckpt_{}.pt", "model-step{}.pth", "{}.pt", "checkpoint-{}.bin"])
+def test_files_named_by_step_are_a_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for step in (900, 1000, 1100):
+        torch.save({"w": torch.full((3,), float(step))}, tmp_path / "run" / name.format(step))
+        torch.save({"state": {}}, tmp_path / "run" / f"optimizer_step_{step}.pt")
+    (tmp_path / "run" / name.format(1100)).write_bytes(b"PK\3\4")
+    plan = plan_average(tmp_path / "run", tmp_path / "out")
+    assert [each.step for each in plan.candidates] == [900, 1000]
+    assert any(name.format(1100) in warning and "incomplete" in warning for warning in plan.warnings)
+    average(tmp_path / "run", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [950.0] * 3
+
+
+def test_files_beside_the_weights_are_no_run(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path / "run" / f"checkpoint-{step}", weights(step))
+        (tmp_path / "run" / f"rng_state_step_{step}.pt").touch()
+        for rank in range(2):
+            (tmp_path / "run" / f"checkpoint-{step}" / f"step_{rank}.pt").touch()
+    found = plan_average(tmp_path / "run", tmp_path / "out").candidates
+    assert [Path(each.path).name for each in found] == ["checkpoint-10", "checkpoint-20"]
