@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli import console
-from merge_cli.cli.options import Json, Quiet
+from merge_cli.cli.options import Given, Json, Quiet, flags, takes
+from merge_cli.request.spec import RunConfig, lay_over
 
 
+@takes(*flags(RunConfig, only=["max_header"]))
 def push_command(
     folder: Annotated[Path, typer.Argument(help="A folder written by pmerge average.")],
     address: Annotated[str, typer.Argument(help="hf://org/name@branch, s3://bucket/folder, gs:// or az://.")],
+    *,
+    given: Given,
     read_back: Annotated[
         bool, typer.Option("--read-back", help="Read all bytes again from there, and compare their sha256.")
     ] = False,
@@ -27,8 +31,9 @@ def push_command(
     """
     from merge_cli.features.push import push
 
+    max_header = lay_over(RunConfig(), given).max_header
     with console.ProgressLine(quiet) as line:
-        done = push(folder, address, read_back=read_back, on_progress=line.update)
+        done = push(folder, address, read_back=read_back, max_header=max_header, on_progress=line.update)
     if not quiet:
         console.err(
             f"sent {console.count(len(done.sent), 'file')} ({console.human_bytes(done.sent_bytes)}),"

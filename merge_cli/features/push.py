@@ -27,6 +27,7 @@ from merge_cli.features.model_card import CARD, model_card
 from merge_cli.features.verify import verify
 from merge_cli.formats.checkpoint import INDEX_SUFFIX
 from merge_cli.formats.dcp.folder import METADATA_FILE
+from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.names import MANIFEST
 from merge_cli.output.check import Listed, is_for_loaders, listed_files
 from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed
@@ -54,6 +55,7 @@ def push(
     address: str,
     *,
     read_back: bool = False,
+    max_header: int = MAX_HEADER_BYTES,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Pushed:
     """Send the result in `folder` to `address`: `hf://org/name@branch`, `s3://bucket/folder`.
@@ -69,7 +71,7 @@ def push(
     there = target.look({each.name for each in files})
     kept = _kept(files, there, address)
     before = _times(files)
-    found = verify(path)
+    found = verify(path, max_header=max_header)
     if not found.ok:
         raise InputError(
             f"{path} is not what pmerge wrote, and is not sent",

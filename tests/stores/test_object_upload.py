@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import pmerge
 from dcp_checkpoints import save_dcp
 from golden_inputs import RUNS
 from s3_server import S3Server
@@ -59,6 +60,13 @@ def test_the_index_comes_last_and_pmerge_json_first(merged: Path, s3_server: S3S
     assert not again.sent and len(again.kept) == len(order) and len(sent(s3_server)) == len(order)
     report = inspect_checkpoints([TO])
     assert [each.path for each in report.checkpoints] == [TO] and not report.broken
+
+
+def test_the_bound_on_headers_is_that_of_the_check_before(merged: Path, s3_server: S3Server) -> None:
+    with pytest.raises(InputError, match="larger than 10 bytes"):
+        push(merged, TO, max_header=10)
+    low = pmerge("push", str(merged), TO, "--max-header", "10", cwd=merged.parent, expect=2)
+    assert "larger than 10 bytes" in low.stderr and not there(s3_server)
 
 
 @pytest.mark.usefixtures("in_parts")
