@@ -7,3 +7,8 @@ SWEEP_REPORT = "sweep.json"
 STAGING_SUFFIX = ".pmerge-partial"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz")
 """Endings of weights in formats other than safetensors."""
+
+
+def is_below(name: str) -> bool:
+    """Whether a recorded name is a path below the folder that it was recorded for."""
+    return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))

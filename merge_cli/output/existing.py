@@ -16,7 +16,7 @@ from typing import Any
 
 from merge_cli.errors import InputError, OutputError, first_ten
 from merge_cli.formats.weight_file import recorded_fingerprint
-from merge_cli.names import MANIFEST
+from merge_cli.names import MANIFEST, is_below
 from merge_cli.output.folder import differences, staging_path
 from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed
 from merge_cli.output.schema import is_newer
@@ -24,6 +24,7 @@ from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.record import fingerprint, input_records, request_record
 from merge_cli.stores.store import read_file
 from merge_cli.system.files import sha256_of
+from merge_cli.system.held import is_held_by_nfs
 from merge_cli.system.json_text import parse_json
 from merge_cli.system.process import process_start
 
@@ -71,11 +72,12 @@ def is_published(path: Path, merge: MergePlan, *, hashed: bool = False) -> bool:
 
 def own_files(folder: Path) -> set[str]:
     """The names of the files in a result that are pmerge's, by its pmerge.json; none if that cannot
-    be read or is by a newer version, which may have files of other kinds.
+    be read, names files elsewhere, or is by a newer version, which may have files of other kinds.
     """
     recorded = read_manifest(folder)
     try:
-        return set() if is_newer(recorded) else {MANIFEST, *recorded["files"], *recorded["side_files"]}
+        own = {MANIFEST, *recorded["files"], *recorded["side_files"]}
+        return own if not is_newer(recorded) and all(is_below(name) for name in own) else set()
     except (KeyError, TypeError):
         return set()
 
@@ -84,8 +86,10 @@ def strangers(folder: Path, names: Iterable[str]) -> list[str]:
     """Those of the files `names` in a result that pmerge did not write, for people."""
     own = own_files(folder)
     if not own:
-        return [f"{MANIFEST} cannot be read, or is by a newer version of pmerge, so it is not known what is whose"]
-    return [name for name in names if name not in own]
+        return [
+            f"{MANIFEST} is damaged, names files elsewhere, or is by a newer version of pmerge, so it is not known what is whose"
+        ]
+    return [name for name in names if name not in own and not is_held_by_nfs(name)]
 
 
 def would_remove(destination: Path, names: Sequence[str]) -> OutputError:

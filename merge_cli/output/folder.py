@@ -42,7 +42,7 @@ from merge_cli.names import STAGING_SUFFIX
 from merge_cli.output.lock import Lock
 from merge_cli.output.records import DONE, Records
 from merge_cli.output.schema import SCHEMA, check_schema
-from merge_cli.output.trust import check_made_by_us
+from merge_cli.output.trust import PROBE, check_made_by_us
 from merge_cli.planning.plan import WorkItem
 from merge_cli.system.files import read_json
 from merge_cli.system.held import GROWING, HeldFolder, is_of_dead
@@ -151,7 +151,8 @@ class StagingFolder:
         finished.
         """
         if not self.state_file.exists():
-            strange = sorted({path.name for path in self.path.iterdir()} - _WITHOUT_STATE)
+            names = {path.name for path in self.path.iterdir()} - _WITHOUT_STATE
+            strange = sorted(name for name in names if not name.startswith(PROBE))
             if not any((self.path / name).is_file() or any((self.path / name).iterdir()) for name in strange):
                 return
             raise OutputError(
@@ -189,6 +190,9 @@ class StagingFolder:
         """Remove the work of an earlier run, and nothing else. Raises OSError."""
         for part in (DONE, CHECKPOINT, GROWING, "claims", "ranks", _STATE):
             self.held.remove(part)
+        for name in self.held.names("."):
+            if name.startswith(PROBE):
+                self.held.remove(name)
 
     def remove_left_by_dead(self) -> None:
         """Remove the torn files of processes that are known to be dead. Raises OSError."""

@@ -186,7 +186,9 @@ class Lock:
     def _is_still_there(self, fd: int) -> bool:
         try:
             mine, there = os.fstat(fd), self.path.stat()
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             return False
         return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 

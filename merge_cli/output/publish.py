@@ -35,7 +35,7 @@ from merge_cli.output.schema import SCHEMA, check_schema
 from merge_cli.planning.plan import MergePlan
 from merge_cli.system.durable import NOT_SUPPORTED, exchange, output_error
 from merge_cli.system.files import read_json, sha256_of
-from merge_cli.system.held import HeldFolder
+from merge_cli.system.held import HeldFolder, is_held_by_nfs
 
 _NO_FOLDER_RENAME = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EISDIR, errno.EMLINK)
 _REPLACED = "replaced"
@@ -115,14 +115,14 @@ def _give_final_name(folder: StagingFolder, files: Mapping[str, FileRecord], ove
 
 def _check_files(folder: StagingFolder, files: Mapping[str, FileRecord]) -> None:
     """Raise OutputError unless the checkpoint has these files, as they were recorded, and no other."""
-    found = folder.held.files(CHECKPOINT)
+    found = {name: status for name, status in folder.held.files(CHECKPOINT).items() if not is_held_by_nfs(name)}
     if strangers := sorted(found.keys() - files.keys()):
         raise OutputError(
             f"{folder.checkpoint} holds files that this run has not made: they would be published with the result",
             details=first_ten(strangers),
             hint="find out who put them there and remove them, then run the same command again",
         )
-    same = {name for name, status in found.items() if status.st_uid in folder.owners and status.st_nlink == 1}
+    same = {name for name, status in found.items() if status.st_uid in folder.owners and status.st_nlink <= 1}
     if changed := [name for name, record in files.items() if name not in same or not folder.records.matches(name, record)]:
         raise files_have_changed(folder.checkpoint, changed)
 
@@ -153,10 +153,11 @@ def _move_files(folder: StagingFolder) -> None:
     """
     folder.above.make_folder(folder.destination.name)
     with _held_destination(folder) as destination:
-        marker = {**read_json(folder.publish_file), "inode": os.fstat(destination.fd).st_ino, "by_file": True}
-        folder.note_publishing(marker)
+        names = sorted(folder.held.files(CHECKPOINT), key=_publishing_order)
+        marker = {"inode": os.fstat(destination.fd).st_ino, "by_file": True, "files": names}
+        folder.note_publishing({**read_json(folder.publish_file), **marker})
         try:
-            for name in sorted(folder.held.files(CHECKPOINT), key=_publishing_order):
+            for name in names:
                 if _publishing_order(name)[0]:
                     destination.sync_tree(".")  # the weights' names are durable before the index can be
                 folder.held.rename(f"{CHECKPOINT}/{name}", name, to=destination, make_after=0)
@@ -169,10 +170,20 @@ def _move_files(folder: StagingFolder) -> None:
 
 
 def _move_files_back(folder: StagingFolder) -> None:
+    """Undo `_move_files`. Raises OutputError where others have put files beside those moved."""
+    moved = read_json(folder.publish_file).get("files")
     with _held_destination(folder) as destination:
         for name in sorted(destination.files("."), key=_publishing_order, reverse=True):
-            destination.rename(name, f"{CHECKPOINT}/{name}", to=folder.held)
-    folder.above.remove(folder.destination.name)
+            if not isinstance(moved, list) or name in moved:
+                destination.rename(name, f"{CHECKPOINT}/{name}", to=folder.held)
+        destination.remove_empty_folders(".")
+        others = sorted(destination.files("."))
+    if not folder.above.remove_if_empty(folder.destination.name):
+        raise OutputError(
+            f"{folder.destination} was being filled by a run that died, and holds files that pmerge did not write",
+            details=first_ten(others),
+            hint="move them away, then run the same command again: what is finished is kept",
+        )
 
 
 @contextmanager
@@ -254,7 +265,7 @@ def _remove_old(folder: StagingFolder) -> list[Path]:
             folder.held.remove_empty_folders(part)
             folder.held.sync_tree(part)  # while the list is there, a run that is killed here can go on
             folder.held.remove(f"{part}/{MANIFEST}")
-        if not folder.held.remove_if_empty(part):
+        if not folder.held.remove_if_empty(part) and not all(map(is_held_by_nfs, folder.held.files(part))):
             kept.append(_keep(folder, part))
     return kept
 

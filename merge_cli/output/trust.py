@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import secrets
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from merge_cli.errors import OutputError, UsageError
 from merge_cli.system.durable import foreign
 
+PROBE = ".probe-"  # a file that is made to see who owns it, and removed; a killed run may leave it
 _REPLACED = "replaced"  # the old result of a user: links in it are the user's own, and are never followed
 
 
@@ -81,7 +83,7 @@ def _check_owner(path: Path, status: os.stat_result, users: set[int]) -> None:
 
 def _uid_of_a_new_file(folder: Path) -> int:
     """The user that a file made here belongs to."""
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / f"{PROBE}{secrets.token_hex(8)}"
     fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         return os.fstat(fd).st_uid

@@ -132,7 +132,7 @@ class HeldFolder:
     def sync_tree(self, name: str) -> None:
         """Make the names in a folder and in every folder below it durable."""
         with self._folder(name) as top:
-            for _, _, _, folder in os.fwalk(".", topdown=False, dir_fd=top):
+            for _, _, _, folder in os.fwalk(".", topdown=False, dir_fd=top, onerror=_unless_gone):
                 fsync_file(folder)
 
     def remove(self, name: str) -> None:
@@ -151,7 +151,7 @@ class HeldFolder:
     def remove_empty_folders(self, name: str) -> None:
         """Remove the folders below `name` that have nothing in them."""
         with self._folder(name) as top:
-            for _, folders, _, parent in os.fwalk(".", topdown=False, dir_fd=top):
+            for _, folders, _, parent in os.fwalk(".", topdown=False, dir_fd=top, onerror=_unless_gone):
                 for folder in folders:
                     _remove_if_empty(folder, parent)
 
@@ -163,7 +163,7 @@ class HeldFolder:
     def walk(self, name: str = ".") -> Iterator[tuple[str, os.stat_result]]:
         """Everything below a folder, by its name there, with its status; links are not followed."""
         with self._folder(name) as top:
-            for parent, folders, files, folder in os.fwalk(".", dir_fd=top):
+            for parent, folders, files, folder in os.fwalk(".", dir_fd=top, onerror=_unless_gone):
                 for each in (*folders, *files):
                     with suppress(FileNotFoundError):  # another process is at work
                         yield os.path.normpath(f"{parent}/{each}"), os.stat(each, dir_fd=folder, follow_symlinks=False)
@@ -204,6 +204,8 @@ class HeldFolder:
     def _place(self, name: str, *, make_after: int | None = None) -> Iterator[tuple[int, str]]:
         """The descriptor of the folder that a name lies in, and the last part of the name."""
         *folders, last = name.split("/")
+        if "" in folders or ".." in (*folders, last):
+            raise foreign(self.path / name)
         fd, opened = self.fd, -1
         try:
             for number, folder in enumerate(folders):
@@ -215,6 +217,10 @@ class HeldFolder:
                     os.close(opened)
                 fd = opened = following
             yield fd, last
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # NFS: another host has removed the folder
+                raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path / name)) from error
         finally:
             if opened >= 0:
                 os.close(opened)
@@ -234,7 +240,13 @@ def is_of_dead(own: str) -> bool:
 
 
 def _host() -> str:
-    return socket.gethostname().replace(".", "_")[:40]
+    """The name of this host, short, with the hash of all that distinguishes it from others."""
+    name = socket.gethostname()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        boot = b""
+    return f"{name.replace('.', '_')[:20]}-{hashlib.sha256(os.fsencode(name) + boot).hexdigest()[:8]}"
 
 
 def escaped(name: str) -> str:
@@ -284,12 +296,25 @@ def _remove_tree(fd: int, name: str) -> None:
     """Remove the folder `name` of the folder `fd`; links in it are removed, not followed. (That of
     shutil asks whether os.stat is the one that it knows.)
     """
-    for _, folders, files, inside in os.fwalk(name, topdown=False, dir_fd=fd):
+    for _, folders, files, inside in os.fwalk(name, topdown=False, dir_fd=fd, onerror=_unless_gone):
         for each in files:
-            os.unlink(each, dir_fd=inside)
+            with suppress(FileNotFoundError):  # another process removes it too
+                os.unlink(each, dir_fd=inside)
         for each in folders:
-            try:
-                os.rmdir(each, dir_fd=inside)
-            except NotADirectoryError:
-                os.unlink(each, dir_fd=inside)  # a link to a folder
+            with suppress(FileNotFoundError):
+                try:
+                    os.rmdir(each, dir_fd=inside)
+                except NotADirectoryError:
+                    os.unlink(each, dir_fd=inside)  # a link to a folder
     os.rmdir(name, dir_fd=fd)
+
+
+def _unless_gone(error: OSError) -> None:
+    """For os.fwalk, which would pass over folders that it cannot read."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def is_held_by_nfs(name: str) -> bool:
+    """Whether a name is that of a removed file which a process of this host still has open."""
+    return name.rpartition("/")[2].startswith(".nfs")

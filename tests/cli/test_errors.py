@@ -64,7 +64,7 @@ def test_a_rank_that_reports_to_another_leaves_stdout_to_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["pmerge", "average", "run", "--json"])
-    monkeypatch.setattr(console, "_speaker", "rank 1 of 2: ")
+    monkeypatch.setattr(console, "_prefix", "rank 1 of 2: ")
     console.report_error(PmergeError("broken"))
     assert capsys.readouterr().out == ""
 

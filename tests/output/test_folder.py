@@ -2,6 +2,9 @@
 published.
 """
 
+import errno
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +19,10 @@ from merge_cli.errors import OutputError
 from merge_cli.output import publish as publishing
 from merge_cli.output.folder import StagingFolder, with_fingerprints
 from merge_cli.output.joint import JointDestination
+from merge_cli.output.manifest import seal
 from merge_cli.output.solo import SoloDestination
 from merge_cli.system.durable import exchange
+from merge_cli.system.held import HeldFolder
 
 KINDS: dict[str, type[SoloDestination] | type[JointDestination]] = {"lone": SoloDestination, "rank": JointDestination}
 
@@ -194,3 +199,74 @@ def test_files_that_come_after_the_exchange_are_kept_and_named(
 )
 def test_a_state_of_another_shape_counts_as_none(state: object) -> None:
     assert with_fingerprints(state) == {}
+
+
+@pytest.mark.parametrize("name", ["../victim", "deep/../../victim", "/victim", ".", ""])
+@pytest.mark.parametrize("key", ["files", "side_files"])
+def test_overwrite_removes_nothing_outside_whatever_the_old_record_lists(
+    key: str, name: str, paths: list[Path], tmp_path: Path
+) -> None:
+    """The seal is a checksum, which anybody can renew."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").write_text("mine")
+    out = average(paths, tmp_path / "out").output
+    record = json.loads((out / "pmerge.json").read_bytes())
+    del record["sha256"]
+    record[key][name] = {"bytes": 1, "sha256": "0" * 64}
+    (out / "pmerge.json").write_bytes(seal(record))
+    before = files_of(tmp_path)
+    with pytest.raises(OutputError, match="did not write"):
+        average(paths, out, method="wma", overwrite=True)
+    assert {name: data for name, data in files_of(tmp_path).items() if ".pmerge-partial" not in name} == before
+
+
+def test_a_folder_that_cannot_be_listed_stops_the_publishing(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (paths[-1] / "chat_templates").mkdir()
+    (paths[-1] / "chat_templates" / "tool.jinja").write_text("{{ tool }}")
+    opening = os.open
+
+    def failing(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if path == "chat_templates" and not flags & os.O_DIRECTORY:  # as os.fwalk opens it
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opening(path, flags, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        at_the_last_look(patch, lambda: patch.setattr(os, "open", failing))
+        with pytest.raises(OutputError, match="Input/output error"):
+            average(paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (average(paths, tmp_path / "out").output / "chat_templates" / "tool.jinja").exists()
+
+
+def test_a_run_that_died_while_it_moved_files_keeps_those_that_others_put_beside_them(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Died(BaseException):
+        pass
+
+    def no_folder_rename(*arguments: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    rename, moved = HeldFolder.rename, list[str]()
+
+    def dying(self: HeldFolder, name: str, new: str, **options: Any) -> None:
+        if options.get("make_after") == 0:
+            moved.append(new)
+            if len(moved) == 3:
+                raise Died
+        rename(self, name, new, **options)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldFolder, "rename_to_new", no_folder_rename)
+        patch.setattr(HeldFolder, "rename", dying)
+        with pytest.raises(Died):
+            average(paths, out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="did not write") as refused:
+        average(paths, out)
+    assert [*refused.value.details] == ["notes.txt"] and (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").rename(tmp_path / "notes.txt")
+    assert average(paths, out).has_published

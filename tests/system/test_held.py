@@ -131,3 +131,24 @@ def test_a_folder_is_removed_with_links_in_it_and_nothing_behind_them(tmp_path: 
     folder.remove("gone")
     folder.release()
     assert list(top.iterdir()) == [] and (dear / "kept").is_dir()
+
+
+@pytest.mark.parametrize("name", ["../other", "part/../../other", "/other", "part//other"])
+def test_no_name_leads_out_of_the_folder(name: str, held: HeldFolder) -> None:
+    other = held.path.parent / "other"
+    other.mkdir()
+    for act in (held.remove, held.stat, lambda name: held.write_file(name, b"")):
+        with pytest.raises(OutputError):
+            act(name)
+    assert other.is_dir()
+
+
+def test_a_host_is_told_from_another_whose_long_name_begins_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for number in range(2):
+        monkeypatch.setattr(
+            "socket.gethostname", lambda number=number: f"cluster-of-nodes-for-averaging-checkpoints-worker-{number}"
+        )
+        names.append(own_name("x"))
+    assert not is_of_dead(names[0].replace(f".{os.getpid()}.", ".1."))
+    assert is_of_dead(names[1].replace(f".{start_time(os.getpid())}.", ".1."))
