@@ -22,7 +22,7 @@ SHARD = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 VERIFY = ("verify", "changed", "--against-inputs", "--sample", "all", "--quiet")
 Manifest = dict[str, Any]
-PLANTED = ("evil.py", "model.pkl", "MODEL.SAFETENSORS", "pytorch_model.bin.index.json", "adapter_config.json")
+PLANTED = ("evil.py", "model.pkl", "MODEL.SAFETENSORS", "pytorch_model.bin.index.json", "adapter_config.json", "template.jinja")
 
 
 def rewrite_header(change: Callable[[Manifest], Manifest]) -> Callable[[Path], None]:
@@ -149,8 +149,18 @@ OF_THE_RECORD: dict[str, Callable[[Manifest], Manifest]] = {
 
 
 def tries(world: World) -> Iterator[Try]:
+    """The inputs have trainer states for as long as this takes: a step in a name proves nothing."""
     world.reset()
+    states = [folder / "trainer_state.json" for folder in (world.folder / "in").iterdir()]
+    for path in states:
+        path.write_text(json.dumps({"global_step": int(path.parent.name.rpartition("-")[2])}))
     world.must(world.runs.run(COMMAND, world.folder))
+    yield from tries_of(world)
+    for path in states:
+        path.unlink()
+
+
+def tries_of(world: World) -> Iterator[Try]:
     yield Try("nothing changed", "" if verified(world, lambda _: None).code == 0 else "refused, though nothing was changed")
     for what, of_files in OF_FILES.items():
         yield Try(what, passes(world, of_files))
