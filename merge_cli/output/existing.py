@@ -51,11 +51,12 @@ def is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
-def is_published(path: Path, merge: MergePlan, *, hashed: bool = False) -> bool:
+def is_published(path: Path, merge: MergePlan, *, hashed: bool = False, is_cleaning: bool = False) -> bool:
     """Whether `path` holds the complete result of this very plan and these very inputs; `hashed`
-    compares its bytes too.
+    compares its bytes too. With `is_cleaning` another process is known to be past the renaming, so
+    its note about that counts for nothing.
     """
-    if path.is_symlink() or (staging_path(path) / "publish.json").exists():
+    if path.is_symlink() or (not is_cleaning and (staging_path(path) / "publish.json").exists()):
         return False
     content = read_manifest(path)
     try:

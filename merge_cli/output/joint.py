@@ -233,7 +233,7 @@ class JointDestination:
         if self._lock.is_current:
             return False
         self._look_anew()
-        self.is_published = is_published(self.folder.destination, self.merge)
+        self.is_published = is_published(self.folder.destination, self.merge, is_cleaning=True)
         return True
 
     def begin_to_publish(self) -> dict[str, FileRecord]:

@@ -270,3 +270,22 @@ def test_a_run_that_died_while_it_moved_files_keeps_those_that_others_put_beside
     assert [*refused.value.details] == ["notes.txt"] and (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").rename(tmp_path / "notes.txt")
     assert average(paths, out).has_published
+
+
+def test_a_rank_that_looks_while_another_cleans_up_finds_the_result(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = [Rank(number, 2, source="--rank") for number in range(2)]
+    plans = [plan_average(paths, tmp_path / "out", rank=rank, threads=1) for rank in ranks]
+    remove, missing = StagingFolder.remove_content, list[list[str]]()
+    with JointDestination(tmp_path / "out", plans[1].merge, plans[1].run, ranks[1]) as other:
+
+        def looking(folder: StagingFolder) -> None:
+            for part in ("done", "claims"):
+                folder.held.remove(part)
+            missing.append(other.missing())
+            remove(folder)
+
+        monkeypatch.setattr(StagingFolder, "remove_content", looking)
+        assert run_average(plans[0]).has_published
+        assert missing == [[]] and other.is_published
