@@ -22,7 +22,7 @@ from merge_cli.formats.checkpoint import read_index
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import BoundError, Header, SeenHeaders, read_header_at
 from merge_cli.formats.side_files import list_side_files
-from merge_cli.names import OTHER_WEIGHTS
+from merge_cli.names import OTHER_WEIGHTS, is_below
 from merge_cli.output.progress import Progress
 from merge_cli.planning.plan import MergePlan
 from merge_cli.stores.local import STORE as LOCAL
@@ -47,8 +47,7 @@ def listed_files(manifest: Mapping[str, Any], key: str, problems: list[str]) -> 
     listed = manifest.get(key, {})
     for name, entry in listed.items() if isinstance(listed, dict) else [("", None)]:
         size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        plain = name and "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
-        if plain and type(size) is int and size >= 0 and isinstance(digest, str):
+        if is_below(name) and type(size) is int and size >= 0 and isinstance(digest, str):
             found[name] = Listed(size, digest)
         else:
             problems.append(f"pmerge.json: `{key}` lists {name[:200]!r} without a size and a sha256, or outside the folder")

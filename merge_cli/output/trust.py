@@ -17,6 +17,7 @@ from pathlib import Path
 
 from merge_cli.errors import OutputError, UsageError
 from merge_cli.system.durable import foreign
+from merge_cli.system.files import unless_gone
 
 PROBE = ".probe-"  # a file that is made to see who owns it, and removed; a killed run may leave it
 _REPLACED = "replaced"  # the old result of a user: links in it are the user's own, and are never followed
@@ -64,7 +65,7 @@ def check_made_by_us(staging: Path, *, thoroughly: bool, owners: Collection[int]
 
 
 def _names_in(staging: Path, thoroughly: bool) -> Iterator[Path]:
-    for folder, folders, files in os.walk(staging):
+    for folder, folders, files in os.walk(staging, onerror=unless_gone):
         yield from (Path(folder, name) for name in (*folders, *files))
         if not thoroughly:
             return

@@ -21,11 +21,19 @@ _MAX_RECORD_BYTES = 256 << 20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """All files below `folder`; none if it does not exist."""
-    for parent, _, names in os.walk(folder):
+def files_in(folder: Path, *, strict: bool = False) -> Iterator[Path]:
+    """All files below `folder`; none if it does not exist. With `strict` a folder that cannot be
+    read raises OSError; else it counts as empty.
+    """
+    for parent, _, names in os.walk(folder, onerror=unless_gone if strict else None):
         for name in names:
             yield Path(parent, name)
+
+
+def unless_gone(error: OSError) -> None:
+    """For os.walk and os.fwalk, which would pass over folders that they cannot read."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,8 +64,11 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, "" if it cannot be read."""
     try:
-        with path.open("rb", buffering=0) as file:
-            return sha256_of_open(file.fileno())
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
+        try:
+            return sha256_of_open(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+        finally:
+            os.close(fd)
     except OSError:
         return ""
 

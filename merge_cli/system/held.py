@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merge_cli.system.durable import NOT_SUPPORTED, foreign, fsync_file, open_own, output_error, rename_to_new, write_all
-from merge_cli.system.files import sha256_of_open
+from merge_cli.system.files import sha256_of_open, unless_gone
 from merge_cli.system.process import start_time
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -132,7 +132,7 @@ class HeldFolder:
     def sync_tree(self, name: str) -> None:
         """Make the names in a folder and in every folder below it durable."""
         with self._folder(name) as top:
-            for _, _, _, folder in os.fwalk(".", topdown=False, dir_fd=top, onerror=_unless_gone):
+            for _, _, _, folder in os.fwalk(".", topdown=False, dir_fd=top, onerror=unless_gone):
                 fsync_file(folder)
 
     def remove(self, name: str) -> None:
@@ -151,7 +151,7 @@ class HeldFolder:
     def remove_empty_folders(self, name: str) -> None:
         """Remove the folders below `name` that have nothing in them."""
         with self._folder(name) as top:
-            for _, folders, _, parent in os.fwalk(".", topdown=False, dir_fd=top, onerror=_unless_gone):
+            for _, folders, _, parent in os.fwalk(".", topdown=False, dir_fd=top, onerror=unless_gone):
                 for folder in folders:
                     _remove_if_empty(folder, parent)
 
@@ -163,7 +163,7 @@ class HeldFolder:
     def walk(self, name: str = ".") -> Iterator[tuple[str, os.stat_result]]:
         """Everything below a folder, by its name there, with its status; links are not followed."""
         with self._folder(name) as top:
-            for parent, folders, files, folder in os.fwalk(".", dir_fd=top, onerror=_unless_gone):
+            for parent, folders, files, folder in os.fwalk(".", dir_fd=top, onerror=unless_gone):
                 for each in (*folders, *files):
                     with suppress(FileNotFoundError):  # another process is at work
                         yield os.path.normpath(f"{parent}/{each}"), os.stat(each, dir_fd=folder, follow_symlinks=False)
@@ -296,7 +296,7 @@ def _remove_tree(fd: int, name: str) -> None:
     """Remove the folder `name` of the folder `fd`; links in it are removed, not followed. (That of
     shutil asks whether os.stat is the one that it knows.)
     """
-    for _, folders, files, inside in os.fwalk(name, topdown=False, dir_fd=fd, onerror=_unless_gone):
+    for _, folders, files, inside in os.fwalk(name, topdown=False, dir_fd=fd, onerror=unless_gone):
         for each in files:
             with suppress(FileNotFoundError):  # another process removes it too
                 os.unlink(each, dir_fd=inside)
@@ -307,12 +307,6 @@ def _remove_tree(fd: int, name: str) -> None:
                 except NotADirectoryError:
                     os.unlink(each, dir_fd=inside)  # a link to a folder
     os.rmdir(name, dir_fd=fd)
-
-
-def _unless_gone(error: OSError) -> None:
-    """For os.fwalk, which would pass over folders that it cannot read."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
 
 
 def is_held_by_nfs(name: str) -> bool:

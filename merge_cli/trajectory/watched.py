@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from merge_cli.errors import InputError
-from merge_cli.names import MANIFEST
+from merge_cli.names import MANIFEST, is_below
 from merge_cli.output.existing import read_manifest
 from merge_cli.stores.store import read_file
 from merge_cli.system.durable import fsync_folder, output_error, write_file
@@ -111,7 +111,7 @@ def _not_ours(path: Path, merge: Watched) -> str:
         return "it is not the merge that was made here"
     content = read_manifest(path)
     known = {MANIFEST, *content.get("files", {}), *content.get("side_files", {})}
-    others = sorted({str(each.relative_to(path)) for each in files_in(path)} - known)
+    others = sorted({str(each.relative_to(path)) for each in files_in(path, strict=True)} - known)
     return f"it holds {others[0]}, which is not part of the merge" if others else ""
 
 
@@ -121,6 +121,11 @@ def read_record(folder: Path) -> WatchRecord:
     if not path.exists():
         return WatchRecord()
     try:
-        return decode(WatchRecord, parse_json(read_file(str(path), _MAX_BYTES)), str(path))
+        record = decode(WatchRecord, parse_json(read_file(str(path), _MAX_BYTES)), str(path))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}", hint=f"mv {path} {path}.old, and start again") from error
+    if strange := [name for name in record.merges if "/" in name or not is_below(name)]:
+        raise InputError(
+            f"{path} names a merge outside its folder: {strange[0]!r:.200}", hint=f"mv {path} {path}.old, and start again"
+        )
+    return record

@@ -116,7 +116,7 @@ def test_kill_9_before_the_index_and_the_same_command_continues(merged: Path, s3
 
 def test_other_objects_are_never_replaced(merged: Path, s3_server: S3Server, tmp_path: Path) -> None:
     s3_server.objects["bucket/run/merged/step-1/model.safetensors"] = b"another"
-    s3_server.objects["bucket/run/merged-2/model.safetensors"] = b"a neighbour"
+    s3_server.objects["bucket/run/merged-2/model.safetensors"] = b"a neighbor"
     with pytest.raises(OutputError, match="holds other files, and nothing there is replaced") as caught:
         push(merged, TO)
     assert caught.value.details == ("found  step-1/model.safetensors, 7 bytes",) and not sent(s3_server)
