@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merge_cli.errors import ChangedError, InputError, PmergeError, StoreError, UnsupportedError
+from merge_cli.formats.alike import original_of
 from merge_cli.formats.logical import View, Viewed, dtype_of, shape_of, view
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES
@@ -77,6 +78,7 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]], *, max_header: 
     seen_views = Viewed()
     views: list[View] = []
     found: list[Inspection] = []
+    counted: dict[int, Inspection] = {}
     broken: dict[str, PmergeError] = {}
     for candidate in candidates:
         try:
@@ -90,23 +92,27 @@ def inspect_checkpoints(paths: Sequence[str | os.PathLike[str]], *, max_header: 
         except UnsupportedError as error:
             unreadable = error.message
             views.append(View(checkpoint, checkpoint.tensors))
-        found.append(_inspect(views[-1], candidate.step, unreadable))
+        alike = counted.get(id(original_of(views[-1].tensors)))
+        found.append(_inspect(views[-1], candidate.step, unreadable, alike))
+        counted[id(original_of(views[-1].tensors))] = found[-1]
     return Report(found, _differences(views), notes, broken)
 
 
-def _inspect(seen: View, step: int | None, unreadable: str) -> Inspection:
+def _inspect(seen: View, step: int | None, unreadable: str, alike: Inspection | None) -> Inspection:
+    """The numbers of one checkpoint; `alike` are those of one with the same tensors, counted once."""
     checkpoint = seen.checkpoint
+    tensors = original_of(checkpoint.tensors)
     return Inspection(
         path=checkpoint.path,
         step=step,
         layout=checkpoint.layout,
-        num_tensors=len(checkpoint.tensors) if checkpoint.dcp is None else checkpoint.dcp.num_merged,
+        num_tensors=len(tensors) if checkpoint.dcp is None else checkpoint.dcp.num_merged,
         num_files=len(checkpoint.files),
-        dtypes=dict(Counter(stored.info.dtype for stored in checkpoint.tensors.values()).most_common()),
-        num_parameters=seen.num_parameters,
-        tensor_bytes=checkpoint.tensor_bytes,
-        experts=experts_per_layer(seen),
-        quantization=seen.schemes,
+        dtypes=alike.dtypes if alike else dict(Counter(stored.info.dtype for stored in tensors.values()).most_common()),
+        num_parameters=alike.num_parameters if alike else seen.num_parameters,
+        tensor_bytes=alike.tensor_bytes if alike else checkpoint.tensor_bytes,
+        experts=alike.experts if alike else experts_per_layer(seen),
+        quantization=alike.quantization if alike else seen.schemes,
         unreadable=unreadable,
         side_files=list(checkpoint.side_files.kept),
         skipped_files=list(checkpoint.side_files.skipped),
@@ -120,7 +126,7 @@ def experts_per_layer(seen: View) -> dict[int, int]:
     """
     numbers: dict[str, set[int]] = {}
     fused: dict[str, int] = {}
-    for key, tensor in seen.tensors.items():
+    for key, tensor in original_of(seen.tensors).items():
         if ".experts." not in key:
             continue
         if match := _EXPERT.match(key):
@@ -140,13 +146,15 @@ def _differences(views: Sequence[View]) -> list[str]:
         return []
     *others, newest = views
     lines: list[str] = []
-    there = newest.checkpoint.path
+    there, expected = newest.checkpoint.path, original_of(newest.tensors)
     for other in others:
-        path = other.checkpoint.path
-        here = [f"`{key}`  only in {there}" for key in newest.tensors.keys() - other.tensors.keys()]
-        here += [f"`{key}`  only in {path}" for key in other.tensors.keys() - newest.tensors.keys()]
-        for key in newest.tensors.keys() & other.tensors.keys():
-            a, b = other.tensors[key], newest.tensors[key]
+        path, tensors = other.checkpoint.path, original_of(other.tensors)
+        if tensors is expected:
+            continue
+        here = [f"`{key}`  only in {there}" for key in expected.keys() - tensors.keys()]
+        here += [f"`{key}`  only in {path}" for key in tensors.keys() - expected.keys()]
+        for key in expected.keys() & tensors.keys():
+            a, b = tensors[key], expected[key]
             if shape_of(a) != shape_of(b) or dtype_of(a) != dtype_of(b):
                 here.append(f"`{key}`  {dtype_of(a)} {list(shape_of(a))} in {path}, {dtype_of(b)} {list(shape_of(b))} in {there}")
         here.sort()

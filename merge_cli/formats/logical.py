@@ -105,7 +105,7 @@ class View:
     @property
     def num_parameters(self) -> int:
         """The values of all tensors, quantized ones counted as what they stand for."""
-        return sum(math.prod(shape_of(tensor)) for tensor in self.tensors.values())
+        return sum(math.prod(shape_of(tensor)) for tensor in original_of(self.tensors).values())
 
 
 class Viewed:
