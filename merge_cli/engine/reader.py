@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from merge_cli.errors import ChangedError, StoreError
-from merge_cli.formats.dcp.gather import Gathered
+from merge_cli.formats.gathered import Gathered
 from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES, LocalSource
 from merge_cli.stores.store import Source, read_bytes

@@ -13,12 +13,12 @@ from typing import Any
 from merge_cli.errors import MismatchError, first_ten
 from merge_cli.formats.alike import original_of
 from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
+from merge_cli.formats.dcp.hf_files import is_cut, offsets_of
 from merge_cli.formats.logical import Logical, dtype_of, file_of, kind_of, shape_of
 from merge_cli.formats.side_files import differing_files
 from merge_cli.names import MANIFEST
 from merge_cli.stores.store import join
 
-SHARDING_INFO = "DCP_SHARDING_INFO"
 _VOLATILE = {"transformers_version", "_name_or_path", "use_cache", "_commit_hash"}
 
 
@@ -86,11 +86,10 @@ def check_same_ranks(inputs: Sequence[Checkpoint], base: int) -> None:
     with those that are missing.
     """
     expected = inputs[base]
+    for checkpoint in inputs:
+        _check_same_places(checkpoint, expected)
     if expected.layout != "ranks":
         return
-    for checkpoint in inputs:
-        if checkpoint.layout == "ranks":
-            _check_same_places(checkpoint, expected)
     want = {file.name for file in expected.files}
     for checkpoint in inputs:
         have = {file.name for file in checkpoint.files}
@@ -109,14 +108,25 @@ def _check_same_places(checkpoint: Checkpoint, base: Checkpoint) -> None:
     """Files of torch's distributed writer say which part of each tensor they hold; raises
     MismatchError where that differs.
     """
-    places = {file.name: file.header.metadata.get(SHARDING_INFO) for file in base.files}
-    other = [file.name for file in checkpoint.files if places.get(file.name) != file.header.metadata.get(SHARDING_INFO)]
+    headers = [[(file.name, id(file.header)) for file in each.files] for each in (checkpoint, base)]
+    if headers[0] == headers[1] or not (is_cut(checkpoint) or is_cut(base)):
+        return
+    found, expected = offsets_of(checkpoint), offsets_of(base)
+    every = "ranks" in (checkpoint.layout, base.layout)  # otherwise tensors that one has not are reported by name
+    keys = found.keys() | expected.keys() if every else found.keys() & expected.keys()
+    other = sorted(key for key in keys if found.get(key) != expected.get(key))
     if other:
         raise MismatchError(
-            f"files of one name hold other parts of the tensors: {checkpoint.path} and {base.path} were saved by other meshes",
-            details=first_ten([f"{name}  {SHARDING_INFO} in its header differs" for name in other]),
-            hint="consolidate both first (torch.distributed.checkpoint.hf_storage writes whole tensors), and average those",
+            f"the files hold other parts of the tensors: {checkpoint.path} and {base.path} were saved by other meshes",
+            details=first_ten(
+                [f"`{key}`  at {_at(found.get(key))} in one, at {_at(expected.get(key))} in the other" for key in other]
+            ),
+            hint="write whole tensors, which are gathered from the parts:  --format safetensors",
         )
+
+
+def _at(offsets: Sequence[int] | None) -> str:
+    return "no offset" if offsets is None else str(list(offsets))
 
 
 def _metadata_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:

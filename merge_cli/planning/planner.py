@@ -19,6 +19,7 @@ from merge_cli.formats.alike import Moved, original_of
 from merge_cli.formats.checkpoint import SHARD_NUMBER, Checkpoint, Stored
 from merge_cli.formats.dcp.checkpoint import tensor_name
 from merge_cli.formats.dcp.gather import as_chunks_of, whole
+from merge_cli.formats.dcp.hf_files import OF_DCP, SHARDING_INFO
 from merge_cli.formats.experts import as_dialect_of
 from merge_cli.formats.logical import Coded, Logical, View, Viewed, kind_of, view
 from merge_cli.formats.safetensors import DTYPES
@@ -174,7 +175,7 @@ def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Se
         dtype = OUTPUT_DTYPES.get(spec.dtype, DEQUANTIZED)
         dropped = f" and {len(views[base].activation_scales)} activation scales" if views[base].activation_scales else ""
         notes.append(f"dequantized weights are written as {dtype}; scales{dropped} and quantization_config are left out")
-    if views[base].checkpoint.layout == "whole":
+    if views[base].checkpoint.layout == "whole" and SHARDING_INFO not in views[base].checkpoint.files[0].header.metadata:
         notes.append(
             "whole tensors keep the trainer's names and shapes; its own conversion makes another framework's (docs/trainers.md)"
         )
@@ -311,7 +312,8 @@ def _resharded(shard_bytes: int, base: Checkpoint, entries: Sequence[Entry]) -> 
             details=[f"found     {len(split.filename_to_tensors)} files of at most {shard_bytes} bytes"],
             hint="leave --shard-size out",
         )
-    metadata = {"format": "pt", **base.files[0].header.metadata}
+    kept = {name: value for name, value in base.files[0].header.metadata.items() if name not in OF_DCP}
+    metadata = {"format": "pt", **kept}
     return [(name, metadata, [by_name[key] for key in keys]) for name, keys in split.filename_to_tensors.items()]
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -87,6 +88,33 @@ def save_dcp(folder: Path, state: Mapping[str, Any], cuts: Mapping[str, Sequence
     with _alone():
         dcp_save(dict(state), storage_writer=writer, planner=CutPlanner(cuts or {}), no_dist=True)
     return folder
+
+
+def save_hf_files(folder: Path, state: Mapping[str, Tensor], cuts: Mapping[str, Sequence[Box]]) -> Path:
+    """Save `state` as torch's writer of safetensors does on several ranks: rank `r` has box `r` of
+    each tensor in `cuts`, and the last rank the others.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    planner = CutPlanner(cuts)
+    planner.set_up_planner(dict(state), None, True)
+    writer.set_up_storage_writer(True)
+    items = writer.prepare_local_plan(planner.create_local_plan()).items
+    ranks: list[list[WriteItem]] = [[] for _ in range(max(map(len, cuts.values())))]
+    for fqn in state:
+        of_it = [item for item in items if item.index.fqn == fqn]
+        for rank, item in enumerate(of_it):
+            ranks[rank if len(of_it) > 1 else -1].append(item)
+    for plan in writer.prepare_global_plan([SavePlan(each) for each in ranks]):
+        writer.write_data(plan, planner).wait()
+    return folder
+
+
+def load_hf_files(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `like`, by torch's reader of such files."""
+    state = {name: torch.empty_like(tensor) for name, tensor in like.items()}
+    with _alone():
+        dcp_load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return state
 
 
 @contextmanager

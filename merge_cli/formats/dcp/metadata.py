@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,11 +130,16 @@ def parse_metadata(raw: bytes, what: str) -> Metadata:
     UnsupportedError, naming file and entry.
     """
     top = loads(raw, ALLOWED, what)
-    try:
+    with _errors_of(what):
         return _metadata(top)
-    except _Wrong as error:
-        kind = UnsupportedError if error.refused else InputError
-        raise kind(f"{what}: {error}", hint=error.hint) from None
+
+
+def check_chunks(path: str, fqn: str, shape: Size, chunks: Sequence[Chunk]) -> None:
+    """Raise InputError or UnsupportedError unless `chunks` hold every element of the tensor `fqn`
+    of the checkpoint at `path` exactly once.
+    """
+    with _errors_of(path):
+        check_cover(f"`{fqn[:200]}`", shape, chunks)
 
 
 class _Wrong(Exception):
@@ -145,6 +151,15 @@ class _Wrong(Exception):
         super().__init__(message)
         self.refused = refused
         self.hint = hint or "the file is damaged, or of a version that pmerge does not know: save it again with torch's own writer"
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    try:
+        yield
+    except _Wrong as error:
+        kind = UnsupportedError if error.refused else InputError
+        raise kind(f"{what}: {error}", hint=error.hint) from None
 
 
 def _metadata(top: Any) -> Metadata:

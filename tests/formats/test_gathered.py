@@ -14,9 +14,8 @@ from dcp_checkpoints import grid
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_cli.formats.dcp import gather
-from merge_cli.formats.dcp.gather import Gathered, Piece, _piece
-from merge_cli.formats.dcp.metadata import Chunk, Item, Size
+from merge_cli.formats import gathered
+from merge_cli.formats.gathered import Box, Gathered, Piece, piece_of
 from merge_cli.formats.safetensors import Header
 from merge_cli.formats.weight_file import WeightFile
 
@@ -34,8 +33,7 @@ def box_of(
         strides = stored.t().stride() if permuted and part.ndim == 2 else part.stride()
         files[f"f{number}"] = b"12345" + tensor_bytes(stored)
         file = cast(WeightFile, f"f{number}")
-        chunk = Chunk(Size(at), Size(n), Item("", 0, 0))
-        piece = _piece(file, 5, strides, chunk, offsets, sizes, tensor.element_size())
+        piece = piece_of(file, 5, strides, Box(at, n), Box(offsets, sizes), tensor.element_size())
         pieces += [] if piece is None else [piece]
     box = tensor[tuple(slice(a, a + k) for a, k in zip(offsets, sizes, strict=True))]
     expected = tensor_bytes(box.clone(memory_format=torch.contiguous_format))
@@ -69,7 +67,7 @@ def test_any_bytes_of_any_box(case: tuple[Any, ...], data: st.DataObject, read_b
 
     buffer = bytearray(end - begin)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "READ_BYTES", read_bytes)
+        patch.setattr(gathered, "READ_BYTES", read_bytes)
         made.gather(read_into, begin, memoryview(buffer))
     assert buffer == expected[begin:end]
     if not case[-1]:  # rows, or as many of them as fit
