@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from merge_cli.errors import InputError, UsageError
+from merge_cli.errors import IncompleteError, InputError, UsageError, first_ten
 from merge_cli.formats.checkpoint import RANK_FOLDER, SHARD_NUMBER
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, is_dcp, is_unfinished, recorded_step
@@ -47,6 +47,7 @@ from merge_cli.system.json_text import parse_json
 _UNFINISHED = re.compile(r"^(?:tmp|temp|incomplete|partial)[-_.]|[-_.](?:tmp|temp|incomplete|partial)$", re.IGNORECASE)
 _LARGEST_STEP = 10**18
 _MAX_TRAINER_STATE_BYTES = 256 << 20
+_EMPTY = "holds no weights that pmerge reads"
 
 
 def read_candidate(path: StrPath, *, with_time: bool = False) -> Candidate:
@@ -166,15 +167,15 @@ def _trainer_step(store: Store, path: str) -> int | None:
 
 
 def is_checkpoint(folder: StrPath) -> bool:
-    """Whether `folder` is a distributed checkpoint, or has the files of one (safetensors, or
-    `pytorch_model*.bin`), directly or in folders of ranks.
+    """Whether `folder` is a distributed checkpoint, finished or not, or has the files of one
+    (safetensors, or `pytorch_model*.bin`), directly or in folders of ranks.
 
     Files named by different steps (`model_step_10.safetensors`) are several checkpoints, so their
     folder is not one.
     """
     folder = as_path(folder)
     entries = _entries(folder)
-    if is_dcp(folder):
+    if is_dcp(folder) or is_unfinished(folder):
         return True
     names = {entry.name for entry in entries}
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
@@ -185,20 +186,26 @@ def is_checkpoint(folder: StrPath) -> bool:
     return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(join(folder, rank)))
 
 
-def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] | None = None) -> list[str]:
+def discover(
+    paths: StrPath | Sequence[StrPath],
+    on_skip: Callable[[str], None] | None = None,
+    on_empty: Callable[[str], None] | None = None,
+) -> list[str]:
     """The checkpoints at `paths` (or one path): themselves, and those inside every run folder, by
     number.
 
     A folder given alone is a run if it holds at least two checkpoints named by step, even with a
     final model saved beside them; a folder given with others is a checkpoint, if it can be. Hidden
-    and unfinished folders of a run are left out, as are, with a line each to `on_skip`, results of
-    pmerge, links to a neighbor (`latest`), folders named by step without safetensors, and
-    checkpoints without a step (`final`, `best`) if others have one.
+    folders of a run are left out, as are, with a line each to `on_skip`, results of pmerge, folders
+    whose name marks them as unfinished, links to a neighbor (`latest`), and checkpoints without a
+    step (`final`, `best`) if others have one; folders named by step without weights go to
+    `on_empty`, or without it are such a line too.
 
     Raises InputError if no checkpoint is found or one shard of several is given alone, UsageError
     if one checkpoint is named twice.
     """
     on_skip = on_skip or (lambda line: None)
+    on_empty = on_empty or (lambda path: on_skip(f"{path} is left out: it {_EMPTY}"))
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     found: list[str] = []
@@ -214,7 +221,7 @@ def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] 
             _check_whole_file(path)
             found.append(path)
             continue
-        inside, skipped = _checkpoints_in(path)
+        inside, empty, skipped = _checkpoints_in(path)
         by_step = [entry for entry in inside if _is_named_by_step(entry)]
         if is_checkpoint(path) and not (len(expanded) == 1 and len(by_step) >= 2):
             found.append(path)
@@ -223,6 +230,8 @@ def discover(paths: StrPath | Sequence[StrPath], on_skip: Callable[[str], None] 
             skipped += [f"{entry} is left out: its name has no step" for entry in inside if by_step and entry not in by_step]
             for line in skipped:
                 on_skip(line)
+            for folder in empty:
+                on_empty(folder)
         else:
             raise _nothing_found(path)
     places: dict[str, str] = {}
@@ -304,12 +313,12 @@ def _step_files(entries: Sequence[Entry]) -> list[str]:
     return named if len({re.sub(r"[0-9]+", "#", name) for name in named}) == 1 else []
 
 
-def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
-    """The checkpoints directly inside `run`, and a line for each entry that looks like one and is
-    none.
+def _checkpoints_in(run: str) -> tuple[list[str], list[str], list[str]]:
+    """The checkpoints directly inside `run`, the folders named by step without weights, and a line
+    for each other entry that looks like a checkpoint and is none.
     """
     store, entries, home = open_store(run), _entries(run), resolve(run)
-    found, skipped = [join(run, name) for name in _step_files(entries)], []
+    found, empty, skipped = [join(run, name) for name in _step_files(entries)], [], []
     for entry in entries:
         path = join(run, entry.name)
         if RANK_FOLDER.match(entry.name) or entry.kind != "folder":
@@ -322,13 +331,11 @@ def _checkpoints_in(run: str) -> tuple[list[str], list[str]]:
             skipped.append(f"{path} is left out: a result of pmerge; name it to average it")
         elif (real := store.resolve(path)) != join(home, entry.name) and folder_of(real) == home:
             skipped.append(f"{path} is left out: a link to {name_of(real)}")
-        elif is_unfinished(path):
-            skipped.append(f"{path} is left out: it has no .metadata, which a save writes last")
         elif is_checkpoint(path):
             found.append(path)
         elif _is_named_by_step(path):
-            skipped.append(f"{path} is left out: it holds no weights that pmerge reads")
-    return found, skipped
+            empty.append(path)
+    return found, empty, skipped
 
 
 def _nothing_found(path: str) -> InputError:
@@ -336,13 +343,10 @@ def _nothing_found(path: str) -> InputError:
     folders = [join(path, entry.name) for entry in entries if entry.kind == "folder"]
     runs = [folder for folder in folders if _checkpoints_in(folder)[0]]
     names = [entry.name for entry in entries]
-    unfinished = next((folder for folder in [path, *folders] if is_unfinished(folder)), None)
     foreign = recognize(path)
     hint = "name a folder with *.safetensors files, or a run folder that contains such folders"
     if runs:
         hint = f"the checkpoints are one folder down:  pmerge average {runs[0]}"
-    elif unfinished is not None:
-        hint = f"the save of {unfinished} is not finished: it has no .metadata"
     elif foreign is not None:
         hint = foreign.hint
     return InputError(
@@ -371,15 +375,43 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
 
     Of those in a run folder the newest is left out if it is incomplete, with a warning; all that
     are incomplete if `incomplete` is "skip"; none, so that opening it is an error, if "error", or
-    if fewer than two would be left. An earlier result of pmerge is an error unless `allow_merged`
-    is set. Modification times are read only if `order` is "mtime". `seen` as in `open_checkpoint`.
+    if fewer than two would be left. Folders named by step without weights are left out with a
+    warning, and are an error if `incomplete` is "error". `seen` as in `open_checkpoint`.
     """
     asked = asked or Selection()
-    if not isinstance(paths, str | os.PathLike) and not paths:
-        raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
     skipped: list[str] = []
-    found = discover(paths, skipped.append)
-    typed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    empty: list[str] = []
+    candidates = list_candidates(paths, asked, skipped.append, empty.append)
+    if empty and asked.incomplete == "error":
+        raise IncompleteError(f"{empty[0]} {_EMPTY}", details=[f"as does  {path}" for path in first_ten(empty[1:])])
+    warnings = [f"{_few(empty)} left out as incomplete: {'it' if len(empty) == 1 else 'each'} {_EMPTY}"] if empty else []
+    named = {as_path(path) for path in _typed(paths)}
+    if any(is_glob(path) and not is_local(path) for path in named):
+        return Found(candidates, skipped, warnings)  # revisions of the Hub are complete
+    in_runs = [each for each in candidates if each.path not in named]
+    left_out = find_incomplete(in_runs, asked.incomplete, seen)
+    if len(candidates) - len(left_out) < 2:
+        left_out = {}  # an average of one is none: opening it is the error that names it
+    warnings += [f"{path} is left out as incomplete: {reason}" for path, reason in left_out.items()]
+    return Found([each for each in candidates if each.path not in left_out], skipped, warnings)
+
+
+def list_candidates(
+    paths: StrPath | Sequence[StrPath],
+    asked: Selection,
+    on_skip: Callable[[str], None] | None = None,
+    on_empty: Callable[[str], None] | None = None,
+) -> list[Candidate]:
+    """All checkpoints at `paths`, complete or not, with their steps; the other parameters as in
+    `discover`.
+
+    An earlier result of pmerge is an error unless `allow_merged` is set. Modification times are
+    read only if `order` is "mtime". Raises InputError or UsageError.
+    """
+    typed = _typed(paths)
+    if not typed:
+        raise UsageError("no checkpoint to average", hint="pmerge average RUN_FOLDER")
+    found = discover(typed, on_skip, on_empty)
     if asked.order == "given" and len(found) > len(typed):
         raise UsageError(
             "--order given is for checkpoints that are named one by one, and a run folder stands for several",
@@ -388,16 +420,16 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
         )
     if not asked.allow_merged:
         check_none_is_merged(found)
-    candidates = _with_steps_from_above([read_candidate(path, with_time=asked.order == "mtime") for path in found])
-    named = {as_path(path) for path in typed}
-    if any(is_glob(path) and not is_local(path) for path in named):
-        return Found(candidates, skipped, [])  # revisions of the Hub are complete
-    in_runs = [each for each in candidates if each.path not in named]
-    left_out = find_incomplete(in_runs, asked.incomplete, seen)
-    if len(candidates) - len(left_out) < 2:
-        left_out = {}  # an average of one is none: opening it is the error that names it
-    warnings = [f"{path} is left out as incomplete: {reason}" for path, reason in left_out.items()]
-    return Found([each for each in candidates if each.path not in left_out], skipped, warnings)
+    return _with_steps_from_above([read_candidate(path, with_time=asked.order == "mtime") for path in found])
+
+
+def _typed(paths: StrPath | Sequence[StrPath]) -> list[StrPath]:
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+
+
+def _few(paths: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"{', '.join(paths[:most])}{more} {'is' if len(paths) == 1 else 'are'}"
 
 
 def _with_steps_from_above(candidates: list[Candidate]) -> list[Candidate]:

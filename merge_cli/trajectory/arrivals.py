@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from merge_cli.errors import InputError
 from merge_cli.formats.completeness import incomplete_reason
-from merge_cli.request.discovery import find_candidates
+from merge_cli.request.discovery import list_candidates
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates
 from merge_cli.request.spec import Selection
@@ -68,7 +68,8 @@ class Arrivals:
         Raises InputError where the run has gone, MismatchError where two have one step.
         """
         try:
-            found, notes, _ = find_candidates(self._run, Selection(incomplete="error"))
+            notes: list[str] = []
+            found = list_candidates(self._run, Selection(), notes.append)
         except InputError as error:
             if not is_glob(self._run) and open_store(self._run).stat(self._run) is None:
                 raise

@@ -167,7 +167,7 @@ def test_a_save_under_way_is_left_out_and_reported(run: Path, tmp_path: Path) ->
     (tmp_path / "step-40" / ".metadata").unlink()
     plan = plan_average(tmp_path, tmp_path / "out")
     assert [candidate.step for candidate in plan.candidates] == list(STEPS)
-    assert any("step-40 is left out: it has no .metadata" in note for note in plan.notes)
+    assert any("step-40 is left out as incomplete" in line and "has no .metadata" in line for line in plan.warnings)
     with pytest.raises(InputError, match=r"has no \.metadata"):
         plan_average([tmp_path / "step-40", tmp_path / "step-30"], tmp_path / "out")
 

@@ -30,7 +30,6 @@ FORMATS = {
     "flax": (["step_1/flax_model.msgpack"], "with its framework"),
     "nanotron": (["10/model/model/token_embedding/model_weight.safetensors", "10/model_config.json"], "nanotron"),
     "optimizer": (["ckpt_1/optimizer.pt", "ckpt_1/trainer_state.json"], "into which the trainer saves the model"),
-    "dcp": (["step_1/__0_0.distcp"], "it has no .metadata"),
 }
 
 

@@ -2,6 +2,7 @@
 in a run folder.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,3 +162,61 @@ def test_distributed_checkpoints_have_the_marker_of_their_trainer(tmp_path: Path
     assert "ends before" in (incomplete_reason(data.parent) or "")
     data.unlink()
     assert "missing" in (incomplete_reason(data.parent) or "")
+
+
+def without_weights(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "optimizer.pt").touch()
+
+
+def dcp_without_metadata(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    save_dcp(folder, TENSORS)
+    (folder / ".metadata").unlink()
+
+
+NO_CHECKPOINT_YET = {
+    "holds no weights that pmerge reads": without_weights,
+    "has no .metadata": dcp_without_metadata,
+}
+
+
+@pytest.mark.parametrize("reason", NO_CHECKPOINT_YET)
+def test_a_save_without_weights_or_metadata_is_as_incomplete_as_others(reason: str, tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    newest = run / "ckpt_4000"
+    NO_CHECKPOINT_YET[reason](newest)
+    for incomplete in ("newest", "skip"):
+        for plan in (
+            plan_average(run, tmp_path / "out", incomplete=incomplete),
+            plan_sweep(run, tmp_path / "sweep", methods=["sma"], incomplete=incomplete),
+            plan_analysis(run, incomplete=incomplete),
+        ):
+            (warning,) = [line for line in plan.warnings if "incomplete" in line]
+            assert warning.startswith(f"{newest} is left out as incomplete: ") and reason in warning
+            assert not any(str(newest) in note for note in plan.notes)
+    with pytest.raises(InputError, match=re.escape(reason)) as refused:
+        plan_average(run, tmp_path / "out", incomplete="error")
+    assert str(newest) in refused.value.message
+
+
+def test_of_folders_without_weights_only_error_is_strict(tmp_path: Path) -> None:
+    """They may be anything that is named by step (`eval_step_500`), so an older one stops nothing."""
+    run = a_run(tmp_path / "run")
+    (run / "eval_step_500").mkdir()
+    (run / "eval_step_500" / "results.json").touch()
+    plan = plan_average(run, tmp_path / "out")
+    assert [each.step for each in plan.candidates] == [1000, 2000, 3000, 4000]
+    assert any("eval_step_500 is left out as incomplete" in line for line in plan.warnings)
+    with pytest.raises(InputError, match="eval_step_500"):
+        plan_average(run, tmp_path / "out", incomplete="error")
+
+
+def test_many_folders_without_weights_are_one_warning(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    for step in range(100, 900, 100):
+        (run / f"ckpt_{step}").mkdir()
+    (warning,) = [line for line in plan_average(run, tmp_path / "out").warnings if "incomplete" in line]
+    assert warning.startswith(f"{run}/ckpt_100, {run}/ckpt_200, {run}/ckpt_300 and 5 more are left out as incomplete")

@@ -269,8 +269,8 @@ def test_a_run_folder_gives_its_checkpoints_by_number(tmp_path: Path) -> None:
     assert [line.split(" is left out: ")[1].split(";")[0] for line in skipped] == [
         "a link to ckpt_100",
         "a result of pmerge",
-        "it holds no weights that pmerge reads",
         "its name has no step",
+        "it holds no weights that pmerge reads",
     ]
     assert found_in(tmp_path / "merged-sma-9-10", tmp_path / "latest") == ["merged-sma-9-10", "latest"]
     assert read_candidate(tmp_path / "latest").step == 100
@@ -307,14 +307,12 @@ def test_files_named_by_step_are_checkpoints(tmp_path: Path) -> None:
 
 def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None:
     checkpoint(tmp_path / "pickles" / "step_1", "model.ckpt")
-    checkpoint(tmp_path / "sharded", "__0_0.distcp")
     checkpoint(tmp_path / "project" / "run" / "step_1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(b"")
     for name, said in [
         ("pickles", "step_1/model.ckpt"),
-        ("sharded", "it has no .metadata"),
         ("project", f"pmerge average {tmp_path / 'project' / 'run'}"),
         ("empty", "an empty folder"),
         ("missing", "no such checkpoint"),
