@@ -111,6 +111,18 @@ def test_only_the_call_after_which_all_bytes_are_there_says_so(case: Case) -> No
             assert writer.is_finished
 
 
+def test_the_header_comes_last_so_that_a_torn_file_is_no_checkpoint(case: Case) -> None:
+    with case.destination() as destination:
+        item = case.items()[0]
+        assert destination.claim(item) is Claim.TAKEN
+        writer = destination.open(item)
+        write(writer, item)
+        torn = [path.read_bytes() for path in (destination.folder.path / "partial").iterdir()]
+        assert [data[: len(item.file.header)] for data in torn] == [bytes(len(item.file.header))]
+        assert not any((destination.folder.path / "checkpoint").iterdir())
+        writer.finish()
+
+
 def test_threads_get_one_yes_between_them(case: Case) -> None:
     with case.destination() as destination:
         item = case.items()[0]

@@ -165,6 +165,68 @@ def test_files_that_others_put_into_the_old_result_during_the_run_stop_it(
     assert '"method": "sma"' in (out / "pmerge.json").read_text() and [*tmp_path.glob("out?*")] == []
 
 
+@pytest.mark.parametrize("before", ["nothing", "old result", "old result, no exchange"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_whose_name_cannot_be_made_durable_is_taken_back(
+    kind: str, before: str, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second fsync that succeeds would mean nothing: the next run has to rename anew."""
+    out, sync, failed = tmp_path / "out", HeldFolder.sync, list[dict[str, bytes]]()
+    old = {} if before == "nothing" else old_result(paths, out)
+
+    def failing(self: HeldFolder, name: str = ".") -> None:
+        if self.path == tmp_path:
+            failed.append(files_of(out))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(self, name)
+
+    if before.endswith("no exchange"):
+        monkeypatch.setattr("merge_cli.output.publish.exchange", lambda one, other: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldFolder, "sync", failing)
+        with pytest.raises(OutputError, match=r"cannot make the name .* durable"):
+            run(paths, out, kind, overwrite=bool(old))
+    assert b'"method": "sma"' in failed[0]["pmerge.json"], "it had its final name"
+    assert files_of(out) == old and out.exists() == bool(old)
+    run(paths, out, kind, overwrite=bool(old))
+    assert '"method": "sma"' in (out / "pmerge.json").read_text() and [*tmp_path.glob("out?*")] == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_result_that_was_moved_aside_is_put_back(
+    kind: str, killed: bool, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or where the run was killed between the two renames by the next one, which then
+    fails too.
+    """
+
+    class Died(BaseException):
+        pass
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def die(*arguments: Any) -> None:
+        raise Died
+
+    out, rename = tmp_path / "out", publishing._rename
+    old = old_result(paths, out)
+    monkeypatch.setattr("merge_cli.output.publish.exchange", lambda one, other: False)
+    with monkeypatch.context() as patch, pytest.raises(Died if killed else OutputError):
+        patch.setattr(HeldFolder, "rename_to_new", die if killed else fail)
+        if killed:  # it can do no more
+            patch.setattr(publishing, "_rename", lambda *names: rename(*names) if names[2] else die())
+        run(paths, out, kind, overwrite=True)
+    assert out.exists() is not killed and files_of(tmp_path / "out.pmerge-partial" / "replaced" if killed else out) == old
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        at_the_last_look(patch, die)
+        run(paths, out, kind, overwrite=True)
+    assert files_of(out) == old
+    run(paths, out, kind, overwrite=True)
+    assert '"method": "sma"' in (out / "pmerge.json").read_text() and [*tmp_path.glob("out?*")] == []
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_files_that_come_after_the_exchange_are_kept_and_named(
     killed: bool, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

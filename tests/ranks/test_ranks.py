@@ -376,6 +376,26 @@ def test_records_of_another_request_vouch_for_nothing(tmp_path: Path) -> None:
     as_single(expected, tmp_path / "out")
 
 
+@pytest.mark.parametrize("wrong", ["inode", "request"])
+def test_pieces_count_only_for_their_request_and_in_their_file(wrong: str, tmp_path: Path) -> None:
+    """A file of zeros has taken the place of the one that a rank wrote a piece into."""
+    paths = nasty_run(tmp_path / "run", layout="single")
+    expected = average(paths, tmp_path / "one").output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        assert share(paths, tmp_path / "out", 0, 4).missing == 1
+    growing = tmp_path / "out.pmerge-partial" / "partial" / "model.safetensors.partial"
+    zeros = growing.with_name("zeros")
+    zeros.write_bytes(bytes(growing.stat().st_size))
+    inode = zeros.stat().st_ino
+    zeros.rename(growing)
+    if wrong == "request":
+        for record in (tmp_path / "out.pmerge-partial" / "done").iterdir():
+            record.write_text(json.dumps(json.loads(record.read_text()) | {"inode": inode, "request": "another"}))
+    assert share(paths, tmp_path / "out", 1, 4).has_published
+    as_single(expected, tmp_path / "out")
+
+
 def test_without_flock_work_of_another_request_is_never_thrown_away(tmp_path: Path) -> None:
     paths = nasty_run(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
