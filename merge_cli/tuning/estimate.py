@@ -1,31 +1,40 @@
 """How long a merge will take: the slowest of what its bytes pass through.
 
     storage   (bytes read + bytes written) / R, both sharing one link
-    work      (bytes read x READ + bytes written x WRITE) / cores
+    work      (bytes read x COPY + values read x SUM + bytes written x WRITE) / cores; no SUM on a GPU
     PCIe      bytes read / P, on a GPU; results come back in the other direction
     memory    (bytes read x 4 + bytes written x 5) / M: into the page cache, out of it (two), to the sum; or as many and the sha256
 
 R is measured by reading a little, or given; P is measured. M counts only where given (`parts_of`):
-no short measurement by one thread shows what the memory of a machine can do. The costs of a byte
-are measured figures of one core (docs/benchmarks.md): copying it from the page cache and, on the
-CPU, adding it up; hashing it and copying it to the page cache. What a GPU itself does takes a tenth
-of PCIe's time or less, and is left out.
+no short measurement by one thread shows what the memory of a machine can do. The costs are those of
+one core (docs/benchmarks.md has their source): copying a byte out of the page cache, widening or
+decoding a value and adding it to a sum, hashing a byte and copying it to the page cache. What a GPU
+itself does takes a tenth of PCIe's time or less, and is left out; so is encoding.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merge_cli.engine.device import Device
 from merge_cli.engine.reader import InputFiles
-from merge_cli.planning.plan import MergePlan, QuantizedExtent
+from merge_cli.engine.reducers import kinds
+from merge_cli.planning.plan import AVERAGE, MergePlan
 from merge_cli.planning.sums import weighted_sum
 
-READ_S_PER_BYTE = {"copy": 0.06e-9, "F32": 0.17e-9, "F64": 0.33e-9, "quantized": 1.9e-9}
-WRITE_S_PER_BYTE = 1.0e-9
+COPY_S_PER_BYTE = 0.24e-9
+WRITE_S_PER_BYTE = 1.07e-9
+SUM_S_PER_VALUE = {
+    "torch": {"F32": 0.73e-9, "F64": 3.23e-9, "quantized": 3.83e-9},
+    "base": {"F32": 0.38e-9, "F64": 0.75e-9, "quantized": 1.60e-9},
+    "v3": {"F32": 0.20e-9, "F64": 0.41e-9, "quantized": 0.81e-9},
+    "v4": {"F32": 0.15e-9, "F64": 0.26e-9, "quantized": 0.48e-9},
+}
+"""By kernel: bf16 summed in a dtype, and values decoded from blocks of FP8."""
 MEMORY_PASSES = {"read": 4, "written": 5}
 SAMPLE_BYTES = 64 << 20
 
@@ -81,16 +90,11 @@ def estimate(
     you know it.
     """
     bandwidth = storage_bandwidth or measure_bandwidth(plan)
-    coded = sum(extent.bytes_read for file in plan.files for extent in file.extents if isinstance(extent, QuantizedExtent))
-    plain = plan.bytes_to_read - coded
+    read_s = plan.bytes_to_read * COPY_S_PER_BYTE
     if device.is_accelerator:
-        read_s = plan.bytes_to_read * READ_S_PER_BYTE["copy"]
         pcie_bandwidth = pcie_bandwidth or measure_pcie(device)
     else:
-        read_s = coded * READ_S_PER_BYTE["quantized"]
-        for output in plan.outputs:
-            each = weighted_sum(output.inputs, output.coefficients, plan.spec.accumulate, ["BF16"], "BF16")
-            read_s += plain * READ_S_PER_BYTE[each.dtype]
+        read_s += summing_s(plan, device)
     parts = parts_of(
         plan.bytes_to_read,
         plan.bytes_to_write,
@@ -101,6 +105,21 @@ def estimate(
     )
     bottleneck = max(parts, key=lambda name: parts[name])
     return Estimate(parts[bottleneck], bottleneck, bandwidth, parts)
+
+
+def summing_s(plan: MergePlan, device: Device) -> float:
+    """The seconds in which one core adds up all values of `plan`."""
+    values: Counter[str] = Counter()
+    for extent in (extent for file in plan.files for extent in file.extents):
+        values[kinds.kind_of(extent, AVERAGE)] += extent.num_elements * len(extent.sources)
+    del values[kinds.COPIES]
+    seconds = 0.0
+    for kind, count in values.items():
+        costs = SUM_S_PER_VALUE[kinds.kernel_of(device) if kinds.is_native(kind, device) else "torch"]
+        for output in plan.outputs:
+            dtype = weighted_sum(output.inputs, output.coefficients, plan.spec.accumulate, ["BF16"], "BF16").dtype
+            seconds += count * costs[dtype if kind == kinds.SUMS else "quantized"] * len(output.inputs) / len(plan.inputs)
+    return seconds
 
 
 def measure_pcie(device: Device) -> float:
