@@ -9,7 +9,7 @@ them here:
     files    several safetensors files without an index, every tensor name in one of them only
     ranks    one file or folder per rank of expert, tensor or pipeline parallelism, names repeating between ranks
     dcp      a torch distributed checkpoint, each tensor in chunks (`dcp/checkpoint.py`)
-    pickle   files of `torch.save`, which are read and never written (`pickled.py`)
+    pickle   files of `torch.save`, which are read and never written (`pickled.py`, `universal.py`)
 
 A tensor is known by its key: its name, or "file:name" in the `ranks` layout, where a name alone is
 ambiguous.

@@ -1,5 +1,5 @@
-"""Open a checkpoint of whatever container: safetensors, a torch distributed checkpoint, or files of
-`torch.save`.
+"""Open a checkpoint of whatever container: safetensors, a torch distributed checkpoint, files of
+`torch.save`, or a universal checkpoint of DeepSpeed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from merge_cli.formats.dcp.item import Envelopes
 from merge_cli.formats.dcp.trainers import find_dcp, is_unfinished
 from merge_cli.formats.pickled import ENDINGS, open_pickled, pickled_files
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES
+from merge_cli.formats.universal import find_universal, open_universal
 from merge_cli.stores.store import StrPath, as_path, join, open_store
 
 
@@ -51,4 +52,6 @@ def open_checkpoint(path: StrPath, *, seen: Seen | None = None, training_state: 
         return open_dcp(path, place, training_state, seen.envelopes)
     if is_pickled(path):
         return open_pickled(path)
+    if (inside := find_universal(path)) is not None:
+        return open_universal(path, inside)
     return open_safetensors(path, seen=seen.safetensors)

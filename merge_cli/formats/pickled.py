@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 from merge_cli.errors import IncompleteError, InputError, UnsupportedError, first_ten
 from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
+from merge_cli.formats.gathered import Box, gathered, piece_of
 from merge_cli.formats.safetensors import DTYPES, Header, TensorInfo, num_elements
 from merge_cli.formats.side_files import list_side_files
-from merge_cli.formats.torch_zip import list_tensors
+from merge_cli.formats.torch_zip import LocatedTensor, list_tensors
 from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.store import StrPath, as_path, join, name_of, open_store
 
@@ -46,46 +47,61 @@ def open_pickled(path: StrPath) -> Checkpoint:
     store = open_store(path)
     status = store.stat(path)
     if status is not None and status.kind == "file":
-        alone = (_open(path, name_of(path)),)
-        return Checkpoint(path, None, LAYOUT, alone, _tensors(alone))
+        file, tensors = open_archive(path, name_of(path))
+        return Checkpoint(path, None, LAYOUT, (file,), tensors)
     listed = [entry.name for entry in store.list(path)]
     names = pickled_files(listed)
     _check_numbers(path, names)
     for name in (*names, "config.json"):
         store.check_inside(path, join(path, name))
-    files = tuple(_open(join(path, name), name) for name in names)
+    opened = [open_archive(join(path, name), name) for name in names]
     return Checkpoint(
         path=path,
         root=path,
         layout=LAYOUT,
-        files=files,
-        tensors=_tensors(files),
+        files=tuple(file for file, _ in opened),
+        tensors=_tensors(opened),
         config=read_config(join(path, "config.json")),
         side_files=list_side_files(path, set(names)),
     )
 
 
-def _open(path: str, name: str) -> WeightFile:
+def open_archive(path: str, name: str) -> tuple[WeightFile, dict[str, Stored]]:
+    """The archive `path`, which the checkpoint calls `name`, and its tensors. Raises InputError.
+
+    A view whose rows lie apart in a larger storage is gathered row by row.
+    """
     with closing(open_store(path).open(path)) as source:
-        infos = {}
+        infos, apart = {}, {}
         for key, tensor in list_tensors(path).items():
             if not tensor.is_contiguous:
-                raise UnsupportedError(
-                    f"`{key[:200]}` in {path} is stored as a view (strides {tensor.strides})",
-                    hint="save it with  tensor.contiguous(), or as safetensors",
-                )
+                apart[key] = tensor
+                continue
             end = tensor.offset + DTYPES[tensor.dtype].num_bytes(num_elements(tensor.shape))
             infos[key] = TensorInfo(tensor.dtype, tensor.shape, tensor.offset, end)
-        return WeightFile(source, name, Header(infos, {}, 0, source.num_bytes, _NOTHING))
+        file = WeightFile(source, name, Header(infos, {}, 0, source.num_bytes, _NOTHING))
+        tensors = {key: Stored(file, key, info) for key, info in infos.items()}
+        return file, tensors | {key: _rows(file, key, tensor) for key, tensor in apart.items()}
 
 
-def _tensors(files: Sequence[WeightFile]) -> dict[str, Stored]:
+def _rows(file: WeightFile, key: str, tensor: LocatedTensor) -> Stored:
+    item, box = DTYPES[tensor.dtype].item_bytes, Box((0,) * len(tensor.shape), tensor.shape)
+    piece = piece_of(file, tensor.offset, tensor.strides, box, box, item)
+    if piece is not None and (piece.item_step != item or any(axis.source == 0 for axis in piece.axes)):
+        raise UnsupportedError(
+            f"`{key[:200]}` in {file.path} is stored as a view whose rows are not in one piece (strides {tensor.strides})",
+            hint="save it with  tensor.contiguous(), or as safetensors",
+        )
+    return gathered(file.source, file.path, key, tensor.dtype, tensor.shape, [piece])
+
+
+def _tensors(opened: Sequence[tuple[WeightFile, Mapping[str, Stored]]]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
-    for file in files:
-        for key, info in file.header.tensors.items():
+    for _, found in opened:
+        for key, stored in found.items():
             if key in tensors:
-                raise InputError(f"`{key[:200]}` is in two files: {tensors[key].file.path} and {file.path}")
-            tensors[key] = Stored(file, key, info)
+                raise InputError(f"`{key[:200]}` is in two files: {tensors[key].file.path} and {stored.file.path}")
+            tensors[key] = stored
     return tensors
 
 

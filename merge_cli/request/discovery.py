@@ -23,6 +23,7 @@ from merge_cli.formats.foreign import recognize
 from merge_cli.formats.opening import Seen
 from merge_cli.formats.pickled import ENDINGS, is_shard, pickled_files
 from merge_cli.formats.torch_zip import TRAINING_STATE
+from merge_cli.formats.universal import find_universal
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
 from merge_cli.request.screening import check_none_is_merged, find_incomplete
@@ -167,8 +168,8 @@ def _trainer_step(store: Store, path: str) -> int | None:
 
 
 def is_checkpoint(folder: StrPath) -> bool:
-    """Whether `folder` is a distributed checkpoint, finished or not, or has the files of one
-    (safetensors, or `pytorch_model*.bin`), directly or in folders of ranks.
+    """Whether `folder` is a distributed checkpoint, finished or not, a universal one, or has the
+    files of one (safetensors, or `pytorch_model*.bin`), directly or in folders of ranks.
 
     Files named by different steps (`model_step_10.safetensors`) are several checkpoints, so their
     folder is not one.
@@ -183,7 +184,9 @@ def is_checkpoint(folder: StrPath) -> bool:
     if pickled_files([entry.name for entry in entries if entry.kind == "file"]):
         return True
     ranks = [entry.name for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
-    return any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(join(folder, rank)))
+    if any(inner.name.endswith(".safetensors") for rank in ranks for inner in _entries(join(folder, rank))):
+        return True
+    return find_universal(folder) is not None
 
 
 def discover(
