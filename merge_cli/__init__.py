@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from merge_cli.features.forecast import forecast
     from merge_cli.features.push import Pushed, push
     from merge_cli.features.report import report
-    from merge_cli.features.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep, sweep
+    from merge_cli.features.sweep import SweepResult, run_sweep, sweep
+    from merge_cli.features.sweep_plan import SweepPlan, plan_sweep
     from merge_cli.features.verify import Verification, verify
     from merge_cli.features.watch import WatchPlan, plan_watch, watch
     from merge_cli.formats.checkpoint import Checkpoint
@@ -98,7 +99,8 @@ _HOMES = {
     "finalize": "features.finalize",
     **dict.fromkeys(["Pushed", "push"], "features.push"),
     "Progress": "output.progress",
-    **dict.fromkeys(["SweepPlan", "SweepResult", "plan_sweep", "run_sweep", "sweep"], "features.sweep"),
+    **dict.fromkeys(["SweepResult", "run_sweep", "sweep"], "features.sweep"),
+    **dict.fromkeys(["SweepPlan", "plan_sweep"], "features.sweep_plan"),
     **dict.fromkeys(["Verification", "verify"], "features.verify"),
     **dict.fromkeys(["WatchPlan", "plan_watch", "watch"], "features.watch"),
 }

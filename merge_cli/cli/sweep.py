@@ -18,7 +18,8 @@ from merge_cli.request.spec import MergeSpec, Processes, RunConfig, Selection, l
 
 if TYPE_CHECKING:
     from merge_cli.cli.workers import Workers
-    from merge_cli.features.sweep import SweepPlan, SweepResult
+    from merge_cli.features.sweep import SweepResult
+    from merge_cli.features.sweep_plan import SweepPlan
 
 
 @takes(
@@ -53,7 +54,8 @@ def sweep_command(
     Example:  pmerge sweep run/ -o sweep --method sma,ema:0.1,ema:0.2 --last 3,6,10
     """
     from merge_cli.cli.workers import Workers, errors_reported_once, is_to_print, prefix_lines_of, this_process
-    from merge_cli.features.sweep import as_dict, plan_sweep
+    from merge_cli.features.sweep import as_dict
+    from merge_cli.features.sweep_plan import plan_sweep
     from merge_cli.ranks.launcher import WORKER
 
     me = this_process(lay_over(Processes(), given))

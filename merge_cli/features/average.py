@@ -124,13 +124,9 @@ def plan_average(
     steps = [candidate.step for candidate in candidates]
     merge = build_plan(spec, inputs, steps, base, [Output(tuple(range(len(inputs))), coefficients, base)])
     destination = destination or default_destination(f"merged-{spec.method}", candidates)
-    from merge_cli.output.existing import is_published
-    from merge_cli.output.preflight import check_destinations
-    from merge_cli.tuning.tune import tune
+    from merge_cli.features.preparation import prepare
 
-    is_done = is_published(destination, merge, hashed=run.overwrite or run.verify_existing)
-    findings = [] if is_done else check_destinations({destination: merge}, run, rank.world_size)
-    tuning = tune(merge, run.without_trials() if is_done or findings else run, rank)
+    done, findings, tuning = prepare({destination: merge}, merge, run, rank)
     return AveragePlan(
         merge=merge,
         output=destination,
@@ -141,9 +137,9 @@ def plan_average(
         kernel=tuning.kernel,
         budget=tuning.fit(merge),
         run=run,
-        findings=tuple(findings),
+        findings=findings,
         rank=rank,
-        is_done=is_done,
+        is_done=destination in done,
     )
 
 

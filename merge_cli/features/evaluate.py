@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import ChangedError, PmergeError, UsageError, first_ten
-from merge_cli.features.sweep import SweepOutput, SweepPlan, plan_sweep, run_sweep
+from merge_cli.features.sweep import run_sweep
+from merge_cli.features.sweep_plan import SweepOutput, SweepPlan, plan_sweep
 from merge_cli.formats.opening import open_checkpoint
 from merge_cli.output.lock import Lock
 from merge_cli.ranks.launcher import Rank

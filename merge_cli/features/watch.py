@@ -31,7 +31,8 @@ from merge_cli.errors import Interrupted, MismatchError, PmergeError, UsageError
 from merge_cli.features.evaluate import plan_evaluation, run_evaluation
 from merge_cli.features.forecast import forecast
 from merge_cli.features.report import report
-from merge_cli.features.sweep import plan_sweep, run_sweep
+from merge_cli.features.sweep import run_sweep
+from merge_cli.features.sweep_plan import plan_sweep
 from merge_cli.names import MANIFEST
 from merge_cli.output.lock import Lock
 from merge_cli.request.discovery import no_such_checkpoint

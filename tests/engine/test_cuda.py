@@ -23,7 +23,8 @@ from merge_cli.engine.cuda import CudaQueues, CudaStream
 from merge_cli.engine.device import Device
 from merge_cli.engine.reducers.quantized import QuantizedSums
 from merge_cli.errors import NonFiniteError, PmergeError
-from merge_cli.features.sweep import plan_sweep, run_sweep
+from merge_cli.features.sweep import run_sweep
+from merge_cli.features.sweep_plan import plan_sweep
 from merge_cli.tuning import backend as choice
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

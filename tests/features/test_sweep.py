@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ from hypothesis import strategies as st
 from schemes import PLAIN, quantized_run
 
 from faults.runs import Ended, Run
-from merge_cli import average, plan_average, plan_sweep, sweep
+from merge_cli import AveragePlan, Rank, SweepPlan, average, plan_average, plan_sweep, sweep
 from merge_cli.engine import arithmetic as engine_reduce
 from merge_cli.engine.reader import InputFiles
 from merge_cli.errors import MismatchError, NonFiniteError, OutputError, UsageError
+from merge_cli.features import preparation
 from merge_cli.output.lock import Lock
+from merge_cli.planning.plan import MergePlan
 from merge_cli.request.grid import Combination, entry, grid, parse_method
+from merge_cli.request.spec import RunConfig
+from merge_cli.tuning import tune as tuning
 
 METHODS = [
     "sma",
@@ -247,6 +252,27 @@ def test_another_result_is_refused_and_replaced_only_on_request(tmp_path: Path) 
     (out / "sweep.json").write_text("[]")
     with pytest.raises(OutputError, match="no sweep wrote it"):
         sweep(run, out, methods=["power"], last=[2])
+
+
+@pytest.mark.parametrize("plan", [plan_average, partial(plan_sweep, methods=["sma", "wma"])])
+def test_a_wrong_destination_is_found_before_anything_is_timed(
+    plan: Callable[..., AveragePlan | SweepPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", [{"w": torch.full((3,), float(step))} for step in range(3)])
+    (tmp_path / "file").touch()
+    timed: list[tuple[str, str]] = []
+    tuned = tuning.tune
+
+    def watched(merge: MergePlan, run: RunConfig, rank: Rank | None) -> tuning.Tuning:
+        timed.append((run.device, run.direct))
+        return tuned(merge, run, rank)
+
+    monkeypatch.setattr(preparation, "tune", watched)
+    for place in (tmp_path / "file" / "out", run[1] / "out"):
+        assert plan(run, place).findings
+    assert timed == [("cpu", "off")] * 2  # nothing is left to choose, so nothing is measured
+    assert not plan(run, tmp_path / "out").findings
+    assert timed[2:] == [("auto", "auto")]
 
 
 def test_nothing_is_made_of_nan(tmp_path: Path) -> None:

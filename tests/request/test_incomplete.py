@@ -15,7 +15,7 @@ from dcp_checkpoints import save_dcp
 from merge_cli.errors import InputError
 from merge_cli.features.analyze import plan_analysis
 from merge_cli.features.average import plan_average
-from merge_cli.features.sweep import plan_sweep
+from merge_cli.features.sweep_plan import plan_sweep
 from merge_cli.formats.completeness import incomplete_reason
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.spec import Selection
