@@ -164,7 +164,7 @@ class StagingFolder:
         if self.recorded_state() == self.state:
             return
         if not self.records.names():  # nothing is finished: nothing is lost by beginning afresh
-            self.held.remove(_STATE)
+            self.remove_state()
             return
         older = ", or of an older version of pmerge" if read_json(self.state_file).get("schema", 0) < SCHEMA else ""
         raise OutputError(
@@ -185,6 +185,10 @@ class StagingFolder:
         """The command that began the work in the folder, as a line for people."""
         command = read_json(self.state_file).get("command")
         return [f"begun by  {command}"] if isinstance(command, str) else []
+
+    def remove_state(self) -> None:
+        """Remove state.json. Raises OSError."""
+        self.held.remove(_STATE)
 
     def discard(self) -> None:
         """Remove the work of an earlier run, and nothing else. Raises OSError."""

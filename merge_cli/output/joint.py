@@ -23,6 +23,7 @@ is through.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -84,6 +85,7 @@ class JointDestination:
         self._control = Lock(self.folder.path / "control", destination, wait_s=_CONTROL_WAIT_S, on_wait=self._waits, owners=owners)
         self._claims: dict[str, int] = {}
         self._threads = threading.Lock()
+        self._has_joined = False
         self._is_cleaned = False
 
     def __enter__(self) -> JointDestination:
@@ -105,6 +107,7 @@ class JointDestination:
                 self._lock.acquire()
                 self.folder.hold(self._lock, self._control)
                 self._join()
+                self._has_joined = True
         except OSError as error:
             raise output_error(error, f"cannot work in {self.folder.path}", self.folder.state_file) from error
 
@@ -230,19 +233,30 @@ class JointDestination:
         """Whether the staging folder is no longer in use: another rank has published the result,
         which is then noted, or somebody has removed the folder.
         """
-        if self._lock.is_current:
+        if self._lock.is_current and not (self._has_joined and self._is_being_cleaned()):
             return False
         self._look_anew()
         self.is_published = is_published(self.folder.destination, self.merge, is_cleaning=True)
         return True
+
+    def _is_being_cleaned(self) -> bool:
+        """Whether state.json is gone, see `clean`. It is opened, so that an NFS client asks the
+        server.
+        """
+        try:
+            os.close(os.open(self.folder.state_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK))
+        except OSError as error:
+            return error.errno in (errno.ENOENT, errno.ESTALE)
+        return False
 
     def begin_to_publish(self) -> dict[str, FileRecord]:
         """Become the one rank that publishes; the records of all files, or none if another rank has
         published.
         """
         self._control.acquire()
-        if self._is_gone():  # and the control that is locked may lie in a folder that was made for it
-            with suppress(OSError):
+        if not self._lock.is_current:
+            self._is_gone()
+            with suppress(OSError):  # the control that is locked lies in a folder that was made for it
                 self._control.remove_files()
                 self.folder.path.rmdir()
             if not self.is_published:
@@ -251,14 +265,15 @@ class JointDestination:
         return {} if self._find_published(hashed=False) else complete_records(self.folder, self.merge)
 
     def clean(self) -> None:
-        """Remove the staging folder. The lock goes first: its absence tells other ranks that the
-        folder is no longer in use.
+        """Remove the staging folder. state.json goes first: its absence shows other ranks that the
+        folder is no longer in use, before a record is missing. The lock goes when all else is gone,
+        so that no other run begins here meanwhile.
         """
         self._is_cleaned = True
-        with suppress(OSError):
-            self._lock.remove_files()
         with suppress(OSError):  # the result is published: leftovers are harmless
+            self.folder.remove_state()
             self.folder.remove_content()
+            self._lock.remove_files()
             self._control.remove_files()
             self.folder.path.rmdir()
 
@@ -315,7 +330,7 @@ class JointDestination:
                 return Claim.HELD
         except BlockingIOError:
             return Claim.HELD
-        is_recorded = self.folder.records.covers(item) or not self._lock.is_current  # in this order, see `clean`
+        is_recorded = self.folder.records.covers(item) or self._is_gone()  # in this order, see `clean`
         return Claim.RECORDED if is_recorded else Claim.TAKEN
 
     def release(self, item: WorkItem) -> None:

@@ -24,6 +24,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 GROWING = "partial"  # the folder in it for files that are not complete
 _ESCAPED_BYTES = 160  # of a file's name in the name of a record, which adds up to 50
 _NAME_BYTES = 120  # of a file's name in the name of a temporary one
+_REMOVALS = 100  # tries to remove a folder that others put files into
 
 
 class HeldFolder:
@@ -294,8 +295,18 @@ def _open_folder(name: str, fd: int, path: Path) -> int:
 
 def _remove_tree(fd: int, name: str) -> None:
     """Remove the folder `name` of the folder `fd`; links in it are removed, not followed. (That of
-    shutil asks whether os.stat is the one that it knows.)
+    shutil asks whether os.stat is the one that it knows.) Once more when another process has made a
+    file in a part of it that was empty a moment ago.
     """
+    for tries_left in reversed(range(_REMOVALS)):
+        try:
+            return _remove_tree_once(fd, name)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not tries_left:
+                raise
+
+
+def _remove_tree_once(fd: int, name: str) -> None:
     for _, folders, files, inside in os.fwalk(name, topdown=False, dir_fd=fd, onerror=unless_gone):
         for each in files:
             with suppress(FileNotFoundError):  # another process removes it too

@@ -17,10 +17,12 @@ from builders import training_run, write_run
 from merge_cli import Rank, average, plan_average, run_average
 from merge_cli.errors import OutputError
 from merge_cli.output import publish as publishing
+from merge_cli.output.destination import Claim
 from merge_cli.output.folder import StagingFolder, with_fingerprints
 from merge_cli.output.joint import JointDestination
 from merge_cli.output.manifest import seal
 from merge_cli.output.solo import SoloDestination
+from merge_cli.planning.plan import WorkItem
 from merge_cli.system.durable import exchange
 from merge_cli.system.held import HeldFolder
 
@@ -351,3 +353,65 @@ def test_a_rank_that_looks_while_another_cleans_up_finds_the_result(
         monkeypatch.setattr(StagingFolder, "remove_content", looking)
         assert run_average(plans[0]).has_published
         assert missing == [[]] and other.is_published
+
+
+@pytest.mark.parametrize("part", ["claims", "partial", "ranks", "done"])
+def test_a_rank_that_works_in_a_folder_while_another_removes_it_leaves_nothing(
+    part: str, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes a file in each part of the folder between its listing and its removal."""
+    ranks = [Rank(number, 2, source="--rank") for number in range(2)]
+    plans = [plan_average(paths, tmp_path / "out", rank=rank, threads=1) for rank in ranks]
+    rmdir, late = os.rmdir, list[Claim]()
+    items = [WorkItem.whole(file) for file in plans[1].merge.files]
+    with JointDestination(tmp_path / "out", plans[1].merge, plans[1].run, ranks[1]) as other:
+
+        def overtaken(name: Any, **options: Any) -> None:
+            if name == part and not late:
+                late.extend(other.claim(item) for item in items)
+                (other.folder.path / part / "late").write_text("")
+            rmdir(name, **options)
+
+        monkeypatch.setattr(os, "rmdir", overtaken)
+        assert run_average(plans[0]).has_published
+        assert late == [Claim.RECORDED, Claim.RECORDED]
+        assert other.missing() == [] and other.is_published and not other.begin_to_publish()
+    assert [*tmp_path.glob("out?*")] == []
+
+
+@pytest.mark.parametrize("step", ["state.json", "done", "claims", "publish.json"])
+def test_no_other_run_begins_in_a_folder_that_a_rank_cleans_away(
+    step: str, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = plan_average(paths, tmp_path / "out", method="wma", overwrite=True)
+    remove, refused = HeldFolder.remove, list[str]()
+
+    def overtaken(self: HeldFolder, name: str) -> None:
+        remove(self, name)
+        if name == step and not refused and (tmp_path / "out").exists():
+            with pytest.raises(OutputError, match="another run is writing") as error:
+                run_average(other)
+            refused.append(error.value.message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldFolder, "remove", overtaken)
+        run(paths, tmp_path / "out", "rank")
+    assert refused and '"method": "sma"' in (tmp_path / "out" / "pmerge.json").read_text()
+    assert run_average(other).has_published and [*tmp_path.glob("out?*")] == []
+
+
+def test_a_rank_that_starts_in_the_last_moment_of_a_folder_leaves_nothing(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmdir, late = Path.rmdir, list[bool]()
+
+    def overtaken(path: Path) -> None:
+        if path.name == "out.pmerge-partial" and not late:
+            late.append(False)
+            plan = plan_average(paths, tmp_path / "out", rank=Rank(1, 2, source="--rank"), threads=1)
+            late[0] = run_average(plan).already_published
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", overtaken)
+    run(paths, tmp_path / "out", "rank")
+    assert late == [True] and [*tmp_path.glob("out?*")] == []
