@@ -60,7 +60,7 @@ class IncompleteError(InputError):
 
     def __init__(self, message: str, *, details: Sequence[str] = (), hint: str = "") -> None:
         remedy = hint or "it is still being written, or was copied in part: wait, or copy it again"
-        super().__init__(message, details=details, hint=f"{remedy}; to leave it out of a run folder:  --incomplete skip")
+        super().__init__(message, details=details, hint=remedy)
 
 
 class MismatchError(InputError):

@@ -4,6 +4,7 @@ the flags of all take a third of the time to start.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -65,7 +66,9 @@ def run() -> int:
         message = error.format_message()
         command = getattr(getattr(error, "ctx", None), "command_path", "pmerge")
         near = get_close_matches(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or [], 1)
-        hint = f"did you mean  {near[0]}" if near else f"{command} --help"
+        meant = re.search(r"Did you mean '(\w+)'", message)
+        hint = f"did you mean  {meant[1] if meant else near[0]}" if meant or near else f"{command} --help"
+        message = message.partition(" Did you mean")[0]
         raise UsageError(message[:1].lower() + message[1:].rstrip("."), hint=hint) from error
     return status if isinstance(status, int) else 0
 

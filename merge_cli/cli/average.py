@@ -54,7 +54,7 @@ def average_command(
         given["weights"] = weights
     bandwidth = None if storage_bandwidth is None else parse_size(storage_bandwidth, "--storage-bandwidth")
     if bandwidth is not None and not dry_run:
-        raise UsageError("--storage-bandwidth is for the estimate of --dry-run", hint="add --dry-run")
+        raise UsageError("--storage-bandwidth is for the estimate of --dry-run", hint="for the estimate alone:  --dry-run")
     is_first = me.source == WORKER and not me.rank and not dry_run
     with Workers(me.world_size if is_first else 1) as others:  # they start while this process plans
         with errors_reported_once(me), console.doing("reading headers", quiet):

@@ -43,10 +43,10 @@ def verify_command(
     options: dict[str, Any] = {} if sample is None else {"sample": _parse_sample(sample)}
     options["max_header"] = lay_over(RunConfig(), given).max_header
     if sample is not None and not against_inputs:
-        raise UsageError("--sample is the number of tensors to compute again", hint="add --against-inputs")
+        raise UsageError("--sample is the number of tensors to compute again", hint="read them again:  --against-inputs")
     if inputs_root is not None:
         if not against_inputs:
-            raise UsageError("--inputs-root is for inputs that are read again", hint="add --against-inputs")
+            raise UsageError("--inputs-root is for inputs that are read again", hint="read them again:  --against-inputs")
         options["inputs_root"] = inputs_root
     results = results_in(output)
     found = []

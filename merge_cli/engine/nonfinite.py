@@ -30,7 +30,7 @@ def nonfinite_error(
     details = [f"{path}  {number} elements in the chunk that was read" for path, number in by_file.items()]
     hint = f"leave that checkpoint out, or copy the tensor from the base, as a mask or a bound:  --exclude {shlex.quote(key)}"
     if may_continue:
-        hint += "; or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
+        hint += "  or continue, and have the NaN and Inf of every tensor counted:  --allow-nonfinite"
     return NonFiniteError(f"`{key}` has NaN or Inf in an input", details=details, hint=hint)
 
 

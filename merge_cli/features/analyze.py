@@ -25,6 +25,7 @@ from merge_cli.planning.plan import GRAM, Extent, MergePlan, Output, QuantizedEx
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.labels import Candidate
+from merge_cli.request.screening import offering_to_skip
 from merge_cli.request.selection import check_tokens_per_step, coefficients_of, select_checkpoints
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
 from merge_cli.stores.store import StrPath, join, name_of
@@ -80,15 +81,16 @@ def plan_analysis(
     """
     selection, spec, run = read_options(options, selection, spec, run)
     given = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else list(paths)
-    found, skipped, left_out = find_candidates(paths, selection)
+    seen = Seen(run.max_header)
+    found, skipped, left_out = find_candidates(paths, selection, seen)
     check_tokens_per_step(selection.tokens_per_step, selection.amounts.values())
     selected = select_checkpoints(found, selection, spec.method)
     candidates = selected.candidates
     if len(candidates) < 2:
         raise UsageError("an analysis needs at least two checkpoints", hint="pmerge inspect RUN_FOLDER")
     coefficients, _ = coefficients_of(candidates, spec, selection.order)
-    seen = Seen(run.max_header)
-    inputs = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
+    with offering_to_skip(found, seen):
+        inputs = [open_checkpoint(candidate.path, seen=seen) for candidate in candidates]
     newest = len(inputs) - 1
     steps = [candidate.step for candidate in candidates]
     merge = build_plan(spec, inputs, steps, newest, [Output(tuple(range(len(inputs))), coefficients, newest)])

@@ -23,6 +23,7 @@ from merge_cli.ranks.launcher import Rank
 from merge_cli.request.destination import default_destination, default_destinations, destination_of
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.labels import Candidate
+from merge_cli.request.screening import offering_to_skip
 from merge_cli.request.selection import check_tokens_per_step, coefficients_of, select_checkpoints
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
 from merge_cli.stores.store import StrPath, as_path, is_local, resolve
@@ -119,7 +120,8 @@ def plan_average(
     candidates = selected.candidates
     coefficients, doubts = coefficients_of(candidates, spec, selection.order)
     wait_until_still([candidate.path for candidate in candidates if is_local(candidate.path)], run.settle)
-    inputs = [open_checkpoint(candidate.path, seen=seen, training_state=spec.training_state) for candidate in candidates]
+    with offering_to_skip(found, seen):
+        inputs = [open_checkpoint(candidate.path, seen=seen, training_state=spec.training_state) for candidate in candidates]
     base = _find_base(candidates, selection.base)
     steps = [candidate.step for candidate in candidates]
     merge = build_plan(spec, inputs, steps, base, [Output(tuple(range(len(inputs))), coefficients, base)])

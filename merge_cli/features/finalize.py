@@ -38,7 +38,11 @@ def finalize(
     if not record:
         if (path / MANIFEST).is_file() and not os.path.lexists(folder):
             return path
-        raise UsageError(f"there is no unfinished run for {path}", details=[f"looked for  {folder / 'state.json'}"])
+        raise UsageError(
+            f"there is no unfinished run for {path}",
+            details=[f"looked for  {folder / 'state.json'}"],
+            hint=f"list those that there are:  ls -d {shlex.quote(str(path.parent))}/*{STAGING_SUFFIX}",
+        )
     check_schema(record, folder / "state.json", "finalize it with that version of pmerge, or a newer one", OutputError)
     try:
         state, command = with_fingerprints(record["state"]), record["command"]

@@ -28,6 +28,7 @@ from merge_cli.request.discovery import Found, find_candidates
 from merge_cli.request.grid import SELECTION, Combination, entry, grid, unique
 from merge_cli.request.labels import Candidate
 from merge_cli.request.methods import PARAMETERS
+from merge_cli.request.screening import offering_to_skip
 from merge_cli.request.selection import check_tokens_per_step, order_candidates
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
 from merge_cli.request.tokens import with_tokens_of_names
@@ -159,7 +160,8 @@ def plan_sweep(
     chosen, same_as, skipped, warnings = choose_all(wanted, candidates, selection)
     used = candidates_used(chosen)
     wait_until_still(sorted(path for path in used if is_local(path)), run.settle)
-    opened = {path: open_checkpoint(path, seen=seen, training_state=spec.training_state) for path in used}
+    with offering_to_skip(candidates, seen):
+        opened = {path: open_checkpoint(path, seen=seen, training_state=spec.training_state) for path in used}
     merges = plan_groups(spec, chosen, opened)
     notes += [note for checkpoint in opened.values() for note in checkpoint.notes]
     for merge, _ in merges:

@@ -18,6 +18,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ class Verification:
         return not self.problems
 
 
+def _name_a_result(folder: Path) -> str:
+    """The hint for a `folder` that is no result: one beside it or in it, or the command for what
+    it is.
+    """
+    near = sorted(each.parent for above in (folder, folder.parent) for each in above.glob(f"*/{MANIFEST}"))
+    names = [str(each) for each in near]
+    if names:
+        best = (get_close_matches(str(folder), names, 1) or names)[0]
+        return f"did you mean  pmerge verify {shlex.quote(best)}"
+    if folder.is_dir():
+        return f"only results of pmerge have one; for a checkpoint:  pmerge inspect {shlex.quote(str(folder))}"
+    return f"list the folder:  ls {shlex.quote(str(folder.parent))}"
+
+
 def verify(
     path: str | os.PathLike[str],
     *,
@@ -85,7 +100,7 @@ def verify(
         raise InputError(
             f"no result of pmerge: {folder}",
             details=["expected  a folder with a pmerge.json"],
-            hint="name what pmerge average has written:  pmerge verify merged-ema-1000-10000",
+            hint=_name_a_result(folder),
         )
     began = time.perf_counter()
     manifest, state = _read_manifest(folder / MANIFEST)

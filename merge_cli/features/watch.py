@@ -114,7 +114,9 @@ def plan_watch(run: StrPath, kinds: Sequence[Combination], *, output: StrPath | 
         check_command(plan.then, "--then")
     found = open_store(path).stat(path)
     if not is_glob(path) and (found is None or found.kind != "folder"):
-        raise no_such_checkpoint(path) if found is None else UsageError(f"{path} is no folder of a run")
+        if found is None or found.kind == "broken link":
+            raise no_such_checkpoint(path)
+        raise UsageError(f"{path} is no folder of a run")
     return plan
 
 

@@ -263,7 +263,7 @@ def read_config(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise InputError(f"{path} must be a JSON object")
+        raise InputError(f"{path} must be a JSON object", hint="copy the file again, or that of another checkpoint of the run")
     return config
 
 

@@ -47,7 +47,7 @@ _FORMATS = (
     _Format(
         ("*mp_rank_??*/model_optim_rng.pt", "*mp_rank_??*/model_rng.pt", "*mp_rank_??*/distrib_optim.pt"),
         "a checkpoint of Megatron in its older format (mp_rank_*)",
-        lambda folder, file: "load it in Megatron and save it with  --ckpt-format torch_dist , which pmerge reads",
+        lambda folder, file: "load it in Megatron and save it with --ckpt-format torch_dist, which pmerge reads",
     ),
     _Format(("model*.bin",), "weights in pickles (.bin)", _of_transformers),
     _Format(

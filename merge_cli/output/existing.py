@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def would_remove(destination: Path, names: Sequence[str]) -> OutputError:
     return OutputError(
         f"{destination} holds files that pmerge did not write, and --overwrite would remove them",
         details=first_ten(names),
-        hint="move them away, or choose another place:  -o PATH",
+        hint=f"move them away, or {elsewhere(destination)}",
     )
 
 
@@ -124,11 +126,18 @@ def is_in_the_way(destination: Path) -> bool:
     return os.path.lexists(destination) and not is_empty_folder(destination)
 
 
+def elsewhere(destination: Path) -> str:
+    """The hint at a free name in the current folder, after that of `destination`."""
+    name = Path(destination.name or "merged")
+    names = chain([name], (name.with_name(f"{name.name}-{number}") for number in count(2)))
+    return f"choose another place:  -o {shlex.quote(str(next(each for each in names if not os.path.lexists(each))))}"
+
+
 def already_there(destination: Path, merge: MergePlan | None = None) -> OutputError:
     """The error for a destination that exists; with the plan of the run, how the result there
     differs from it, in words.
     """
-    hint = "choose another place with -o PATH, or replace it with --overwrite"
+    hint = elsewhere(destination) + ("  or replace it:  --overwrite" if is_merged(destination) else "")
     content = read_manifest(destination)
     if merge is None or not content:
         return OutputError(f"{destination} exists already", hint=hint)

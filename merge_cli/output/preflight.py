@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
@@ -12,6 +13,7 @@ from merge_cli.errors import OutputError, UsageError
 from merge_cli.output.existing import (
     already_there,
     corrupt_files,
+    elsewhere,
     is_in_the_way,
     is_merged,
     is_published,
@@ -56,7 +58,7 @@ def _check_place(destination: Path, plan: MergePlan) -> list[UsageError | Output
             return [
                 UsageError(
                     f"the output {destination} is or contains the input {checkpoint.path}, or lies in it",
-                    hint="inputs are never written to; choose another place:  -o PATH",
+                    hint=f"inputs are never written to; {elsewhere(destination)}",
                 )
             ]
     if os.path.ismount(destination):
@@ -78,14 +80,18 @@ def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[
         hint = "make it again:  --overwrite"
         return [OutputError(f"{destination / name} is not as it was written", hint=hint) for name in islice(names, 1)]
     if destination.is_symlink():
+        real = os.path.realpath(destination)
         return [
-            OutputError(f"--overwrite does not follow links, and {destination} is one", hint=f"-o {os.path.realpath(destination)}")
+            OutputError(
+                f"--overwrite does not follow links, and {destination} is one",
+                hint=f"-o {shlex.quote(real)}" if is_merged(Path(real)) else elsewhere(destination),
+            )
         ]
     if not is_merged(destination):
         return [
             OutputError(
                 f"--overwrite replaces results of pmerge only, and {destination} has no pmerge.json",
-                hint="remove it yourself, or choose another place:  -o PATH",
+                hint=f"remove it yourself, or {elsewhere(destination)}",
             )
         ]
     found = (path.relative_to(destination).as_posix() for path in sorted(destination.rglob("*")) if not path.is_dir())
@@ -95,21 +101,21 @@ def _check_existing(destination: Path, plan: MergePlan, run: RunConfig) -> list[
 
 def _check_parent(where: Path, parent: Path, plans: Mapping[Path, MergePlan], ranks: int) -> list[OutputError]:
     """Whether what has to be written can be, judged by the nearest folder that exists."""
-    elsewhere = "choose another place:  -o PATH"
+    hint = elsewhere(where)
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
-        return [OutputError(f"cannot write {where}: {parent} is not a folder", hint=elsewhere)]
+        return [OutputError(f"cannot write {where}: {parent} is not a folder", hint=hint)]
     try:
         status = os.statvfs(parent)
     except OSError as error:
         return [output_error(error, f"cannot look at {parent}", parent)]
     if status.f_flag & os.ST_RDONLY:
-        return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=elsewhere)]
+        return [OutputError(f"cannot write in {parent}: its filesystem is read-only", hint=hint)]
     if long := _too_long(parent, plans):
-        return [OutputError(f"{parent} cannot hold a file with a name of {len(os.fsencode(long))} bytes: {long}", hint=elsewhere)]
+        return [OutputError(f"{parent} cannot hold a file with a name of {len(os.fsencode(long))} bytes: {long}", hint=hint)]
     if not os.access(parent, os.W_OK | os.X_OK):
-        return [OutputError(f"no permission to write in {parent}", hint=elsewhere)]
+        return [OutputError(f"no permission to write in {parent}", hint=hint)]
     return _check_space(where, parent, status, plans, ranks)
 
 

@@ -7,6 +7,7 @@ weight is read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,6 +153,8 @@ def _shape_error(
     base: int,
 ) -> MismatchError:
     key, wrong = shapes[0]
+    rare = Counter(shape_of(here[key]) for here in tensors if key in here).most_common()[-1][0]
+    odd = next(i for i, here in enumerate(tensors) if key in here and shape_of(here[key]) == rare)
     lines = []
     for here, step in zip(tensors, steps, strict=True):
         if key not in here:
@@ -162,7 +165,7 @@ def _shape_error(
     return MismatchError(
         f"checkpoints disagree on the shape of `{key}`" + (f" and of {more} more tensors" if more else ""),
         details=first_ten(lines),
-        hint=f"leave {inputs[wrong].path} out, copy the tensor from the base with  --exclude {key!r},"
+        hint=f"leave {inputs[odd].path} out, copy the tensor from the base with  --exclude {key!r},"
         f" or compare:  pmerge inspect {inputs[base].path} {inputs[wrong].path}",
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -253,10 +254,11 @@ def _glob_filter(spec: MergeSpec, tensors: Sequence[Mapping[str, Logical]], name
     patterns = {glob: re.compile(fnmatch.translate(glob)) for glob in (*spec.include, *spec.exclude)}
     for glob, pattern in patterns.items():
         if not any(map(pattern.match, names)):
+            flag = "--include" if glob in spec.include else "--exclude"
             raise UsageError(
                 f"no tensor matches the glob {glob!r}",
                 details=[f"names look like `{name}`" for name in names[:3]],
-                hint="globs match whole names: '*.experts.*', 'model.layers.3.*'",
+                hint=f"globs match whole names:  {flag} {shlex.quote('*' + names[0].rpartition('.')[2])}",
             )
     include = [patterns[glob] for glob in spec.include]
     exclude = [patterns[glob] for glob in spec.exclude]

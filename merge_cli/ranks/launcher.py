@@ -130,6 +130,8 @@ def _checked(rank: Rank) -> Rank:
         raise UsageError(
             f"there is no rank {rank.rank} of {rank.world_size} (from {rank.source})",
             details=["expected  0 <= rank < world size"],
-            hint="count ranks from 0" if rank.source == "--rank" else "to be alone, whatever the environment says:  --world-size 1",
+            hint=f"ranks count from 0:  --rank {max(rank.world_size, 1) - 1}"
+            if rank.source == "--rank"
+            else "to be alone, whatever the environment says:  --world-size 1",
         )
     return Rank() if rank.is_alone else rank

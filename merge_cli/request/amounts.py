@@ -43,7 +43,9 @@ def parse_amount(
         raise UsageError(f"--tokens-per-step must be at least 1, not {tokens_per_step}", hint="--tokens-per-step 4M")
     match = _AMOUNT.fullmatch(str(text))
     if not match:
-        raise UsageError(f"{option} cannot be {text!r}", details=["expected  a number such as 500, 10_000, 2k or 8B"])
+        raise UsageError(
+            f"{option} cannot be {text!r}", details=["expected  a number such as 500, 10_000, 2k or 8B"], hint=f"{option} 2k"
+        )
     amount = Fraction(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " ")
     if tokens_per_step is None or not match[2]:
         if match[2].upper() in ("B", "T"):
@@ -71,7 +73,9 @@ def parse_size(value: int | str, option: str = "--memory") -> int:
     """
     match = _SIZE.fullmatch(str(value))
     if isinstance(value, bool) or not match or (match[3] and not match[2]):
-        raise UsageError(f"{option} cannot be {value!r}", details=["expected  a size such as 2GiB, 500MB or 1000000"])
+        raise UsageError(
+            f"{option} cannot be {value!r}", details=["expected  a size such as 2GiB, 500MB or 1000000"], hint=f"{option} 2GiB"
+        )
     base = 1024 if match[3] else 1000
     size = int(Fraction(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
     if size <= 0:
@@ -81,11 +85,12 @@ def parse_size(value: int | str, option: str = "--memory") -> int:
 
 def parse_whole(value: int | str, option: str, least: int = 0, most: int | None = None) -> int:
     """A whole number from `least` to `most`. Raises UsageError, which names `option`."""
+    example = f"{option} {max(2, least) if most is None else min(max(2, least), most)}"
     if isinstance(value, bool) or not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", str(value)):
-        raise UsageError(f"{option} cannot be {value!r}", details=["expected  a whole number"])
+        raise UsageError(f"{option} cannot be {value!r}", details=["expected  a whole number"], hint=example)
     number = int(value)
     if number < least:
-        raise UsageError(f"{option} must be at least {least}, not {number}")
+        raise UsageError(f"{option} must be at least {least}, not {number}", hint=example)
     if most is not None and number > most:
-        raise UsageError(f"{option} must be at most {most}, not {number}")
+        raise UsageError(f"{option} must be at most {most}, not {number}", hint=f"{option} {most}")
     return number

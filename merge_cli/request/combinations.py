@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from merge_cli.request.grid import Combination
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import coefficients_of, select_checkpoints
 from merge_cli.request.spec import MergeSpec, Selection
+from merge_cli.stores.store import folder_of
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,13 @@ def choose_all(
         for line in (*selected.warnings, *more):  # of several that differ in numbers only, the first is shown
             warnings.setdefault(re.sub(r"[0-9][0-9.]*", "#", line), (line, []))[1].append(each.name)
     if not made:
+        where = shlex.quote(folder_of(candidates[-1].path)) if candidates else "RUN_FOLDER"
         reasons = [f"{each.name}  {reason}" for each, reason in skipped]
-        raise UsageError("no combination of the sweep can be made", details=first_ten(reasons), hint="pmerge inspect RUN_FOLDER")
+        raise UsageError(
+            "no combination of the sweep can be made",
+            details=first_ten(reasons),
+            hint=f"pmerge inspect {where}  lists the checkpoints",
+        )
     lines = [f"{_few(names)}: {line}" for line, names in warnings.values()]
     return list(made.values()), same_as, skipped, lines
 

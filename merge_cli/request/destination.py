@@ -23,7 +23,7 @@ def destination_of(output: StrPath, example: str = "merged") -> Path:
         made = example if example == "merged" else f"{example}/NAME"  # of a sweep each result by itself
         raise UsageError(
             f"the result is written to a folder of this machine, and {os.fspath(output)} is none",
-            hint=f"-o {example}, and then  pmerge push {made} {shlex.quote(os.fspath(output))}",
+            hint=f"-o {example}  and then  pmerge push {made} {shlex.quote(os.fspath(output))}",
         )
     destination = Path(as_path(output))
     if destination.suffix == ".safetensors":

@@ -26,7 +26,7 @@ from merge_cli.formats.torch_zip import TRAINING_STATE
 from merge_cli.formats.universal import find_universal
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.request.labels import BARE_NUMBER, Candidate, StepLabel, parse_label
-from merge_cli.request.screening import check_none_is_merged, find_incomplete
+from merge_cli.request.screening import check_none_is_merged, find_incomplete, offering_to_skip
 from merge_cli.request.spec import Selection
 from merge_cli.stores.addresses import meant_address, name_on_the_hub
 from merge_cli.stores.store import (
@@ -124,6 +124,8 @@ def no_such_checkpoint(path: str) -> InputError:
         return InputError(f"{path} is a pattern, and quoted: the shell did not expand it", hint=f"leave out the quotes:  {path}")
     if is_glob(path):
         return InputError(f"nothing matches {path}", details=["the shell found nothing, and left the pattern as it is"], hint=look)
+    if Path(path).is_symlink():
+        return InputError(f"{path} is a link to {Path(path).readlink()}, which leads nowhere", hint=look)
     near = get_close_matches(
         name_of(path), [entry.name for entry in _entries(str(parent))] if parent == Path(path).parent else [], 1
     )
@@ -277,7 +279,13 @@ def _expand(given: StrPath, on_skip: Callable[[str], None]) -> list[str]:
 def _check_whole_file(path: str) -> None:
     """Raise InputError for a file that is no checkpoint by itself."""
     if not path.endswith((".safetensors", *ENDINGS)):
-        raise InputError(f"not a safetensors file: {path}", hint="pmerge reads safetensors; convert other formats first")
+        above = folder_of(path)
+        hint = (
+            f"name its folder:  {above}"
+            if is_local(path) and is_checkpoint(above)
+            else "pmerge reads safetensors; convert other formats first"
+        )
+        raise InputError(f"not a file of weights that pmerge reads: {path}", hint=hint)
     shard = SHARD_NUMBER.match(name_of(path))
     if (shard and int(shard["count"]) > 1) or is_shard(name_of(path)):
         raise InputError(f"{path} is one of several shards of a checkpoint", hint=f"name its folder:  {folder_of(path)}")
@@ -385,13 +393,15 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
     skipped: list[str] = []
     empty: list[str] = []
     candidates = list_candidates(paths, asked, skipped.append, empty.append)
-    if empty and asked.incomplete == "error":
-        raise IncompleteError(f"{empty[0]} {_EMPTY}", details=[f"as does  {path}" for path in first_ten(empty[1:])])
     warnings = [f"{_few(empty)} left out as incomplete: {'it' if len(empty) == 1 else 'each'} {_EMPTY}"] if empty else []
     named = {as_path(path) for path in _typed(paths)}
     if any(is_glob(path) and not is_local(path) for path in named):
         return Found(candidates, skipped, warnings)  # revisions of the Hub are complete
-    in_runs = [each for each in candidates if each.path not in named]
+    candidates = [replace(each, in_run=each.path not in named) for each in candidates]
+    if empty and asked.incomplete == "error":
+        with offering_to_skip(candidates, seen):
+            raise IncompleteError(f"{empty[0]} {_EMPTY}", details=[f"as does  {path}" for path in first_ten(empty[1:])])
+    in_runs = [each for each in candidates if each.in_run]
     left_out = find_incomplete(in_runs, asked.incomplete, seen)
     if len(candidates) - len(left_out) < 2:
         left_out = {}  # an average of one is none: opening it is the error that names it
@@ -419,11 +429,15 @@ def list_candidates(
         raise UsageError(
             "--order given is for checkpoints that are named one by one, and a run folder stands for several",
             details=[f"found     {', '.join(found[:3])} ..."],
-            hint=f"name them in their order:  {shlex.join(['pmerge', 'average', *found[:3]])} ...",
+            hint=f"name them in their order:  pmerge average {_all_or_first(found)} --order given",
         )
     if not asked.allow_merged:
         check_none_is_merged(found)
     return _with_steps_from_above([read_candidate(path, with_time=asked.order == "mtime") for path in found])
+
+
+def _all_or_first(paths: Sequence[str], most: int = 12) -> str:
+    return shlex.join(paths) if len(paths) <= most else f"{shlex.join(paths[:3])} ... {shlex.quote(paths[-1])}"
 
 
 def _typed(paths: StrPath | Sequence[StrPath]) -> list[StrPath]:

@@ -49,7 +49,7 @@ class Candidate:
     """A checkpoint that may be averaged; `path` is as given.
 
     `step_warning`: why the step may be wrong, such as another number in the name or a broken
-    `trainer_state.json`.
+    `trainer_state.json`. `in_run`: it was not named, its run folder was.
     """
 
     path: str
@@ -59,6 +59,7 @@ class Candidate:
     mtime_ns: int
     step_warning: InputError | None = None
     tokens: Tokens | None = None
+    in_run: bool = False
 
 
 def parse_label(name: str) -> StepLabel:

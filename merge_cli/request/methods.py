@@ -109,7 +109,9 @@ def check_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, An
             raise _unknown_parameter(chosen, name)
         if parameters.get(parameter.instead_of) is not None:
             other = chosen.parameters[parameter.instead_of]
-            raise UsageError(f"{other.flag} and {parameter.flag} contradict each other", hint="give one of them")
+            raise UsageError(
+                f"{other.flag} and {parameter.flag} contradict each other", hint=f"leave one of them out, as {parameter.flag}"
+            )
         given[name] = parameter.check(value)
     return given
 
@@ -282,7 +284,7 @@ def explicit(steps: Sequence[float], weights: Sequence[float] | None, normalize:
         raise UsageError(
             "--weights must sum to 1",
             details=[f"found     {total!r}", f"expected  1 within {SUM_TOLERANCE:g}"],
-            hint="correct them, or divide them by their sum with --normalize",
+            hint="correct them, or divide them by their sum:  --normalize",
         )
     if len(weights) == 1:
         return IDENTITY
@@ -412,7 +414,7 @@ def _out_of_range(name: str, found: object, expected: str) -> UsageError:
     return UsageError(
         f"--{name.replace('_', '-')} is out of range",
         details=[f"found     {found}", f"expected  {expected}"],
-        hint="pmerge methods lists the methods and their parameters",
+        hint="pmerge methods  lists the methods with their parameters",
     )
 
 
@@ -422,7 +424,7 @@ def _unknown_parameter(method: Method, name: str) -> UsageError:
     return UsageError(
         f"method {method.name} does not take --{name.replace('_', '-')}",
         details=[f"expected  {flags or 'no parameters'}"],
-        hint=f"leave it out, or choose a method that has it: {', '.join(owners) or 'none does'}",
+        hint=f"leave it out, or choose a method that has it:  --method {owners[0]}" if owners else "leave it out",
     )
 
 
@@ -435,5 +437,5 @@ def _check_increasing(method: str, steps: Sequence[float]) -> None:
         raise UsageError(
             f"method {method} needs checkpoints from oldest to newest, each with its own step",
             details=first_ten(wrong),
-            hint="let pmerge sort them: --order step",
+            hint="let pmerge sort them:  --order step",
         )

@@ -100,8 +100,9 @@ def nearest(typed: object, choices: Collection[str], synonyms: Mapping[str, str]
 def not_a_choice(flag: str, value: object, choices: Sequence[str], synonyms: Mapping[str, str] | None = None) -> UsageError:
     """The error for a value that is none of `choices`, with the nearest one as the hint."""
     meant = nearest(value, choices, synonyms)
+    instead = "pmerge methods  lists them" if flag == "--method" else f"{flag} {choices[0]}"
     return UsageError(
         f"{flag} cannot be {value!r}",
         details=[f"expected  {', '.join(choices)}"],
-        hint=f"did you mean  {flag} {meant}" if meant else f"{flag} {choices[0]}",
+        hint=f"did you mean  {flag} {meant}" if meant else instead,
     )

@@ -5,11 +5,11 @@ are still under way.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from merge_cli.errors import InputError, UsageError, first_ten
+from merge_cli.errors import IncompleteError, InputError, UsageError, first_ten
 from merge_cli.formats.completeness import incomplete_reason
 from merge_cli.formats.opening import Seen
 from merge_cli.names import MANIFEST
@@ -30,6 +30,20 @@ def find_incomplete(in_runs: Sequence[Candidate], which: str, seen: Seen | None 
         with suppress(InputError):
             reasons[each.path] = incomplete_reason(each.path, seen=seen)
     return {path: reason for path, reason in reasons.items() if reason is not None}
+
+
+@contextmanager
+def offering_to_skip(candidates: Sequence[Candidate], seen: Seen | None = None) -> Iterator[None]:
+    """An IncompleteError inside gets the hint `--incomplete skip`, where all `candidates` are of
+    run folders and that leaves at least two of them.
+    """
+    try:
+        yield
+    except IncompleteError as error:
+        skip = "to leave out what is incomplete:  --incomplete skip"
+        if all(each.in_run for each in candidates) and len(candidates) - len(find_incomplete(candidates, "skip", seen)) > 1:
+            raise IncompleteError(error.message, details=error.details, hint=f"{error.hint}; {skip}") from error
+        raise
 
 
 def _newest_of_each_run(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -56,5 +70,5 @@ def check_none_is_merged(found: Sequence[str]) -> None:
         raise UsageError(
             f"{merged[0]} is an earlier result of pmerge, not a checkpoint of the run",
             details=first_ten(merged[1:]),
-            hint=f"leave it out:  pmerge average {instead}   or average it too:  --allow-merged",
+            hint=f"leave it out:  pmerge average {instead}  or average it too:  --allow-merged",
         )

@@ -76,7 +76,7 @@ def check_tokens_per_step(tokens_per_step: int | None, amounts: Iterable[int | s
     if tokens_per_step is not None and not any(map(is_in_tokens, amounts)):
         raise UsageError(
             "--tokens-per-step is given, and no amount is in tokens",
-            hint="amounts in tokens have a suffix (--every 8B); plain numbers are steps, and do not need --tokens-per-step",
+            hint="leave it out: plain numbers are steps; an amount of tokens has a suffix, as  --every 8B",
         )
 
 
@@ -191,10 +191,13 @@ def _nothing_left(candidates: Sequence[Candidate], first: int | None, last: int 
     asked += [f"up to step {last}"] if last is not None else []
     asked += [f"before step {before}"] if before is not None else []
     steps = [str(candidate.step) for candidate in candidates]
+    wider = [f"--from {steps[0]}"] if first is not None else []
+    wider += [f"--to {steps[-1]}"] if last is not None else []
+    wider += [f"--before {steps[-1]}"] if before is not None else []
     return UsageError(
         "the selection leaves no checkpoint",
         details=[f"asked     {', '.join(asked)}", f"found     step {', '.join(first_ten(steps))}"],
-        hint="widen the range of --from, --to and --before",
+        hint=f"the steps go from {steps[0]} to {steps[-1]}:  {' '.join(wider)}",
     )
 
 
@@ -230,29 +233,40 @@ def _every(candidates: Sequence[Candidate], every: int, last: int | None) -> lis
     steps = [candidate.step or 0 for candidate in candidates]
     if any(newer <= older for older, newer in pairwise(steps)):
         raise UsageError("--every needs checkpoints in the order of their steps", hint="--order step")
+    taken, num_strides = _strides(steps, every, last)
+    missing = num_strides - len(taken)
+    if not missing:
+        return [candidates[taken[stride]] for stride in sorted(taken, reverse=True)]
+    gaps = []
+    for stride in islice((k for k in range(num_strides) if k not in taken), 3):
+        place = steps[-1] - stride * every
+        nearest = min(steps, key=lambda step: abs(step - place))
+        gaps.append(f"expected a checkpoint near step {place}; the nearest is step {nearest}")
+    apart = sorted({newer - older for older, newer in pairwise(steps)})
+    good = next((value for value in apart[:20] if len((found := _strides(steps, value, last))[0]) == found[1]), None)
+    near = f"the checkpoints are {apart[0]}{f' to {apart[-1]}' if len(apart) > 1 else ''} steps apart" if apart else ""
+    raise MismatchError(
+        f"{missing} {'checkpoint is' if missing == 1 else 'checkpoints are'} missing for --every {every}",
+        details=[*gaps, *([f"... and {missing - 3} more"] if missing > 3 else [])],
+        hint=f"{near}:  --every {good}" if good else f"{near or 'there is one checkpoint'}: leave --every out",
+    )
+
+
+def _strides(steps: Sequence[int], every: int, last: int | None) -> tuple[dict[int, int], int]:
+    """By stride back from the newest of `steps`, the nearest checkpoint's place within 10 % of a
+    stride; and the number of strides, of which some may have none.
+    """
     newest, oldest = steps[-1], steps[0]
     num_strides = (10 * (newest - oldest) + every) // (10 * every) + 1
     if last is not None:
         num_strides = min(num_strides, last)
-    taken: dict[int, tuple[int, Candidate]] = {}  # stride -> how far off, which
-    for step, candidate in zip(steps, candidates, strict=True):
+    taken: dict[int, tuple[int, int]] = {}  # stride -> how far off, which
+    for i, step in enumerate(steps):
         stride = (2 * (newest - step) + every) // (2 * every)
         off = abs(newest - stride * every - step)
         if stride < num_strides and 10 * off <= every and (stride not in taken or off < taken[stride][0]):
-            taken[stride] = (off, candidate)
-    missing = num_strides - len(taken)
-    if missing:
-        gaps = []
-        for stride in islice((k for k in range(num_strides) if k not in taken), 10):
-            place = newest - stride * every
-            nearest = min(steps, key=lambda step: abs(step - place))
-            gaps.append(f"expected a checkpoint near step {place}; the nearest is step {nearest}")
-        raise MismatchError(
-            f"{missing} {'checkpoint is' if missing == 1 else 'checkpoints are'} missing for --every {every}",
-            details=[*gaps, *([f"... and {missing - 10} more"] if missing > 10 else [])],
-            hint="choose another --every or --last, or list the checkpoints that you want",
-        )
-    return [taken[stride][1] for stride in sorted(taken, reverse=True)]
+            taken[stride] = (off, i)
+    return {stride: i for stride, (_, i) in taken.items()}, num_strides
 
 
 def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]:
@@ -265,6 +279,6 @@ def _places(candidates: Sequence[Candidate], must_be_steps: bool) -> list[float]
         raise UsageError(
             "this method is defined over steps, and the checkpoints have none (or not ascending)",
             details=[f"{candidate.path}  step {candidate.step}" for candidate in candidates[:10]],
-            hint="name the folders by step (ckpt_1000), or use a method that only needs the order: --method wma",
+            hint="name the folders by step (ckpt_1000), or use a method that only needs the order:  --method wma",
         )
     return [float(position) for position in range(len(candidates))]

@@ -251,7 +251,7 @@ def test_notes_inform_and_warnings_warn(run: Path) -> None:
     (run / "ckpt_10000" / "trainer_state.json").write_text('{"global_step": 10001}')
     plan = json.loads(pmerge("average", run, "--last", 3, "--dry-run", "--json", "--quiet", cwd=run.parent).stdout)
     notes, warnings = "\n".join(plan["notes"]), "\n".join(plan["warnings"])
-    assert "ckpt_500 is left out" in notes and "7 of 10 checkpoints are left out" in notes
+    assert "ckpt_500 is left out as incomplete" in warnings and "7 of 10 checkpoints are left out" in notes
     assert "ckpt_2000/trainer_state.json is not a valid trainer state" in notes
     assert "ckpt_10000 is step 10001 by its trainer_state.json, not 10000" in warnings
     shown = pmerge("average", run, "--last", 3, "--dry-run", cwd=run.parent).stderr

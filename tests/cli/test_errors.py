@@ -24,7 +24,8 @@ from merge_cli.errors import PmergeError
         (["methods", "mean"], "unknown method 'mean'", "did you mean  pmerge methods sma"),
         (["average", "run", "--methd", "sma"], "no such option", "did you mean  --method"),
         (["average"], "missing argument", "pmerge average --help"),
-        (["averge"], "no such command 'averge'", "pmerge --help"),
+        (["averge"], "no such command 'averge'", "did you mean  average"),
+        (["xyzzy"], "no such command 'xyzzy'", "pmerge --help"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])

@@ -340,7 +340,7 @@ def test_inputs_that_moved_are_found_below_their_new_root(tmp_path: Path) -> Non
     assert "no such checkpoint" in lost.stderr
     again = ("verify", "out", "--against-inputs", "--inputs-root", "new")
     assert "computed again" in pmerge(*again, cwd=tmp_path).stdout
-    assert "add --against-inputs" in pmerge("verify", "out", "--inputs-root", "new", cwd=tmp_path, expect=2).stderr
+    assert "read them again:  --against-inputs" in pmerge("verify", "out", "--inputs-root", "new", cwd=tmp_path, expect=2).stderr
     shard = next((tmp_path / "new").rglob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     pmerge(*again, cwd=tmp_path, expect=1)
@@ -367,7 +367,7 @@ def test_the_folder_of_a_sweep_is_verified_output_by_output(tmp_path: Path) -> N
     [
         (["nowhere"], "no result of pmerge"),
         (["."], "no result of pmerge"),
-        (["out", "--sample", "5"], "add --against-inputs"),
+        (["out", "--sample", "5"], "read them again:  --against-inputs"),
         (["out", "--against-inputs", "--sample", "0"], "--sample cannot be '0'"),
         (["out", "--against-inputs", "--sample", "9" * 5000], "--sample cannot be"),
         (["out", "--against-inputs", "--sample", "few"], "--sample cannot be 'few'"),

@@ -206,7 +206,7 @@ def test_every_is_the_walk(steps: list[int], every: int, last: int | None) -> No
 def test_every_is_quick_and_exact_for_far_apart_steps() -> None:
     with pytest.raises(MismatchError, match="999999999998 checkpoints are missing") as refused:
         select(run(1, 10**12), every=1)
-    assert len(refused.value.details) == 11
+    assert len(refused.value.details) == 4 and refused.value.hint.endswith("--every 999999999999")
     with pytest.raises(UsageError, match="order of their steps"):
         select(run(3000, 1000, 2000), every=1000)
 
@@ -316,7 +316,7 @@ def test_nothing_found_says_what_is_there_and_what_to_do(tmp_path: Path) -> None
         ("project", f"pmerge average {tmp_path / 'project' / 'run'}"),
         ("empty", "an empty folder"),
         ("missing", "no such checkpoint"),
-        ("notes.txt", "not a safetensors file"),
+        ("notes.txt", "not a file of weights that pmerge reads"),
         ("ckpt_*", "the shell found nothing"),
         ("model-00001-of-00003.safetensors", f"name its folder:  {tmp_path}"),
         ("nowhere/ckpt_1", f"ls {tmp_path}"),

@@ -119,7 +119,7 @@ def test_many_threads_read_at_once(source: Source) -> None:
     [
         ("s3://bucket/nothing", "no such checkpoint: s3://bucket/nothing"),
         ("s3://bucket/run/ckpt-*", "nothing matches s3://bucket/run/ckpt-*"),
-        ("s3://bucket/run/notes.txt", "not a safetensors file: s3://bucket/run/notes.txt"),
+        ("s3://bucket/run/notes.txt", "not a file of weights that pmerge reads: s3://bucket/run/notes.txt"),
         ("s3:///run", "names no bucket"),
     ],
 )
