@@ -55,7 +55,7 @@ from merge_cli.system.held import escaped
 
 log = logging.getLogger(__name__)  # without a handler of the caller's, warnings go to stderr
 _CLAIMS = "claims"
-_CONTROL_WAIT_S = 300.0
+_CONTROL_WAIT_S = 300.0  # without a sign of life from the rank that sets up or publishes
 _SHARED_WAIT_S = 2.0
 
 
@@ -82,7 +82,9 @@ class JointDestination:
         self._run = run
         self._rank = rank
         self._lock = Lock(self.folder.path / "lock", destination, shared=True, wait_s=_SHARED_WAIT_S, owners=owners)
-        self._control = Lock(self.folder.path / "control", destination, wait_s=_CONTROL_WAIT_S, on_wait=self._waits, owners=owners)
+        self._control = Lock(
+            self.folder.path / "control", destination, wait_s=_CONTROL_WAIT_S, beats=True, on_wait=self._waits, owners=owners
+        )
         self._claims: dict[str, int] = {}
         self._threads = threading.Lock()
         self._has_joined = False
@@ -128,7 +130,11 @@ class JointDestination:
     def _waits(self, error: OutputError) -> None:
         who = "pmerge finalize" if self._rank is None else str(self._rank)
         log.warning(
-            "%s waits for another rank, up to %.0f s: %s; %s", who, _CONTROL_WAIT_S, error.message, ", ".join(error.details)
+            "%s waits for another rank, until that is through or gives no sign of life for %.0f s: %s; %s",
+            who,
+            _CONTROL_WAIT_S,
+            error.message,
+            ", ".join(error.details),
         )
 
     # --- the folder

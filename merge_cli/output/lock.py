@@ -8,11 +8,13 @@ run on another machine cannot be looked at, so its file has to be removed by han
 
 from __future__ import annotations
 
+import _thread
 import errno
 import fcntl
 import json
 import os
 import shlex
+import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -29,6 +31,7 @@ from merge_cli.system.process import identity, is_dead
 _NO_FLOCK = (*NOT_SUPPORTED, errno.ENOLCK)
 _LOOK_EVERY_S = 0.5
 _SILENT_S = 5.0
+_BEAT_EVERY_S = 10.0
 
 
 class HeldError(OutputError):
@@ -41,8 +44,10 @@ class Lock:
     Processes that write one result together hold it `shared`: they keep out those who do not belong
     to them. Where a filesystem has no flock, that cannot be kept up, and a shared lock only looks
     whether somebody has it for himself. With `wait_s` it is waited for as long as another process
-    has it; `on_wait` is called once after five seconds, with the error that it will be. `owners`
-    are the uids of other users who may own the folder.
+    has it that gives a sign of life within this time: a new holder does, and one whose lock has
+    `beats` touches the file every ten seconds, however long its work takes. `on_wait` is called
+    once after five seconds, with the error that it will be. `owners` are the uids of other users
+    who may own the folder.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Lock:
         *,
         shared: bool = False,
         wait_s: float = 0.0,
+        beats: bool = False,
         on_wait: Callable[[OutputError], None] | None = None,
         owners: Collection[int] = (),
     ) -> None:
@@ -60,6 +66,7 @@ class Lock:
         self._destination = destination
         self._shared = shared
         self._wait_s = wait_s
+        self._heartbeat = _Heartbeat() if beats else None
         self._on_wait = on_wait
         self._owners = owners
         self._fd = -1
@@ -76,15 +83,18 @@ class Lock:
     def acquire(self) -> None:
         """Take the lock. Raises OutputError, naming the holder, where another run has it."""
         began, pause_s, on_wait = time.monotonic(), 0.01, self._on_wait
+        alive_at, seen = began, self._signs_of_life()
         while True:
             try:
                 if self._try():
                     return  # else a run that finished removed the folder between our opening the file and locking it
             except HeldError as error:
-                waited_s = time.monotonic() - began
-                if waited_s >= self._wait_s:
+                now = time.monotonic()
+                if (found := self._signs_of_life()) != seen:
+                    alive_at, seen = now, found
+                if now - alive_at >= self._wait_s:
                     raise
-                if on_wait is not None and waited_s >= _SILENT_S:
+                if on_wait is not None and now - began >= _SILENT_S:
                     on_wait(error)
                     on_wait = None
                 time.sleep(pause_s)
@@ -123,9 +133,21 @@ class Lock:
             except BlockingIOError as error:
                 raise self._held(read_json(self.path), "wait for it, stop it, or write somewhere else:  -o PATH") from error
 
+    def _signs_of_life(self) -> tuple[int, int]:
+        """Another value whenever the lock has a new holder, or its holder has touched the file.
+        Times are compared with each other, and with no clock.
+        """
+        try:
+            status = self.path.stat()
+        except OSError:
+            return 0, 0
+        return status.st_ino, status.st_mtime_ns
+
     def release(self) -> None:
         """Give the lock back; what its files said about the holder goes first."""
         if self._fd >= 0:
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
             if not self._shared:
                 with suppress(OSError):
                     os.ftruncate(self._fd, 0)
@@ -167,6 +189,8 @@ class Lock:
             os.ftruncate(fd, 0)
             os.pwrite(fd, record, 0)
             self._fd, fd = fd, -1
+            if self._heartbeat is not None:
+                self._heartbeat.start(self._fd)
             return True
         except OSError as error:
             raise output_error(error, f"cannot lock {self.path}", self.path) from error
@@ -227,6 +251,34 @@ class Lock:
             details=lines or ["held by   a run that did not write down who it is"],
             hint=hint,
         )
+
+
+class _Heartbeat:
+    """A thread that touches an open file now and then. Where no thread can be started there is no
+    heartbeat.
+    """
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._touching = threading.Lock()
+
+    def start(self, fd: int) -> None:
+        """Begin to touch the file, which stays open until `stop`."""
+        self._over = threading.Event()
+        with suppress(RuntimeError):
+            _thread.start_new_thread(self._beat, (fd, self._over))
+
+    def stop(self) -> None:
+        """Touch the file no more."""
+        self._over.set()
+        with self._touching:
+            pass
+
+    def _beat(self, fd: int, over: threading.Event) -> None:
+        while not over.wait(_BEAT_EVERY_S):
+            with self._touching, suppress(OSError):
+                if not over.is_set():
+                    os.utime(fd)
 
 
 def flock(fd: int, *, shared: bool = False) -> bool:
