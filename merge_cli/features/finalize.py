@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_cli.errors import InputError, OutputError, UsageError, first_ten
-from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.opening import Seen, open_recorded
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.names import MANIFEST, STAGING_SUFFIX
 from merge_cli.planning.record import describe, from_state, moved_paths, replan
@@ -50,7 +50,10 @@ def finalize(
         seen = Seen(max_header)
         kept = planned.spec.training_state
         places = moved_paths(planned.paths, as_path(inputs_root)) if inputs_root is not None else {}
-        opened = [open_checkpoint(places.get(each, each), seen=seen, training_state=kept) for each in planned.paths]
+        opened = [
+            open_recorded(places.get(each, each), state["inputs"][each].keys(), seen=seen, training_state=kept)
+            for each in planned.paths
+        ]
         merge = replan(planned, [replace(each, path=path) for each, path in zip(opened, planned.paths, strict=True)])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise OutputError(

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from merge_cli.formats.checkpoint import Checkpoint, Opened, open_safetensors
 from merge_cli.formats.dcp.checkpoint import open_dcp
 from merge_cli.formats.dcp.entries import DROP
@@ -55,3 +58,19 @@ def open_checkpoint(path: StrPath, *, seen: Seen | None = None, training_state: 
     if (inside := find_universal(path)) is not None:
         return open_universal(path, inside)
     return open_safetensors(path, seen=seen.safetensors)
+
+
+def open_recorded(path: str, names: Collection[str], *, seen: Seen, training_state: str = DROP) -> Checkpoint:
+    """The checkpoint at `path`, of which a record names the files. A file that was averaged through
+    a link has the link's name there, and the path that it leads to. Raises InputError.
+    """
+    checkpoint = open_checkpoint(path, seen=seen, training_state=training_state)
+    if checkpoint.root is not None or len(names) != 1:
+        return checkpoint
+    (file,), (name,) = checkpoint.files, names
+    if file.name == name:
+        return checkpoint
+    linked = replace(file, name=name)
+    return replace(
+        checkpoint, files=(linked,), tensors={key: each.moved({file: linked}) for key, each in checkpoint.tensors.items()}
+    )

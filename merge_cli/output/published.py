@@ -23,7 +23,8 @@ from typing import Any
 from zlib import crc32
 
 from merge_cli.errors import InputError, PmergeError
-from merge_cli.formats.opening import Seen, open_checkpoint
+from merge_cli.formats.dcp.entries import DROP
+from merge_cli.formats.opening import Seen, open_recorded
 from merge_cli.formats.safetensors import BoundError, Header, parse_header
 from merge_cli.formats.weight_file import recorded_fingerprint
 from merge_cli.names import MANIFEST
@@ -48,9 +49,10 @@ def plan_again(manifest: Mapping[str, Any], problems: list[str], max_header: int
         seen = Seen(max_header)
         inputs = []
         for entry in manifest["inputs"]:
-            checkpoint = open_checkpoint(entry["path"], seen=seen, training_state=manifest.get("training_state", "drop"))
-            now = {file.name: {"name": file.name, **file.fingerprint} for file in checkpoint.files}
             then = {file["name"]: recorded_fingerprint(file) for file in entry["files"]}
+            kept = manifest.get("training_state", DROP)
+            checkpoint = open_recorded(entry["path"], then.keys(), seen=seen, training_state=kept)
+            now = {file.name: {"name": file.name, **file.fingerprint} for file in checkpoint.files}
             problems += [
                 f"{join(checkpoint.path, name)}: this input has changed since it was averaged, so nothing can be computed again"
                 for name in sorted(now.keys() | then.keys())

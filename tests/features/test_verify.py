@@ -13,6 +13,7 @@ import torch
 from builders import INDEX, nasty_run, read_layout, training_run, write_checkpoint, write_run
 from command import pmerge
 from forging import record_again, reseal
+from safetensors.torch import save_file
 from schemes import quantized_run
 
 from merge_cli import average, verify
@@ -344,6 +345,26 @@ def test_inputs_that_moved_are_found_below_their_new_root(tmp_path: Path) -> Non
     shard = next((tmp_path / "new").rglob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     pmerge(*again, cwd=tmp_path, expect=1)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_files_that_were_typed_through_links_have_not_changed(ending: str, tmp_path: Path) -> None:
+    """As in the cache of the Hub, where blobs have other names."""
+    typed = []
+    for step in (1, 2):
+        blob = tmp_path / "blobs" / f"{step:064x}"
+        blob.parent.mkdir(exist_ok=True)
+        if ending == "pt":
+            blob = blob.with_suffix(".pt")
+            torch.save({"w": torch.full((4,), float(step))}, blob)
+        else:
+            save_file({"w": torch.full((4,), float(step))}, str(blob))
+        typed.append(tmp_path / f"model_step_{step}.{ending}")
+        typed[-1].symlink_to(blob)
+    average(typed, tmp_path / "out")
+    assert verify(tmp_path / "out", against_inputs=True).problems == ()
+    os.utime(typed[0], ns=(1, 1))
+    assert any("has changed since" in line for line in verify(tmp_path / "out", against_inputs=True).problems)
 
 
 def test_the_folder_of_a_sweep_is_verified_output_by_output(tmp_path: Path) -> None:
