@@ -5,6 +5,7 @@ memory; this adds it up.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,11 @@ from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device
 
-DEFAULT_DEVICE_BYTES = 2 << 30
+DEFAULT_DEVICE_BYTES = 4 << 30
+ACCELERATOR_CHUNK_BYTES = 8 << 20
+"""Of one input: Python's part of a chunk is then below its upload, which is as fast as in any size."""
+STAGE_BYTES = 64 << 20
+"""Of the inputs that an accelerator is sent at once, at most."""
 MIN_CHUNK_ELEMENTS = 4096
 BLOCK_ELEMENTS = 1 << 18
 """A chunk that is still in the cache of a core when it is added up."""
@@ -71,61 +76,102 @@ def fit_memory(
     By `threads`, or as many as `cores` (default: those of the process) are worth: fewer, down to
     `FEW_THREADS`, before a chunk is less than a block (or `chunk_bytes`). So many
     `processes` divide `memory_bytes`. An accelerator keeps to `device_memory` bytes
-    (default: 2 GiB, and at most three quarters of its free memory). Raises UsageError, with need
+    (default: 4 GiB, and at most three quarters of its free memory). Raises UsageError, with need
     and have, when not even a small chunk fits.
     """
     work = [WorkItem.whole(file, reducer=reducer) for file in plan.files]
     found_kinds = kinds.kinds_in(plan, work) or [kinds.SUMS]
+    most = threads or default_threads(cores, all(kinds.is_native(kind, device) for kind in found_kinds))
+    room = _Room(plan, device, found_kinds, memory_bytes, processes, device_memory)
+    blocks = BLOCKS_OF_MANY if most > 2 and not device.is_accelerator else 1
+    target = _good_size(plan, device, blocks, chunk_bytes, direct)
+    block = target.elements if chunk_bytes else min(target.elements, BLOCK_ELEMENTS)
+    for workers in range(most, 0, -1):
+        fewest = (MIN_CHUNK_ELEMENTS,) * 2 if threads or workers <= FEW_THREADS else (block, QUANTIZED_VALUES)
+        size = room.shrink(target, workers, *fewest)
+        memory = room.need(workers, size)
+        if room.has(memory):
+            return Budget(device, workers, size, memory.host, memory.device)
+    raise room.too_small(_resized(target, MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS), device_memory is not None)
+
+
+class _Room:
+    """The memory that the reducers of a plan share."""
+
+    def __init__(
+        self, plan: MergePlan, device: Device, found: Sequence[str], memory_bytes: int, processes: int, device_memory: int | None
+    ) -> None:
+        if device.is_accelerator and device_memory is None:
+            device_memory = min(DEFAULT_DEVICE_BYTES, int(device.free_bytes() * _FREE_SHARE))
+        self._plan = plan
+        self._device = device
+        self._kinds = found
+        self._bytes = memory_bytes
+        self._processes = processes
+        self._device_bytes = device_memory
+
+    def need(self, workers: int, size: ChunkSize) -> Memory:
+        """The memory of so many workers."""
+        one = Memory(0)
+        for kind in self._kinds:
+            one = one.plus(kinds.class_of(kind, self._device).memory(self._plan, size, self._device))
+        return Memory(workers * one.host, workers * one.device)
+
+    def has(self, memory: Memory) -> bool:
+        """Whether so much is there."""
+        on_device = self._device_bytes is None or memory.device <= self._device_bytes
+        return on_device and memory.host * self._processes <= self._bytes
+
+    def shrink(self, size: ChunkSize, workers: int, fewest_elements: int, fewest_values: int) -> ChunkSize:
+        """`size`, halved until `workers` of it fit or it is the smallest: first the inputs that are
+        uploaded at once, then the chunk.
+        """
+        while not self.has(self.need(workers, size)):
+            if size.together > 1:
+                size = size._replace(together=size.together // 2)
+            elif size.elements > fewest_elements or size.values > fewest_values:
+                half = size.elements // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
+                size = _resized(size, max(fewest_elements, half), max(fewest_values, size.values // 2))
+            else:
+                break
+        return size
+
+    def too_small(self, smallest: ChunkSize, is_given: bool) -> UsageError:
+        """The error that not even one worker with chunks of `smallest` fits; `is_given`: by
+        --device-memory.
+        """
+        least = self.need(1, smallest)
+        option, found, expected, hint = "--memory", self._bytes, least.host * self._processes, ""
+        if self._device_bytes is not None and expected <= self._bytes:
+            option, found, expected, hint = "--device-memory", self._device_bytes, least.device, ", or --device cpu"
+        hint = f"{option} {-(-expected >> 20) + 1}MiB{hint}"
+        if option == "--device-memory" and not is_given:
+            option, hint = f"the free memory of {self._device.name}", "--device cpu  gives the same bytes"
+        return UsageError(
+            f"{option} is too small to average {len(self._plan.inputs)} checkpoints",
+            details=[f"found     {found} bytes", f"expected  at least {expected} bytes"],
+            hint=hint,
+        )
+
+
+def _good_size(plan: MergePlan, device: Device, blocks: int, chunk_bytes: int | None, direct: bool) -> ChunkSize:
+    """The size of chunks where memory does not matter, in `blocks` blocks on the CPU."""
     plain = [extent for file in plan.files for extent in file.extents if isinstance(extent, Extent)]
     dtypes = {dtype for extent in plain for dtype in (extent.dtype, *extent.value_dtypes)}
     item_bytes = max((DTYPES[dtype].bits for dtype in dtypes), default=16) // 8
     longest = max((extent.num_elements for extent in plain), default=1)
-    most = threads or default_threads(cores, all(kinds.is_native(kind, device) for kind in found_kinds))
-    blocks = BLOCKS_OF_MANY if most > 2 and not device.is_accelerator else 1
     wanted = chunk_bytes or _good_chunk_bytes(plan, device, blocks * BLOCK_ELEMENTS * item_bytes, direct)
-    target = max(1, min(wanted // item_bytes // _CHUNK_MULTIPLE, -(-longest // _CHUNK_MULTIPLE))) * _CHUNK_MULTIPLE
+    elements = max(1, min(wanted // item_bytes // _CHUNK_MULTIPLE, -(-longest // _CHUNK_MULTIPLE))) * _CHUNK_MULTIPLE
     slack_bytes = 2 * DIRECT_BLOCK_BYTES if direct else 0
-    is_given = device_memory is not None
-    if device.is_accelerator and device_memory is None:
-        device_memory = min(DEFAULT_DEVICE_BYTES, int(device.free_bytes() * _FREE_SHARE))
+    if not device.is_accelerator:
+        return ChunkSize(elements, elements * item_bytes, blocks * QUANTIZED_VALUES, slack_bytes)
+    together = min(len(plan.inputs), max(1, STAGE_BYTES // (elements * item_bytes + slack_bytes)))
+    return ChunkSize(elements, elements * item_bytes, ACCELERATOR_VALUES, slack_bytes, together)
 
-    def size_of(elements: int, values: int) -> ChunkSize:
-        return ChunkSize(elements, elements * item_bytes, values, slack_bytes)
 
-    def need(workers: int, size: ChunkSize) -> Memory:
-        one = Memory(0)
-        for kind in found_kinds:
-            one = one.plus(kinds.class_of(kind, device).memory(plan, size, device))
-        return Memory(workers * one.host, workers * one.device)
-
-    def fits(memory: Memory) -> bool:
-        return memory.host * processes <= memory_bytes and (device_memory is None or memory.device <= device_memory)
-
-    block = (target if chunk_bytes else min(target, BLOCK_ELEMENTS), QUANTIZED_VALUES)
-    for workers in range(most, 0, -1):
-        fewest_elements, fewest_values = (MIN_CHUNK_ELEMENTS,) * 2 if threads or workers <= FEW_THREADS else block
-        size = size_of(target, ACCELERATOR_VALUES if device.is_accelerator else blocks * QUANTIZED_VALUES)
-        while not fits(need(workers, size)) and (size.elements > fewest_elements or size.values > fewest_values):
-            half = size.elements // 2 // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
-            size = size_of(max(fewest_elements, half), max(fewest_values, size.values // 2))
-        memory = need(workers, size)
-        if fits(memory):
-            return Budget(device, workers, size, memory.host, memory.device)
-    least = need(1, size_of(MIN_CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS))
-    too_small, found, expected, hint = "--memory", memory_bytes, least.host * processes, ""
-    if device_memory is not None and expected <= memory_bytes:
-        too_small, found, expected, hint = "--device-memory", device_memory, least.device, ", or --device cpu"
-    hint = f"{too_small} {-(-expected >> 20) + 1}MiB{hint}"
-    if too_small == "--device-memory" and not is_given:
-        too_small, hint = f"the free memory of {device.name}", "--device cpu  gives the same bytes"
-    raise UsageError(
-        f"{too_small} is too small to average {len(plan.inputs)} checkpoints",
-        details=[
-            f"found     {found} bytes",
-            f"expected  at least {expected} bytes",
-        ],
-        hint=hint,
-    )
+def _resized(size: ChunkSize, elements: int, values: int) -> ChunkSize:
+    """A chunk of `elements` of the same width, whose inputs are uploaded one at a time."""
+    return ChunkSize(elements, elements * size.item_bytes, values, size.slack_bytes)
 
 
 def default_threads(cores: int | None, is_native: bool) -> int:
@@ -138,8 +184,8 @@ def default_threads(cores: int | None, is_native: bool) -> int:
 
 def _good_chunk_bytes(plan: MergePlan, device: Device, block_bytes: int, direct: bool) -> int:
     """`block_bytes` where the data is local, so that it is still in the cache when it is added up;
-    else a large request.
+    else a large request, and a larger one for an accelerator.
     """
-    if direct or device.is_accelerator or not are_local(plan):
-        return LARGE_REQUEST_BYTES
-    return block_bytes
+    if device.is_accelerator:
+        return ACCELERATOR_CHUNK_BYTES
+    return LARGE_REQUEST_BYTES if direct or not are_local(plan) else block_bytes

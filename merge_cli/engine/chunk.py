@@ -70,13 +70,15 @@ class ChunkSize(NamedTuple):
     """The size of chunks: `elements` of plain tensors, `num_bytes` of them at most, `values` of
     quantized ones.
 
-    Buffers of inputs have `slack_bytes` more, for reading whole blocks of the storage.
+    Buffers of inputs have `slack_bytes` more, for reading whole blocks of the storage. Of plain
+    tensors, `together` inputs are uploaded to an accelerator at once.
     """
 
     elements: int
     num_bytes: int
     values: int
     slack_bytes: int = 0
+    together: int = 1
 
     @property
     def item_bytes(self) -> int:

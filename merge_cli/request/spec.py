@@ -182,7 +182,7 @@ class RunConfig(Options):
     device: str = option("auto", "cpu, cuda, cuda:K, or auto: a GPU where it is measured to be faster.", metavar="NAME")
     memory: int = option(2 << 30, "Bound on the buffers.", metavar="SIZE", read=parse_size, shown="2GiB")
     device_memory: int | None = option(
-        None, "Bound on a GPU's buffers.", metavar="SIZE", read=parse_size, shown="2GiB, at most 3/4 of what is free"
+        None, "Bound on a GPU's buffers.", metavar="SIZE", read=parse_size, shown="4GiB, at most 3/4 of what is free"
     )
     threads: int | None = option(
         None,

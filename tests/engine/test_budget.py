@@ -6,10 +6,20 @@ from pathlib import Path
 
 import pytest
 from builders import write_trained
+from fake_device import FakeDevice
 
 from merge_cli import plan_average
 from merge_cli.cli.workers import count_workers
-from merge_cli.engine.budget import BLOCK_ELEMENTS, BLOCKS_OF_MANY, FEW_THREADS, PYTHON_THREADS, fit_memory
+from merge_cli.engine.budget import (
+    ACCELERATOR_CHUNK_BYTES,
+    BLOCK_ELEMENTS,
+    BLOCKS_OF_MANY,
+    DEFAULT_DEVICE_BYTES,
+    FEW_THREADS,
+    PYTHON_THREADS,
+    STAGE_BYTES,
+    fit_memory,
+)
 from merge_cli.engine.device import CPU
 from merge_cli.engine.kernels import native
 from merge_cli.planning.plan import GRAM, Extent, MergePlan
@@ -82,6 +92,20 @@ def test_so_many_threads_as_asked_for_get_chunks_that_fit(plan: MergePlan) -> No
     many = replace(plan, inputs=plan.inputs * 15)
     budget = fit_memory(many, GIB, CPU, threads=64)
     assert budget.workers == 64 and budget.bytes <= GIB and budget.size.elements < BLOCK_ELEMENTS
+
+
+def test_an_accelerator_gets_large_chunks_and_all_inputs_at_once_where_memory_allows(plan: MergePlan) -> None:
+    """First fewer inputs are sent at once, then chunks get smaller."""
+    many = replace(plan, inputs=plan.inputs * 4)
+    found = []
+    for memory, device_memory in ((8 * GIB, None), (GIB, None), (8 * GIB, GIB), (GIB, GIB), (256 << 20, GIB), (8 * GIB, 128 << 20)):
+        budget = fit_memory(many, memory, FakeDevice("fake"), 8, device_memory)
+        assert budget.bytes <= memory and budget.device_bytes <= (device_memory or DEFAULT_DEVICE_BYTES)
+        found.append((budget.size.num_bytes, budget.size.together))
+    large = ACCELERATOR_CHUNK_BYTES
+    assert found == [(large, 8), (large, 4), (large, 4), (large, 4), (large // 2, 1), (large // 4, 1)]
+    hundred = replace(plan, inputs=plan.inputs * 50)
+    assert fit_memory(hundred, 8 * GIB, FakeDevice("fake"), 1).size.together == STAGE_BYTES // ACCELERATOR_CHUNK_BYTES
 
 
 @needs_kernel

@@ -1,15 +1,17 @@
 """Keep an accelerator busy: read, upload, add, round, copy back and write at the same time, in
 memory that is made once.
 
-    worker thread   reads an input into a stage  . . . . . . . . . . . . . . . . . . . waits for a slot's results, writes them
+    worker thread   reads inputs into a stage . . . . . . . . . . . . . . . . . . . .  waits for a slot's results, writes them
     upload queue         host stage -> device stage
-    compute queue             widen, multiply, add; after the last input divide and round
+    compute queue             widen, multiply, add, input by input; after the last one divide and round
     download queue                                                 device slot -> host slot
 
-A `Ring` belongs to one worker. `STAGES` buffers, shared by all inputs in turn, carry bytes to the
-device, so pinned memory does not grow with the number of checkpoints; `DEPTH` slots carry results
-back, so that one chunk is read while the one before is finished. The sums are one set: the compute
-queue runs in order. What may not be overwritten before it was used:
+A `Ring` belongs to one worker. `STAGES` buffers carry bytes to the device, each as many inputs of a
+chunk as it has room for: all of them where memory allows (`ChunkSize.together`), at least one. So
+Python runs a few times a chunk, and pinned memory does not grow with the number of checkpoints
+beyond a bound. `DEPTH` slots carry results back, so that one chunk is read while the one before is
+finished. The sums are one set: the compute queue runs in order. What may not be overwritten before
+it was used:
 
     host stage      by the next read    until its upload is done               the worker waits
     device stage    by the next upload  until it was added                     the upload queue waits
@@ -29,13 +31,13 @@ because the inputs are gone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from merge_cli.engine.arithmetic import terms_by_input, torch_dtype
+from merge_cli.engine.arithmetic import Term, terms_by_input, torch_dtype
 from merge_cli.engine.buffers import HostBuffer
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
@@ -44,8 +46,9 @@ from merge_cli.engine.reads import Reads
 from merge_cli.engine.reducers.accumulator import Accumulator, accumulator_bytes
 from merge_cli.planning.plan import Extent, MergePlan
 from merge_cli.planning.sums import WeightedSum
+from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 
-STAGES = 3
+STAGES = 2  # one is read while the other is uploaded; of those on the device one is added meanwhile
 DEPTH = 2
 
 
@@ -64,28 +67,28 @@ class Slot:
 
 
 class _Stage:
-    """Room for one chunk of one input, on the host and on the device."""
+    """Room for some inputs of one chunk, on the host and on the device."""
 
-    def __init__(self, queues: Queues, chunk_bytes: int, slack_bytes: int) -> None:
-        self.host = queues.host_buffer(chunk_bytes + slack_bytes)
-        self.device = queues.memory(chunk_bytes)
+    def __init__(self, queues: Queues, num_bytes: int) -> None:
+        self.host = queues.host_buffer(num_bytes)
+        self.device = queues.memory(num_bytes)
         self.uploaded: Event | None = None
         self.added: Event | None = None
 
 
 class Ring:
-    """What one worker needs to reduce chunks of up to `chunk_elements` elements of at most
-    `chunk_bytes` on a device.
+    """What one worker needs to reduce chunks of up to `size` on a device.
 
     Chunks are started and finished in the same order: `take`, `start`, then later `finish` and
     `give_back`.
     """
 
-    def __init__(self, queues: Queues, num_outputs: int, chunk_elements: int, chunk_bytes: int, slack_bytes: int = 0) -> None:
+    def __init__(self, queues: Queues, num_outputs: int, size: ChunkSize) -> None:
         self._queues = queues
-        self._accumulator = Accumulator(queues.memory, chunk_elements, num_outputs)
-        self._stages = [_Stage(queues, chunk_bytes, slack_bytes) for _ in range(STAGES)]
-        self._slots = [Slot(queues, num_outputs, chunk_bytes) for _ in range(DEPTH)]
+        self._size = size
+        self._accumulator = Accumulator(queues.memory, size.elements, num_outputs)
+        self._stages = [_Stage(queues, stage_bytes(size)) for _ in range(STAGES)]
+        self._slots = [Slot(queues, num_outputs, size.num_bytes) for _ in range(DEPTH)]
         self._next_stage = self._next_slot = 0
 
     def take(self) -> Slot:
@@ -112,12 +115,20 @@ class Ring:
         have the device reduce them.
         """
         slot.operations = tuple(operations)
+        terms = terms_by_input(operations)
+        sizes = {i: count * torch_dtype(extent.sources[i].dtype).itemsize for i in terms}
+        room = -(-max(sizes.values()) // DIRECT_BLOCK_BYTES) * DIRECT_BLOCK_BYTES + self._size.slack_bytes
+        most = stage_bytes(self._size) // room
         try:
-            for i, terms in terms_by_input(operations).items():
-                dtype = torch_dtype(extent.sources[i].dtype)
-                stage = self._read(partial(read, i), count * dtype.itemsize)
-                source = stage.device[: count * dtype.itemsize].view(dtype)
-                stage.added = self._queues.submit(COMPUTE, partial(self._accumulator.add, source, terms), [stage.uploaded])
+            for first in range(0, len(terms), most):
+                inputs = list(terms)[first : first + most]
+                stage, begins = self._read([partial(read, i) for i in inputs], room, sizes[inputs[-1]])
+                sources = [
+                    stage.device[begin : begin + sizes[i]].view(torch_dtype(extent.sources[i].dtype))
+                    for i, begin in zip(inputs, begins, strict=True)
+                ]
+                add_all = partial(self._add, sources, [terms[i] for i in inputs])
+                stage.added = self._queues.submit(COMPUTE, add_all, [stage.uploaded])
             self._finish(slot, count, torch_dtype(extent.dtype), operations)
         except torch.OutOfMemoryError:
             self._give_up(slot)
@@ -134,17 +145,29 @@ class Ring:
         """Wait until the device uses none of the buffers any more."""
         self._queues.wait_for_all()
 
-    def _read(self, read: Callable[[HostBuffer], None], num_bytes: int) -> _Stage:
-        """Read into the next stage, and have it uploaded."""
+    def _read(self, reads: Sequence[Callable[[HostBuffer], None]], room: int, last_bytes: int) -> tuple[_Stage, list[int]]:
+        """Read inputs, `room` bytes apart, into the next stage, and have it uploaded at once.
+
+        `last_bytes`: the bytes of the last one. The stage, and where in it each input begins.
+        """
         stage = self._stages[self._next_stage]
         self._next_stage = (self._next_stage + 1) % STAGES
         if stage.uploaded is not None:
             self._queues.wait(stage.uploaded)
-        read(stage.host)
-        begin = stage.host.begin
-        upload = partial(_copy, stage.host.tensor[begin : begin + num_bytes], stage.device[:num_bytes])
+        begins = []
+        for start, read in zip(range(0, len(reads) * room, room), reads, strict=True):
+            buffer = HostBuffer(stage.host.memory[start : start + room])
+            read(buffer)
+            begins.append(start + buffer.begin)
+        first, end = begins[0], begins[-1] + last_bytes
+        upload = partial(_copy, stage.host.tensor[first:end], stage.device[first:end])
         stage.uploaded = self._queues.submit(UPLOAD, upload, [] if stage.added is None else [stage.added])
-        return stage
+        return stage, begins
+
+    def _add(self, sources: Sequence[Tensor], terms: Sequence[Sequence[Term]]) -> None:
+        """Add inputs, oldest first."""
+        for source, own in zip(sources, terms, strict=True):
+            self._accumulator.add(source, own)
 
     def _finish(self, slot: Slot, count: int, dtype: torch.dtype, operations: Mapping[int, WeightedSum]) -> None:
         """Have the sums rounded and copied back."""
@@ -169,15 +192,21 @@ class Ring:
         self._queues.wait_for_all()
 
 
-def ring_host_bytes(num_outputs: int, chunk_bytes: int, slack_bytes: int = 0) -> int:
+def stage_bytes(size: ChunkSize) -> int:
+    """The bytes of a stage: `size.together` inputs, each with the slack of its reads."""
+    return size.together * (size.num_bytes + size.slack_bytes)
+
+
+def ring_host_bytes(num_outputs: int, size: ChunkSize) -> int:
     """The pinned memory of a `Ring`; torch rounds every buffer up to a power of two."""
-    slots = DEPTH * (num_outputs * _power_of_two(chunk_bytes) + _power_of_two(num_outputs))
-    return STAGES * _power_of_two(chunk_bytes + slack_bytes) + slots
+    slots = DEPTH * (num_outputs * _power_of_two(size.num_bytes) + _power_of_two(num_outputs))
+    return STAGES * _power_of_two(stage_bytes(size)) + slots
 
 
-def ring_device_bytes(num_outputs: int, chunk_elements: int, chunk_bytes: int) -> int:
+def ring_device_bytes(num_outputs: int, size: ChunkSize) -> int:
     """The device memory of a `Ring`."""
-    return (STAGES + DEPTH * num_outputs) * chunk_bytes + accumulator_bytes(chunk_elements, num_outputs) + DEPTH * num_outputs
+    slots = DEPTH * num_outputs * (size.num_bytes + 1)
+    return STAGES * stage_bytes(size) + slots + accumulator_bytes(size.elements, num_outputs)
 
 
 def _power_of_two(num_bytes: int) -> int:
@@ -207,7 +236,7 @@ class PipelineReducer:
     def __init__(self, plan: MergePlan, size: ChunkSize, device: Device, reads: Reads) -> None:
         self._plan = plan
         self._reads = reads
-        self._ring = Ring(device.queues(), len(plan.outputs), size.elements, size.num_bytes, size.slack_bytes)
+        self._ring = Ring(device.queues(), len(plan.outputs), size)
         self._started: deque[tuple[Chunk, Slot]] = deque()
 
     def start(self, chunk: Chunk) -> None:
@@ -238,8 +267,4 @@ class PipelineReducer:
 
     @classmethod
     def memory(cls, plan: MergePlan, size: ChunkSize, device: Device) -> Memory:
-        num_outputs = len(plan.outputs)
-        return Memory(
-            ring_host_bytes(num_outputs, size.num_bytes, size.slack_bytes),
-            ring_device_bytes(num_outputs, size.elements, size.num_bytes),
-        )
+        return Memory(ring_host_bytes(len(plan.outputs), size), ring_device_bytes(len(plan.outputs), size))

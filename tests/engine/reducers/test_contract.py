@@ -37,7 +37,7 @@ from merge_cli.errors import NonFiniteError
 from merge_cli.planning.plan import AVERAGE, GRAM, MergePlan, WorkItem
 
 SMALL = ChunkSize(4096, 4096 * 8, 4096)
-SIZES = [SMALL, ChunkSize(20_480, 20_480 * 8, 16_384), ChunkSize(1 << 17, 8 << 17, 1 << 17)]
+SIZES = [SMALL, ChunkSize(20_480, 20_480 * 8, 16_384, together=2), ChunkSize(1 << 17, 8 << 17, 1 << 17, together=3)]
 NUM_INPUTS = 3
 
 

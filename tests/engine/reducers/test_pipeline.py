@@ -5,6 +5,8 @@ Checked by mutation: with any one of these taken out of pipeline.py or stream.py
 
     _read      the worker's wait for `stage.uploaded` before it reads        a stage is read over before it is uploaded
     _read      `stage.added` as `after` of the upload                        a stage is uploaded over before it is added
+    _read      where in the stage an input begins                            slack of a read is added
+    _add       the order of the inputs                                       sums are rounded in another order
     start      `stage.uploaded` as `after` of the addition                   what is not there yet is added
     _finish    `rounded` as `after` of copying back                          results are copied before they are rounded
     finish     the wait for `slot.copied_back`                               results are written before they are copied back
@@ -28,6 +30,7 @@ from reference import load
 from torch import Tensor
 
 from merge_cli import average
+from merge_cli.engine.chunk import ChunkSize
 from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reducers.pipeline import DEPTH, STAGES, Ring, ring_device_bytes, ring_host_bytes
 from merge_cli.errors import NonFiniteError, OutputError, PmergeError, UsageError
@@ -55,10 +58,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def on(monkeypatch: pytest.MonkeyPatch) -> On:
     """`average` on a fake device, in small chunks. Nothing may be left in its queues."""
 
-    def run_on(world: World, *arguments: Any, chunk_bytes: int = CHUNK_BYTES, **options: Any) -> AverageResult:
+    def run_on(world: World, *arguments: Any, chunk_bytes: int = CHUNK_BYTES, together: int = 4, **options: Any) -> AverageResult:
         with monkeypatch.context() as patched:
             patched.setattr("merge_cli.tuning.backend.choose_device", lambda *_: FakeDevice("fake", world))
-            patched.setattr("merge_cli.engine.budget.LARGE_REQUEST_BYTES", chunk_bytes)
+            patched.setattr("merge_cli.engine.budget.ACCELERATOR_CHUNK_BYTES", chunk_bytes)
+            patched.setattr("merge_cli.engine.budget.STAGE_BYTES", together * chunk_bytes)
             patched.setattr("merge_cli.engine.reducers.fallback.REDONE_ELEMENTS", 1000)
             try:
                 return average(*arguments, device="fake", **options)
@@ -76,15 +80,35 @@ def expected(run: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(9))
 def test_same_bytes_in_whatever_order_the_device_runs(
     seed: int, method: str, run: list[Path], expected: dict[str, dict[str, str]], on: On, tmp_path: Path
 ) -> None:
-    world = World(seed)
-    result = on(world, run, tmp_path / "out", threads=1 + seed % 3, method=method, **METHODS[method])
+    """Uploading one input at a time, two, three (so the last by itself), or all four."""
+    world, together = World(seed), 1 + seed % 4
+    result = on(world, run, tmp_path / "out", threads=1 + seed % 3, together=together, method=method, **METHODS[method])
     assert digests(result.output) == expected[method]
     assert result.statistics.notes == [] and world.submitted > 100
     assert result.statistics.bytes_read > 0 and result.statistics.seconds_computing > 0
+
+
+@pytest.mark.parametrize("together", [1, 3, 4])
+def test_same_bytes_where_data_begins_inside_blocks_of_the_storage(
+    together: int, run: list[Path], expected: dict[str, dict[str, str]], on: On, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As O_DIRECT reads it, whose buffers have slack."""
+    begins = set()
+
+    def read_block(self: InputFiles, file: Any, offset: int, size: int, item_bytes: int, block: memoryview) -> int:
+        begin = offset % 4096 // item_bytes * item_bytes
+        block[:] = b"\x3f" * len(block)  # numbers: NaN would have the CPU do it
+        self.read_into(file, offset, block[begin : begin + size])
+        begins.add(begin)
+        return begin
+
+    monkeypatch.setattr(InputFiles, "read_block", read_block)
+    out = on(World(together), run, tmp_path / "out", threads=2, together=together, direct="on", method="ema", alpha=0.1).output
+    assert digests(out) == expected["ema"] and len(begins) > 3
 
 
 def test_integers_and_excluded_tensors_go_around_the_device(run: list[Path], on: On, tmp_path: Path) -> None:
@@ -94,23 +118,36 @@ def test_integers_and_excluded_tensors_go_around_the_device(run: list[Path], on:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("together", [1, 2])
 def test_memory_is_what_was_planned_and_does_not_grow_with_the_checkpoints(
-    threads: int, run: list[Path], on: On, tmp_path: Path
+    threads: int, together: int, run: list[Path], on: On, tmp_path: Path
 ) -> None:
     allocated = set()
     for number, paths in enumerate((run[:2], run)):
         world = World(1)
-        on(world, paths, tmp_path / str(number), threads=threads)
+        on(world, paths, tmp_path / str(number), threads=threads, together=together)
         allocated.add((world.allocated, world.host_allocated))
-    elements = CHUNK_BYTES // 8  # the widest dtype has 8 bytes
-    assert allocated == {(threads * ring_device_bytes(1, elements, CHUNK_BYTES), threads * ring_host_bytes(1, CHUNK_BYTES))}
+    size = ChunkSize(CHUNK_BYTES // 8, CHUNK_BYTES, 0, together=together)  # the widest dtype has 8 bytes
+    assert allocated == {(threads * ring_device_bytes(1, size), threads * ring_host_bytes(1, size))}
 
 
 def test_what_waits_in_the_queues_is_bounded(run: list[Path], on: On, tmp_path: Path) -> None:
     """Back-pressure: however late the device, a worker is no further ahead than its buffers."""
-    world = World(2, eagerness=0.0)
-    on(world, run, tmp_path / "out", threads=1)
-    assert world.longest <= 3 * STAGES + 2 * DEPTH  # an upload and two additions a stage, rounding and copying back a slot
+    for together in (1, 4):
+        world = World(2, eagerness=0.0)
+        on(world, run, tmp_path / str(together), threads=1, together=together)
+        assert world.longest <= 3 * STAGES + 2 * DEPTH  # an upload and two additions a stage, rounding and copying back a slot
+
+
+def test_python_runs_four_times_a_chunk_where_all_inputs_have_room(on: On, tmp_path: Path) -> None:
+    """An upload, an addition of all inputs, rounding, copying back."""
+    paths = write_run(tmp_path / "run", training_run({"a": torch.randn(4 * CHUNK_BYTES // 2).bfloat16()}, 4))
+    submitted = {}
+    for together in (1, 2, 3, 4):
+        world = World(1)
+        on(world, paths, tmp_path / str(together), threads=1, together=together)
+        submitted[together] = world.submitted
+    assert submitted == {1: 4 * (2 * 4 + 2), 2: 4 * (2 * 2 + 2), 3: 4 * (2 * 2 + 2), 4: 4 * 4}
 
 
 def test_device_memory_is_a_bound(run: list[Path], expected: dict[str, dict[str, str]], on: On, tmp_path: Path) -> None:
@@ -154,14 +191,14 @@ def test_a_device_that_runs_out_of_memory_at_any_stage(
         assert len(result.statistics.notes) == 1 and "the CPU did some" in result.statistics.notes[0]
 
 
-@pytest.mark.parametrize("at", range(6))
-def test_nothing_is_left_on_the_device_of_a_chunk_that_is_given_up(at: int) -> None:
+@pytest.mark.parametrize(("together", "at"), [*((1, at) for at in range(6)), *((2, at) for at in range(4))])
+def test_nothing_is_left_on_the_device_of_a_chunk_that_is_given_up(together: int, at: int) -> None:
     """Results that are copied back late would overwrite those of the CPU."""
     queues = FakeQueues(World(eagerness=0.0, failure=Failure(at, torch.OutOfMemoryError("fake"))))
-    ring = Ring(queues, 1, 4096, 1 << 14)
-    run = Extent("average", "F32", 0, 100, (Location(None, 0, "F32"),) * 2, ("w",), (0,))  # type: ignore[arg-type]  # no file is read
+    ring = Ring(queues, 1, ChunkSize(4096, 1 << 14, 0, together=together))
+    run = Extent("average", "F32", 0, 4096, (Location(None, 0, "F32"),) * 2, ("w",), (0,))  # type: ignore[arg-type]  # no file is read
     slot = ring.take()
-    ring.start(slot, run, 100, {0: WeightedSum((0, 1), (1.0, 1.0), 2.0)}, lambda i, buffer: None)
+    ring.start(slot, run, 4096, {0: WeightedSum((0, 1), (1.0, 1.0), 2.0)}, lambda i, buffer: None)
     assert slot.ran_out_of_memory and queues.pending() == 0
     assert not ring.finish(slot)
 
@@ -174,7 +211,7 @@ def test_a_device_that_fails_at_any_stage_ends_the_run_and_it_can_be_continued(
     for threads in (1, 3):
         out = tmp_path / str(threads)
         with pytest.raises(PmergeError, match="it broke"):
-            on(World(at, failure=Failure(at, PmergeError("it broke"), late)), run, out, threads=threads)
+            on(World(at, failure=Failure(at, PmergeError("it broke"), late)), run, out, threads=threads, together=threads)
         assert not out.exists()
         assert digests(average(run, out, device="cpu").output) == expected["sma"]
 
