@@ -8,18 +8,17 @@ another, it raises. At the end all are opened once more, and their headers hashe
 from __future__ import annotations
 
 import hashlib
-import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from merge_cli.errors import ChangedError, StoreError
 from merge_cli.formats.gathered import Gathered
 from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES, LocalSource
 from merge_cli.stores.store import Source, read_bytes
+from merge_cli.system.descriptors import descriptors_left
 
 
 class InputFiles:
@@ -100,15 +99,6 @@ class InputFiles:
         for source in idle[: max(0, len(self._open) + 1 - self._max_open)]:
             del self._open[source]
             source.close()
-
-
-def descriptors_left() -> int:
-    """How many more files this process may open, by /proc; without it, half of the limit."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        return max(0, limit - sum(1 for _ in Path("/proc/self/fd").iterdir()))
-    except FileNotFoundError:
-        return limit // 2
 
 
 def tensor_at(file: WeightFile, offset: int) -> str:

@@ -26,8 +26,11 @@ from merge_cli.planning.plan import MergePlan
 from merge_cli.ranks.shares import cut
 from merge_cli.request.spec import RunConfig
 from merge_cli.stores.store import is_local
+from merge_cli.system.descriptors import descriptors_left, open_files_hint
 from merge_cli.system.durable import output_error
 from merge_cli.system.files import files_in
+
+_OPEN_BESIDE = 16  # files that are open beside those of the results: inputs, and a few of the process
 
 
 def check_destinations(plans: Mapping[Path, MergePlan], run: RunConfig, ranks: int = 1) -> list[UsageError | OutputError]:
@@ -42,10 +45,27 @@ def check_destinations(plans: Mapping[Path, MergePlan], run: RunConfig, ranks: i
     for destination, plan in plans.items():
         problems += _check_place(destination, plan)
         problems += _check_existing(destination, plan, run)
+    problems += _check_open_files(len(plans))
     for destination in [*plans][:1]:
         where = destination if len(plans) == 1 else destination.parent
         problems += _check_parent(where, Path(os.path.realpath(destination)).parent, plans, ranks)
     return problems
+
+
+def _check_open_files(results: int) -> list[OutputError]:
+    """Whether all results of a sweep can be open at once: the folder of each, the one above, its
+    lock, and two files at a time.
+    """
+    need, have = 5 * results + _OPEN_BESIDE, descriptors_left()
+    if results == 1 or need <= have:
+        return []
+    return [
+        OutputError(
+            f"{results} results at once need more open files than this process may have",
+            details=[f"need  {need}", f"have  {have}"],
+            hint=f"{open_files_hint(need)}; or give some of the methods now, the others later",
+        )
+    ]
 
 
 def _check_place(destination: Path, plan: MergePlan) -> list[UsageError | OutputError]:

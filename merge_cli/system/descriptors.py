@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from contextlib import suppress
+from pathlib import Path
 
 _ENOUGH = 1 << 20  # no process may have more, unless fs.nr_open was raised
 
@@ -19,9 +20,20 @@ def allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def open_files_hint() -> str:
-    """The command that allows more open files than this process may have."""
+def descriptors_left() -> int:
+    """How many more files this process may open, by /proc; without it, half of the limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        return max(0, limit - sum(1 for _ in Path("/proc/self/fd").iterdir()))
+    except FileNotFoundError:
+        return limit // 2
+
+
+def open_files_hint(least: int = 0) -> str:
+    """The command that allows more open files than this process may have, and no fewer than
+    `least`.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    more = max(1024, 4 * soft)
+    more = max(1024, 4 * soft, 2 * least)
     by = "" if hard == resource.RLIM_INFINITY or more <= hard else " (of root, or of the administrator: the hard limit is lower)"
     return f"ulimit -n {more}{by}, then the same command again"

@@ -9,7 +9,7 @@ from builders import training_run, write_run
 
 from merge_cli import average, verify
 from merge_cli.__main__ import _limit_behind
-from merge_cli.engine import reader
+from merge_cli.system.descriptors import descriptors_left
 
 TENSORS = {f"layers.{i}.weight": torch.arange(300.0).bfloat16() for i in range(4)}
 
@@ -33,7 +33,7 @@ def test_without_proc_half_of_the_descriptors_count_as_free(monkeypatch: pytest.
         raise FileNotFoundError("/proc/self/fd")
 
     monkeypatch.setattr(Path, "iterdir", missing)
-    assert reader.descriptors_left() > 0
+    assert descriptors_left() > 0
 
 
 @pytest.mark.parametrize(

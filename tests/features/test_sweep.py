@@ -437,6 +437,24 @@ def test_as_many_files_are_open_as_the_hard_limit_allows(big: Path, tmp_path: Pa
     assert "open files" in ended.stderr and "ulimit -n 1024" in ended.stderr and "Traceback" not in ended.stderr
 
 
+def test_64_results_fit_below_the_hard_limit_or_are_refused_before_any_work(tmp_path: Path) -> None:
+    """A real process, as above: each result takes up to five open files."""
+    write_run(tmp_path / "run", training_run({"w": torch.ones(8), "b": torch.zeros(8)}, 3), shards=2)
+    methods = ",".join(f"ema:0.{number}" for number in range(101, 165))
+    sweeping = shlex.join([sys.executable, "-m", "merge_cli", "sweep", "run", "-o", "out", "--method", methods, "--quiet"])
+
+    def limited(limit: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-c", f"ulimit {limit} -n 256 && exec {sweeping}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    refused = limited("")
+    assert refused.returncode == 1 and "64 results at once need more open files" in refused.stderr
+    assert "ulimit -n 1024" in refused.stderr and not (tmp_path / "out").exists()
+    done = limited("-S")
+    assert done.returncode == 0, done.stderr
+    assert len([*(tmp_path / "out").glob("*/pmerge.json")]) == 64
+
+
 # -- what is asked for
 # ------------------------------------------------------------------------------------------------------------
 
