@@ -12,7 +12,7 @@ from merge_cli.cli.options import Given, InputsRoot, flags, takes
 from merge_cli.request.spec import RunConfig, lay_over
 
 
-@takes(*flags(RunConfig, only=["max_header"]))
+@takes(*flags(RunConfig, only=["max_header", "trust_owner"]))
 def finalize_command(
     output: Annotated[Path, typer.Argument(help="The destination that was given to pmerge average.")],
     *,
@@ -27,4 +27,6 @@ def finalize_command(
     """
     from merge_cli.features.finalize import finalize
 
-    console.out(finalize(output, overwrite=overwrite, inputs_root=inputs_root, max_header=lay_over(RunConfig(), given).max_header))
+    run = lay_over(RunConfig(), given)
+    path = finalize(output, overwrite=overwrite, inputs_root=inputs_root, max_header=run.max_header, trust_owner=run.trust_owner)
+    console.out(path)

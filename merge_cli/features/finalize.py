@@ -18,10 +18,16 @@ from merge_cli.stores.store import StrPath, as_path
 
 
 def finalize(
-    destination: StrPath, *, overwrite: bool = False, inputs_root: StrPath | None = None, max_header: int = MAX_HEADER_BYTES
+    destination: StrPath,
+    *,
+    overwrite: bool = False,
+    inputs_root: StrPath | None = None,
+    max_header: int = MAX_HEADER_BYTES,
+    trust_owner: str | None = None,
 ) -> Path:
     """Publish the result whose ranks have finished all files without one of them publishing it;
-    returns its path. `inputs_root` is the folder in which its inputs lie now, if they have moved.
+    returns its path. `inputs_root` is the folder in which its inputs lie now, if they have moved;
+    `trust_owner` another user, by name or uid, who may own files of the ranks.
 
     Raises OutputError, naming the files that are missing, if there are any; InputError if inputs
     have changed since.
@@ -62,7 +68,7 @@ def finalize(
         ) from error
     if changed := differences(state, json.loads(json.dumps(describe(merge)))):
         raise InputError(f"the inputs of {path} have changed since its ranks began", details=first_ten(changed, "more differences"))
-    run = RunConfig(overwrite=overwrite)
+    run = RunConfig(overwrite=overwrite, trust_owner=trust_owner)
     (result,) = carry_out(Job(merge, ((path, merge),), run, None, command=shlex.split(command))).outputs
     if result.missing:
         raise OutputError(

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from builders import training_run, write_run
+from typer.testing import CliRunner
 
-from merge_cli import average
-from merge_cli.errors import OutputError
+from merge_cli import Rank, average, finalize, plan_average, run_average
+from merge_cli.cli.app import make_app
+from merge_cli.errors import OutputError, UsageError
+from merge_cli.output.joint import JointDestination
 
 NAMES = (
     "",
@@ -96,6 +99,23 @@ def test_an_owner_that_is_trusted_is_as_good_as_oneself(trusted: str, run: list[
     with pytest.raises(OutputError, match="belongs to another user"):
         average(run, tmp_path / "out", trust_owner="1234")
     assert average(run, tmp_path / "out", trust_owner=trusted).has_published
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to another user")
+def test_finalize_trusts_an_owner_too(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(JointDestination, "begin_to_publish", lambda self: {})
+        run_average(plan_average(run, tmp_path / "out", rank=Rank(0, 2, source="--rank")))
+    for path in (staging := tmp_path / "out.pmerge-partial", *staging.rglob("*")):
+        os.chown(path, 65534, 65534)
+    with pytest.raises(OutputError, match="belongs to another user") as refused:
+        finalize(tmp_path / "out")
+    assert "--trust-owner 65534" in refused.value.hint
+    with pytest.raises(UsageError, match="no user nobody-of-this-name"):
+        finalize(tmp_path / "out", trust_owner="nobody-of-this-name")
+    ended = CliRunner().invoke(make_app(), ["finalize", str(tmp_path / "out"), "--trust-owner", "nobody"])
+    assert ended.exit_code == 0, ended.output
+    assert (tmp_path / "out" / "pmerge.json").is_file() and not staging.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
