@@ -11,7 +11,7 @@ from merge_cli.formats.checkpoint import Checkpoint, Opened, open_safetensors
 from merge_cli.formats.dcp.checkpoint import open_dcp
 from merge_cli.formats.dcp.entries import DROP
 from merge_cli.formats.dcp.folder import METADATA_FILE
-from merge_cli.formats.dcp.item import Envelopes
+from merge_cli.formats.dcp.seen import SeenDcp
 from merge_cli.formats.dcp.trainers import find_dcp, is_unfinished
 from merge_cli.formats.pickled import ENDINGS, open_pickled, pickled_files
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES
@@ -20,13 +20,13 @@ from merge_cli.stores.store import StrPath, as_path, join, open_store
 
 
 class Seen:
-    """Parsed parts that the checkpoints of one run share: those of safetensors, and envelopes of
-    items; of headers and metadata at most `max_bytes` together.
+    """Parsed parts that the checkpoints of one run share: those of safetensors, and metadata
+    and envelopes of distributed checkpoints; of headers and metadata at most `max_bytes` together.
     """
 
     def __init__(self, max_bytes: int = MAX_HEADER_BYTES) -> None:
         self.safetensors = Opened(max_bytes)
-        self.envelopes = Envelopes()
+        self.dcp = SeenDcp()
 
 
 def is_pickled(path: StrPath) -> bool:
@@ -52,7 +52,7 @@ def open_checkpoint(path: StrPath, *, seen: Seen | None = None, training_state: 
             metadata = join(place.folder, METADATA_FILE)
             found = open_store(metadata).stat(metadata)
             seen.safetensors.headers.spend(0 if found is None else found.num_bytes, metadata)
-        return open_dcp(path, place, training_state, seen.envelopes)
+        return open_dcp(path, place, training_state, seen.dcp)
     if is_pickled(path):
         return open_pickled(path)
     if (inside := find_universal(path)) is not None:

@@ -313,3 +313,14 @@ def test_bench_of_a_sweep(tmp_path: Path) -> None:
     assert (floor["name"], floor["failure"], pmerge["failure"]) == ("floor", "", "")
     assert (parallel["name"], parallel["failure"]) == ("parallel floor", "")
     assert pmerge["check"]["correctly_rounded"] > 0.999
+
+
+@pytest.mark.slow(reason="twenty merges in processes; test_contest_runs_in_turn_and_drops_who_fails")
+def test_bench_of_other_places(tmp_path: Path) -> None:
+    options = ["--dcp", "--far=1ms,50MB", "--peers=none", "--size=1MB", "--count=2", "--rounds=1", f"--folder={tmp_path}", "--json"]
+    results = {result["name"]: result for result in json.loads(bench(*options).stdout)["results"]}
+    assert {name: result["failure"] for name, result in results.items()} == dict.fromkeys(
+        ("floor", "parallel floor", "pmerge", "pmerge, DCP", "bare client", "pmerge, s3://"), ""
+    )
+    assert results["pmerge, DCP"]["check"]["correctly_rounded"] == results["pmerge, s3://"]["check"]["correctly_rounded"] == 1
+    assert list(tmp_path.iterdir()) == []

@@ -18,8 +18,8 @@ from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
 from merge_cli.formats.dcp.clone import DcpParts
 from merge_cli.formats.dcp.entries import treat
 from merge_cli.formats.dcp.folder import METADATA_FILE, Payload, locate, open_folder
-from merge_cli.formats.dcp.item import Envelopes
 from merge_cli.formats.dcp.metadata import Chunk, Item, Tensor
+from merge_cli.formats.dcp.seen import SeenDcp
 from merge_cli.formats.dcp.trainers import DcpPlace, files_beside
 from merge_cli.formats.safetensors import Header, TensorInfo
 from merge_cli.formats.side_files import SideFiles, list_side_files
@@ -30,7 +30,7 @@ _IN_KEY = re.compile(r"(?:\[\d+:\d+(?:, \d+:\d+)*\])?(?: strides \([\d, ]+\))?$"
 _NOTHING = hashlib.sha256().hexdigest()
 
 
-def open_dcp(path: StrPath, place: DcpPlace | None, training_state: str, envelopes: Envelopes) -> Checkpoint:
+def open_dcp(path: StrPath, place: DcpPlace | None, training_state: str, seen: SeenDcp) -> Checkpoint:
     """Open the distributed checkpoint at `place`; without one, say what is missing at `path`.
     Raises InputError.
     """
@@ -38,7 +38,7 @@ def open_dcp(path: StrPath, place: DcpPlace | None, training_state: str, envelop
     if place is None:
         open_folder(path)
         raise IncompleteError(f"{path} is not complete")
-    folder = open_folder(place.folder)
+    folder = open_folder(place.folder, seen)
     kept = treat(folder.metadata, training_state)
     if "merge" not in kept.values():
         raise InputError(f"{place.folder} holds no weights of a model", hint="pmerge inspect  lists its entries")
@@ -48,7 +48,7 @@ def open_dcp(path: StrPath, place: DcpPlace | None, training_state: str, envelop
         if kept.get(fqn) == "merge"
         for chunk in tensor.chunks
     ]
-    found = list(locate(folder, wanted, envelopes))
+    found = list(locate(folder, wanted, seen.envelopes))
     parts = DcpParts(place, folder, training_state, kept, {chunk.item: payload for _, chunk, payload in found})
     files = _files(parts, found)
     tensors = {name: Stored(file, name, info) for file in files for name, info in file.header.tensors.items()}

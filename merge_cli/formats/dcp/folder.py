@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from merge_cli.errors import IncompleteError, InputError, UnsupportedError, first_ten
 from merge_cli.formats.dcp.item import Envelope, Envelopes
-from merge_cli.formats.dcp.metadata import MAX_METADATA_BYTES, Chunk, Item, Metadata, Tensor, parse_metadata
+from merge_cli.formats.dcp.metadata import MAX_METADATA_BYTES, Chunk, Item, Metadata, Tensor
+from merge_cli.formats.dcp.seen import SeenDcp
 from merge_cli.stores.store import Source, StrPath, as_path, join, open_store, read_bytes
 
 METADATA_FILE = ".metadata"
@@ -62,9 +63,9 @@ class DcpFolder:
     notes: tuple[str, ...] = ()
 
 
-def open_folder(path: StrPath) -> DcpFolder:
+def open_folder(path: StrPath, seen: SeenDcp | None = None) -> DcpFolder:
     """Open the folder that holds `.metadata` and its files, and check that all of them are there
-    and long enough.
+    and long enough. `seen` shares parsed metadata between checkpoints.
 
     Raises InputError or UnsupportedError.
     """
@@ -76,7 +77,7 @@ def open_folder(path: StrPath) -> DcpFolder:
     where = join(path, METADATA_FILE)
     store.check_inside(path, where)
     raw, metadata_file = _read_metadata(where)
-    metadata = parse_metadata(raw, where)
+    metadata = (seen or SeenDcp()).parse(raw, where)
     if not metadata.tensors:
         raise InputError(f"{where} names no tensors", hint="name the folder of the model's own checkpoint")
     files = _open_files(path, metadata)

@@ -9,6 +9,8 @@
     scripts/bench --sweep --count 10 --size 200MB              eight averages by `pmerge sweep`, against one read and eight copies
     scripts/bench --beside ../before/.venv/bin/pmerge          another installed pmerge, round by round
     scripts/bench --threads-series 1,2,4,8                     pmerge and the parallel floor with so many threads
+    scripts/bench --dcp --peers none                           torch distributed checkpoints of the same tensors too
+    scripts/bench --far 30ms,16MB --peers none                 from a store that answers after 30 ms, 16 MB/s a connection
     scripts/bench -- --workers 2                               what follows -- goes to `pmerge average`
 
 Prints the machine, the versions and a table; `--json` prints everything that was measured. Measure
@@ -20,18 +22,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from bench import report
-from bench.contestants import LIB, PEERS, Contestant, Unavailable, floor, parallel_floor, pmerge, pmerge_sweep
+from bench.contestants import (
+    LIB,
+    PEERS,
+    Contestant,
+    Unavailable,
+    dcp,
+    far,
+    floor,
+    parallel_floor,
+    pmerge,
+    pmerge_sweep,
+    store_far_away,
+)
 from bench.grow import VALUES, grow
 from bench.rounds import Inputs, contest, describe, free_bytes, make_inputs
 from checkpoints.shapes import PUBLISHED, SHAPES
 from units import format_size, parse_size
+
+FAR = re.compile(r"(\d+)ms,(\d+[MG]B)")
+REQUESTS = 16  # at once, to a store far away
 
 Rows = list[tuple[str, dict[str, str]]]
 
@@ -54,6 +73,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mergekit-env", type=Path, default=LIB.parents[1] / ".venv-mergekit", metavar="FOLDER")
     parser.add_argument("--beside", type=Path, metavar="PMERGE", help="the program of another pmerge: a contestant too")
     parser.add_argument("--threads-series", metavar="LIST", help="pmerge with each of these numbers of threads, as 1,2,4,8")
+    parser.add_argument("--dcp", action="store_true", help="distributed checkpoints of the same tensors are a contestant too")
+    parser.add_argument("--far", metavar="DELAY,RATE", help="a bare client and pmerge read from an object store on loopback")
     parser.add_argument("--sweep", action="store_true", help="eight outputs by `pmerge sweep`; no peers")
     parser.add_argument("--grow", choices=VALUES)
     parser.add_argument("--sparse", action="store_true", help="inputs of a series are holes, read as zeros: for measuring memory")
@@ -71,13 +92,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--plot draws a series: it needs --grow")
     if options.threads_series and (options.grow or options.sweep):
         parser.error("--threads-series is a series of averages: leave --grow and --sweep out")
+    if (options.dcp or options.far) and (options.inputs or options.grow or options.sweep):
+        parser.error("--dcp and --far make their inputs, and average them once")
+    if options.far and not FAR.fullmatch(options.far):
+        parser.error("--far is a time and a rate, as 30ms,16MB; 0ms,0MB are none")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
 
 
-def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: bool = False) -> list[Contestant]:
-    """The floor, pmerge and the peers that can run; a line to stderr for each that cannot."""
+def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: bool = False, port: int = 0) -> list[Contestant]:
+    """The floor, pmerge and the peers that can run; a line to stderr for each that cannot. `port`
+    is that of the store far away.
+    """
     more = options.pmerge_options
     threads = threads_of(more)
     if options.sweep:
@@ -96,6 +123,8 @@ def line_up(options: argparse.Namespace, work: Path, memory: str, quantized: boo
             found.append(pmerge(memory, options.device, more, threads, name, program))
         except Unavailable as reason:
             print(f"{name}: skipped: {reason}", file=sys.stderr)
+    found += [dcp(memory, more, threads)] if options.dcp else []
+    found += far(port, work, memory, more, REQUESTS) if port else []
     for name in options.peers:
         if quantized:
             print(f"{name}: skipped: it would average the codes of quantized weights", file=sys.stderr)
@@ -156,9 +185,14 @@ def series(options: argparse.Namespace, work: Path) -> tuple[Rows, report.Facts]
 def compare(options: argparse.Namespace, work: Path) -> tuple[Rows, report.Facts]:
     """One table for the inputs asked for, with the fixed cost: the same for 2 checkpoints of 1 MB."""
     inputs = prepare(options, work)
-    contestants = line_up(options, work, options.memory, inputs.quantized)
-    results = contest(contestants, inputs, work, options.rounds)
-    tiny = contest(contestants, make_inputs(work / "tiny", size="1MB", count=2), work, rounds=3)
+    with ExitStack() as stack:
+        port = 0
+        if options.far and (asked := FAR.fullmatch(options.far)):
+            rate = parse_size(asked[2]) if int(asked[2][:-2]) else 0
+            port = stack.enter_context(store_far_away(work, int(asked[1]) / 1000, rate))
+        contestants = line_up(options, work, options.memory, inputs.quantized, port)
+        results = contest(contestants, inputs, work, options.rounds)
+        tiny = contest(contestants, make_inputs(work / "tiny", size="1MB", count=2), work, rounds=3)
     facts = [report.as_json(r, t) for r, t in zip(results, tiny, strict=True)]
     floor_s = report.floor_seconds(facts)
     parallel_s = report.parallel_seconds(facts)

@@ -12,11 +12,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 LIB = Path(__file__).resolve().parents[1]
+PLACES = str(LIB / "bench" / "places.py")
+RANGE_BYTES = 2 << 20  # of a request to a store far away
 MERGEKIT = "0.1.5"
 TORCH = "2.13.0"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -126,6 +129,57 @@ def mergekit(environment: Path, work: Path) -> Contestant:
         return [str(program), str(path), str(out), "--quiet", "--no-copy-tokenizer"]
 
     return Contestant("mergekit", f"mergekit-yaml {MERGEKIT}, linear, float32 sums", command, OFFLINE)
+
+
+def dcp(memory: str, more: list[str], threads: int) -> Contestant:
+    """pmerge on torch distributed checkpoints of the same tensors, which are made when they are
+    asked for.
+    """
+    like = pmerge(memory, "cpu", more, threads)
+
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        twins = checkpoints[0].parent.with_name(checkpoints[0].parent.name + "-dcp")
+        if not twins.exists():
+            subprocess.run([sys.executable, "-W", "ignore", PLACES, "dcp", twins, *checkpoints], check=True)
+        return like.command([twins / checkpoint.name for checkpoint in checkpoints], out)
+
+    return replace(like, name="pmerge, DCP", what=f"{like.what}, of distributed checkpoints saved on 8 ranks", command=command)
+
+
+def far(port: int, work: Path, memory: str, more: list[str], threads: int) -> list[Contestant]:
+    """A client that reads the checkpoints by ranges and does nothing with them, and pmerge, both
+    from the store at `port`, whose buckets are the folders in `work`.
+    """
+    like = pmerge(memory, "cpu", ["--threads", str(threads), "--chunk-size", str(RANGE_BYTES), *more], threads, "pmerge, s3://")
+    keys = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
+
+    def bare(checkpoints: list[Path], out: Path) -> list[str]:
+        files = [str(file.relative_to(work)) for each in checkpoints for file in sorted(each.glob("*.safetensors"))]
+        return [sys.executable, PLACES, "read", str(port), str(threads), str(RANGE_BYTES), *files]
+
+    def command(checkpoints: list[Path], out: Path) -> list[str]:
+        program, verb, *rest = like.command([], out)
+        return [program, verb, *(f"s3://{checkpoint.relative_to(work)}" for checkpoint in checkpoints), *rest]
+
+    what = f"http.client, {threads} ranges of {RANGE_BYTES} bytes at once, nothing done with them"
+    return [
+        Contestant("bare client", what, bare),
+        replace(like, command=command, environment={**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}),
+    ]
+
+
+@contextmanager
+def store_far_away(work: Path, delay_s: float, bytes_per_s: int) -> Iterator[int]:
+    """A store on loopback that answers after `delay_s`, at most `bytes_per_s` on a connection; its
+    port.
+    """
+    command = [sys.executable, PLACES, "serve", str(work), str(delay_s), str(bytes_per_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield int(server.stdout.readline())
+        finally:
+            server.terminate()
 
 
 PEERS: dict[str, Callable[[Path, Path], Contestant]] = {

@@ -88,6 +88,8 @@ def check(out: Path, checkpoints: list[Path]) -> dict[str, Any]:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
+    if (out / ".metadata").exists():
+        return check_dcp(out, checkpoints)
     inputs, output = [places(c) for c in checkpoints], places(out)
     shared = [name for name in inputs[0] if name in output]
     plain = [name for name in shared if f"{name}_scale_inv" not in inputs[0] and not name.endswith("_scale_inv")]
@@ -108,6 +110,27 @@ def check(out: Path, checkpoints: list[Path]) -> dict[str, Any]:
         "num_added": len(output.keys() - inputs[0].keys()),
         "num_values_checked": num_values,
         "correctly_rounded": num_exact / max(1, num_values),
+    }
+
+
+def check_dcp(out: Path, checkpoints: list[Path]) -> dict[str, Any]:
+    """The same of a distributed checkpoint, all values, by torch's own loader."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    given = [{name: t for shard in shard_names(c) for name, t in load_file(c / shard).items()} for c in checkpoints]
+    found = {name: torch.empty_like(tensor) for name, tensor in given[0].items()}
+    load(found, checkpoint_id=out, no_dist=True)
+    exact = sum(
+        int((found[name] == torch.stack([each[name].double() for each in given]).mean(0).to(found[name].dtype)).sum())
+        for name in found
+    )
+    num_values = sum(tensor.numel() for tensor in found.values())
+    return {
+        "num_tensors": len(found),
+        "num_missing": 0,
+        "num_added": 0,
+        "num_values_checked": num_values,
+        "correctly_rounded": exact / num_values,
     }
 
 
