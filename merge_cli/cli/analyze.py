@@ -56,7 +56,7 @@ def analyze_command(
         console.out_json(encode(analysis))
         return
     for line in _lines(analysis):
-        console.out(line)
+        console.out_text(line)
     if not quiet:
         console.err(f"analysis: {plan.folder};  next:  pmerge evaluate {checkpoints[0]} --text held_out.txt")
 
@@ -84,7 +84,7 @@ def _lines(analysis: Analysis) -> list[str]:
         ("straightness", shape.straightness, f"1: random walk, {len(analysis.members) - 1}: straight line, below 1: oscillation"),
         ("cos1, cos2", (shape.cos1, shape.cos2), "mean cosine of moves one and two apart"),
         ("shrink", shape.shrink, "last move over first: falls with the learning rate"),
-        ("exponent", shape.exponent, "of the variogram: 1 random walk, 2 straight line, 0 saturated"),
+        ("exponent", shape.exponent, "growth of the distances below with the lag: 1 random walk, 2 straight line, 0 saturated"),
         ("|merge - last|", whole.merge_to_newest, "over the norm of the newest"),
         ("spread", whole.spread, "of the checkpoints around the merge, over the same norm"),
         ("effective", analysis.effective_sample_size, "checkpoints' worth of averaging"),

@@ -141,8 +141,8 @@ def names(found: Sequence[str], most: int = 12) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "  ") -> list[str]:
-    """Lines of a table; columns whose cells are all numbers are set to the right."""
-    return layout.table(header, [[printable(cell) for cell in row] for row in rows], indent)
+    """Lines of a table for stdout; columns whose cells are all numbers are set to the right."""
+    return layout.table(header, [[printable(cell) for cell in row] for row in rows], indent, layout.width_of(sys.stdout))
 
 
 def err_table(header: Sequence[str], rows: Iterable[Sequence[object]], optional: Collection[str] = ()) -> None:

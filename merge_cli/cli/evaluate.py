@@ -168,5 +168,5 @@ def _show_result(result: EvaluationResult, wanted: list[str] | None, as_json: bo
     if as_json:
         console.out_json({"folder": str(result.folder), "rows": [encode(row) for row in result.rows]})
         return
-    for row in result.rows:
-        console.out(f"{row.name}  {_numbers(row, wanted)}")
+    for line in console.table(("", ""), [(row.name, _numbers(row, wanted)) for row in result.rows], indent="")[1:]:
+        console.out(line)

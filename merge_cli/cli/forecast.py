@@ -41,7 +41,7 @@ def forecast_command(
         console.out_json(encode(found))
     else:
         for line in [*_model(found), *_future(found), *_which(found, checkpoints), *_results(found), *_conditions(found)]:
-            console.out(line)
+            console.out_text(line)
     if not quiet:
         for warning in found.warnings:
             console.err(f"warning: {warning.name}: {warning.text}")
@@ -62,7 +62,7 @@ def _model(found: Forecast) -> list[str]:
         merges = f"{noise.merges} merge{'s' if noise.merges > 1 else ''}"
         rows.append(("a", _value(noise.a), f"the noise loss, from {merges} of checkpoints {noise.spacing:.10g} steps apart"))
     if found.drift_ratio is not None:
-        rows.append(("s V / a", f"{found.drift_ratio:.3f}", "drift against noise: small late in a run"))
+        rows.append(("s V / a", f"{found.drift_ratio:.3f}", "the fall over a spacing V, against the noise: small late in a run"))
     return [f"model of {found.metric}:  gain = a (1 - sum c^2) - s x age", *console.table(("", "", ""), rows)[1:]]
 
 

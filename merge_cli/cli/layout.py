@@ -12,15 +12,17 @@ from typing import IO
 
 BAR_WIDTH = 20
 _LEAST_WIDTH = 40
+_LEAST_CELL = 24
 
 
 def wrap(line: str, width: int | None) -> list[str]:
     """`line` in lines of at most `width` columns, broken between words; what follows the first is
     indented by two more. A longer word (a path) keeps a line of its own.
 
-    A command, which stands behind ":" and two spaces, gets a line of its own, to be copied whole.
+    A command, which stands behind ":" and two spaces or is the line, gets a line of its own, to be
+    copied whole.
     """
-    if width is None or len(line) <= max(width, _LEAST_WIDTH):
+    if width is None or len(line) <= max(width, _LEAST_WIDTH) or line.lstrip().startswith("pmerge "):
         return [line]
     text, separator, command = line.partition(":  ")
     if separator and not text.startswith(" "):
@@ -45,12 +47,13 @@ def table(
 ) -> list[str]:
     """Lines of a table; columns whose cells are all numbers are set to the right.
 
-    Columns of the names `optional` are left out, the last ones first, until the lines fit `width`.
+    Columns of the names `optional` are left out, the last ones first, until the lines fit `width`;
+    a last cell that is still too long is broken between words.
     """
     cells = [list(row) for row in rows]
     columns = list(range(len(header)))
     widths = [max([len(head), *(len(row[i]) for row in cells)]) for i, head in enumerate(header)]
-    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(header))]
+    right = [any(row[i] for row in cells) and all(_is_number(row[i] or "0") for row in cells) for i in range(len(header))]
 
     def too_wide() -> bool:
         return width is not None and len(indent) + sum(widths[i] + 2 for i in columns) - 2 > width
@@ -59,11 +62,16 @@ def table(
         if header[i] in optional and too_wide():
             columns.remove(i)
 
-    def line(row: Sequence[str]) -> str:
+    def lines(row: Sequence[str]) -> list[str]:
         parts = [row[i].rjust(widths[i]) if right[i] else row[i].ljust(widths[i]) for i in columns]
-        return (indent + "  ".join(parts)).rstrip()
+        whole = (indent + "  ".join(parts)).rstrip()
+        before = len(indent + "  ".join([*parts[:-1], ""]))
+        if width is None or len(whole) <= width or width - before < _LEAST_CELL:
+            return [whole]
+        last = textwrap.wrap(parts[-1], width - before, break_long_words=False, break_on_hyphens=False)
+        return [whole[:before] + last[0], *(" " * before + more for more in last[1:])]
 
-    return [line(list(header)), *(line(row) for row in cells)]
+    return [part for row in (list(header), *cells) for part in lines(row)]
 
 
 def without_empty(
@@ -102,4 +110,4 @@ def width_of(stream: IO[str] | None) -> int | None:
 
 
 def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "", 1).replace("-", "", 1).removesuffix(" %").isdigit()
+    return cell.lstrip("+-").replace(",", "").replace(".", "", 1).removesuffix(" %").removesuffix("*").isdigit()

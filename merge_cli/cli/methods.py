@@ -52,16 +52,18 @@ def methods_command(
         )
         return
     for method, weights in found:
-        console.out(f"{method.name}: {method.summary}")
-        console.out(f"  formula       {method.formula}")
-        console.out(f"  source        {method.source}")
-        for key, parameter in method.parameters.items():
+        console.out_text(f"{method.name}: {method.summary}")
+        rows = [("formula", method.formula), ("source", method.source)]
+        for parameter in method.parameters.values():
             default = "" if parameter.default is None else f" (default {parameter.default})"
             choices = f": {', '.join(parameter.choices)}" if parameter.choices else ""
-            console.out(f"  --{key.replace('_', '-')}  {parameter.help}{choices}{default}")
+            rows.append((parameter.flag, f"{parameter.help}{choices}{default}"))
         if weights is not None:
-            console.out(f"  coefficients  {' '.join(f'{value:.4f}' for value in weights.values)}")
+            rows.append(("coefficients", " ".join(f"{value:.4f}" for value in weights.values)))
             size, age = weights.effective_sample_size, weights.mean_age()
-            console.out(f"  as little noise as a plain average of {size:.2f} of {n} (effective sample size),")
-            console.out(f"  on average {age:.2f} checkpoints behind the newest (mean age)")
-        console.out("")
+            rows.append(("effective", f"as little noise as a plain average of {size:.2f} of {n} (effective sample size)"))
+            rows.append(("mean age", f"on average {age:.2f} checkpoints behind the newest"))
+        for line in console.table(("", ""), rows)[1:]:
+            console.out(line)
+        if len(found) > 1:
+            console.out("")

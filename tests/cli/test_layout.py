@@ -3,10 +3,13 @@
 import fcntl
 import os
 import pty
+import re
+import shlex
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,16 +29,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on_terminal(columns: int, *arguments: str, cwd: Path) -> list[str]:
+PMERGE = (sys.executable, "-m", "merge_cli")
+
+
+def on_terminal(columns: int, *arguments: str, cwd: Path, program: Sequence[str] = PMERGE) -> list[str]:
     """The lines that a terminal of that width shows, stdout and stderr together. It starts a
     process, as a terminal belongs to one.
     """
     here, there = pty.openpty()
     fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "merge_cli", *arguments], cwd=cwd, stdin=there, stdout=there, stderr=there, env=environment
-    )
+    process = subprocess.Popen([*program, *arguments], cwd=cwd, stdin=there, stdout=there, stderr=there, env=environment)
     os.close(there)
     read = bytearray()
     try:
@@ -73,6 +77,44 @@ def test_words_are_whole_and_lines_fit(columns: int, command: str, place: Path) 
         assert "ckpt_10000  10000       0.1000  █" in text
 
 
+MEASURE = """case $1 in step-*) loss=2.0$(expr 30000 - ${1#step-});; *last6*) loss=1.971;; *) loss=1.976;; esac
+echo "{\\"loss\\": $loss}"
+"""
+OTHERS = (
+    f"analyze {LONG} --last 10 -o eval",
+    f"evaluate {LONG} --command 'sh measure.sh {{name}} {{path}}' -o eval",
+    f"forecast {LONG} -o eval",
+    f"average {LONG} --last 3 -o out --quiet",
+    "verify out --against-inputs",
+    "methods",
+    f"watch {LONG} --once --settle 0 --since 9000 --last 3 -o watched",
+)
+
+
+def with_the_run(folder: Path, place: Path) -> Path:
+    (folder / LONG).parent.mkdir(parents=True)
+    (folder / LONG).symlink_to(place / LONG)
+    (folder / "measure.sh").write_text(MEASURE)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "columns", [80, pytest.param(140, marks=pytest.mark.slow(reason="seven processes; at 80 columns the same lines are broken"))]
+)
+def test_what_other_commands_print_fits_too(columns: int, place: Path, tmp_path: Path) -> None:
+    """One terminal for all of them: each command is a process."""
+    here, elsewhere = with_the_run(tmp_path / "terminal", place), with_the_run(tmp_path / "pipe", place)
+    script = " && ".join(f"{sys.executable} -m merge_cli {each}" for each in OTHERS)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in on_terminal(columns, "-c", script, cwd=here, program=("sh",))]
+    too_long = [line for line in lines if len(line) > columns and len(line.split()) > 1]
+    assert [line for line in too_long if not line.strip().startswith("pmerge ")] == [], "only commands are kept whole"
+    piped = [pmerge(*shlex.split(each), cwd=elsewhere) for each in OTHERS]
+    words = {word for done in piped for word in (done.stdout + done.stderr).split()}
+    shown = {word for line in lines if "━" not in line for word in line.split()}  # a line with the bar is of no pipe
+    assert {word for word in shown - words if not word[0].isdigit()} == set()
+    assert "best merge" in "\n".join(lines), "the forecast has all its tables"
+
+
 def test_the_first_line_of_a_terminal_is_there_at_once(place: Path) -> None:
     here, there = pty.openpty()
     process = subprocess.Popen([sys.executable, "-m", "merge_cli", *COMMANDS["average"]], cwd=place, stdout=there, stderr=there)
@@ -100,6 +142,12 @@ def test_lines_are_broken_between_words_and_commands_are_whole() -> None:
 def test_a_table_leaves_out_what_is_optional_or_empty() -> None:
     header, rows = ("name", "n", "more"), [("a" * 20, "1", "b" * 30), ("c", "22", "")]
     assert [len(line) for line in table(header, rows, width=80)] == [32, 58, 26]
+    assert table(header, [("a", "+1*", "b c d e f g h i j k l m n o"), ("b", "", "")], width=38) == [
+        "  name    n  more",
+        "  a     +1*  b c d e f g h i j k l m n",
+        "             o",
+        "  b",
+    ]
     assert table(header, rows, width=40, optional=("more",)) == [f"  {'name':20}   n", f"  {'a' * 20}   1", f"  {'c':20}  22"]
     assert without_empty(header, rows, {"1", "22"}) == (["name", "more"], [["a" * 20, "b" * 30], ["c", ""]])
 
