@@ -80,6 +80,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparse", action="store_true", help="inputs of a series are holes, read as zeros: for measuring memory")
     parser.add_argument("--values", help="of the series, with commas between them")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw pmerge's peak memory along the series")
+    parser.add_argument("--no-tiny", action="store_true", help="leave out the fixed cost: a merge of two checkpoints of 1 MB")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("pmerge_options", nargs="*", metavar="-- PMERGE OPTIONS")
     options = parser.parse_args(argv)
@@ -192,8 +193,10 @@ def compare(options: argparse.Namespace, work: Path) -> tuple[Rows, report.Facts
             port = stack.enter_context(store_far_away(work, int(asked[1]) / 1000, rate))
         contestants = line_up(options, work, options.memory, inputs.quantized, port)
         results = contest(contestants, inputs, work, options.rounds)
-        tiny = contest(contestants, make_inputs(work / "tiny", size="1MB", count=2), work, rounds=3)
-    facts = [report.as_json(r, t) for r, t in zip(results, tiny, strict=True)]
+        facts = [report.as_json(result) for result in results]
+        if not options.no_tiny:
+            tiny = contest(contestants, make_inputs(work / "tiny", size="1MB", count=2), work, rounds=3)
+            facts = [report.as_json(r, t) for r, t in zip(results, tiny, strict=True)]
     floor_s = report.floor_seconds(facts)
     parallel_s = report.parallel_seconds(facts)
     rows = [(f["name"], report.figures(f, floor_s, parallel_s)) for f in facts]
