@@ -16,6 +16,8 @@ HAS_COLUMNS = re.compile(r"\S {2,}\S")
 
 def prose_of(path: Path) -> dict[int, str]:
     lines = path.read_text().split("\n")
+    if max(map(len, lines)) <= COLUMNS:
+        return {}
     own = {number for number, line in enumerate(lines, 1) if line.lstrip().startswith("# ")}
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):

@@ -8,12 +8,15 @@ files have in it. Other hosts are not looked at.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-_PROC = Path("/proc")
+_PROC = "/proc"
+_SHARED_FOR_WRITING = re.compile(rb"^\S+ .w.s \S+ \S+ \S+ +(.+)$", re.MULTILINE)
+"""A line of /proc/PID/maps: address, permissions, offset, device, inode, path."""
 
 
 class OpenForWriting(NamedTuple):
@@ -40,22 +43,16 @@ def find_writer(paths: Collection[str]) -> OpenForWriting | None:
 
 def _held_by(pid: int, wanted: frozenset[str]) -> Iterator[tuple[str, bool]]:
     """The files in `wanted` that a process may write to, and whether by a mapping."""
-    folder = _PROC / str(pid)
+    folder = f"{_PROC}/{pid}"
     with suppress(OSError):  # not ours, or gone
-        for name in os.listdir(folder / "fd"):  # noqa: PTH208
+        for name in os.listdir(f"{folder}/fd"):  # noqa: PTH208
             with suppress(OSError):
-                path = os.readlink(folder / "fd" / name)  # noqa: PTH115  # its text alone: a stat may hang
-                if path in wanted and _is_for_writing(folder / "fdinfo" / name):
+                path = os.readlink(f"{folder}/fd/{name}")  # noqa: PTH115  # its text alone: a stat may hang
+                if path in wanted and _is_for_writing(Path(f"{folder}/fdinfo/{name}")):
                     yield path, False
     with suppress(OSError):
-        for line in (folder / "maps").read_bytes().splitlines():
-            fields = line.split(maxsplit=5)
-            if (
-                len(fields) == 6
-                and fields[1][1:2] == b"w"
-                and fields[1][3:4] == b"s"
-                and (path := os.fsdecode(fields[5])) in wanted
-            ):
+        for line in _SHARED_FOR_WRITING.finditer(Path(f"{folder}/maps").read_bytes()):
+            if (path := os.fsdecode(line[1])) in wanted:
                 yield path, True
 
 
@@ -66,7 +63,7 @@ def _is_for_writing(about: Path) -> bool:
 
 def _command(pid: int) -> str:
     try:
-        words = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
+        words = Path(f"{_PROC}/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
         return " ".join(words)[:200]
     except OSError:
         return ""

@@ -181,7 +181,7 @@ def ground() -> Iterator[Ground]:
 
 @pytest.mark.parametrize("filesystem", ["Linux", "no renameat2 (NFS, Lustre)", "no folder rename"])
 def test_killed_while_it_fills_an_empty_folder(filesystem: str, ground: Ground) -> None:
-    for k in range(60, 1000, 9):
+    for k in range(60, 1000, 23):
         ground.reset()
         ground.merged.mkdir()
         ended = ground.runs.run(COMMAND, ground.folder, fault=f"any:{k}:kill:0:/out", refuse=FILESYSTEMS[filesystem])

@@ -546,7 +546,7 @@ def ground() -> Iterator[Ground]:
 
 @pytest.mark.parametrize("filesystem", ["Linux", "no flock", "no renameat2 (NFS, Lustre)", "no folder rename"])
 def test_a_rank_killed_anywhere_loses_nothing(ground: Ground, filesystem: str) -> None:
-    row = ranks.killed(ground, "any:kill:0", (-9,), filesystem, every=37)
+    row = ranks.killed(ground, "any:kill:0", (-9,), filesystem, every=59)
     assert row.ok, row.wrong
 
 
@@ -557,7 +557,7 @@ def test_a_rank_that_cannot_write_fails_and_the_others_finish(ground: Ground, fa
 
 
 def test_a_rank_stopped_anywhere_while_another_runs(ground: Ground) -> None:
-    row = ranks.stopped(ground, every=41)
+    row = ranks.stopped(ground, every=67)
     assert row.ok, row.wrong
 
 

@@ -199,7 +199,7 @@ def command(rank: int, *more: str) -> tuple[str, ...]:
 def test_a_rank_killed_anywhere_loses_nothing(refuse: dict[str, int], ground: tuple[Path, FaultRuns]) -> None:
     folder, runs = ground
     kills = 0
-    for k in range(5, 100_000, 97 if refuse else 211):  # without flock the rank does its share alone
+    for k in range(5, 100_000, 149 if refuse else 307):  # without flock the rank does its share alone
         shutil.rmtree(folder / "out", ignore_errors=True)
         ended = runs.run(command(1), folder, fault=f"any:{k}:kill:0:/out", refuse=refuse)
         if not ended.fired:
