@@ -1,5 +1,5 @@
-"""torchrun megatron_run.py save RUN | load RUN MERGED: a MoE model of Megatron-Core on CPU, saved
-with EP 2 x PP 2, loaded 1 x 1.
+"""torchrun megatron_run.py save RUN EP PP | load MERGED CHECKPOINT...: a MoE model of Megatron-Core
+on CPU, saved with these parallel sizes, loaded 1 x 1 and compared with the mean of the checkpoints.
 
 Megatron-Core asks for CUDA in three places that a checkpoint on CPU does not need; they are
 replaced.
@@ -49,8 +49,8 @@ def build(experts: int, pipeline: int) -> Any:
     ).bfloat16()  # fmt: skip
 
 
-def save(run: Path) -> None:
-    model = build(2, 2)
+def save(run: Path, experts: int, pipeline: int) -> None:
+    model = build(experts, pipeline)
     generator = torch.Generator().manual_seed(dist.get_rank() // 2)
     for iteration in ITERATIONS:
         for parameter in model.parameters():
@@ -71,16 +71,16 @@ def save(run: Path) -> None:
         (run / "latest_checkpointed_iteration.txt").write_text(str(ITERATIONS[-1]))
 
 
-def load(run: Path, merged: Path) -> None:
+def load(merged: Path, folders: list[Path]) -> None:
     model = build(1, 1)
-    expected = mean_of([run / f"iter_{iteration:07d}" for iteration in ITERATIONS])
+    expected = mean_of(folders)
     plain = dist_checkpointing.load_plain_tensors(str(merged))  # with the entries of common.pt
     tensors = {name: value for name, value in plain.items() if isinstance(value, torch.Tensor)}
     check("Megatron-Core", "load_plain_tensors, equal to the mean", len(tensors) == len(expected) and all_equal(tensors, expected))
     found = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(merged))
     keys = model.load_state_dict(found["model"], strict=False)
     missing = [key for key in (*keys.missing_keys, *keys.unexpected_keys) if "_extra_state" not in key]
-    check("Megatron-Core", "dist_checkpointing.load, saved with EP 2 x PP 2, into one rank: all keys match", not missing)
+    check("Megatron-Core", "dist_checkpointing.load into one rank: all keys match", not missing)
     weights, stacked = model.state_dict(), "decoder.layers."
     same = torch.equal(weights["embedding.word_embeddings.weight"], expected["embedding.word_embeddings.weight"])
     for layer in range(4):
@@ -98,9 +98,9 @@ def load(run: Path, merged: Path) -> None:
 def main() -> None:  # a function: Megatron-Core starts processes that import this file
     dist.init_process_group("gloo")
     if sys.argv[1] == "save":
-        save(Path(sys.argv[2]))
+        save(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     else:
-        load(Path(sys.argv[2]), Path(sys.argv[3]))
+        load(Path(sys.argv[2]), [Path(each) for each in sys.argv[3:]])
     dist.destroy_process_group()
 
 

@@ -1,5 +1,5 @@
-"""torchrun olmo_core_run.py save RUN | load RUN MERGED STATE: OLMo-core's own functions write
-checkpoints and load a result.
+"""torchrun olmo_core_run.py save RUN | load RUN MERGED STATE CHECKPOINT...: OLMo-core's own
+functions write checkpoints and load a result, which is compared with the mean of the checkpoints.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ def save(run: Path) -> None:
         dist.barrier()
 
 
-def load(run: Path, merged: Path, kind: str) -> None:
-    folders = [run / f"step{step}" / "model_and_optim" for step in (1000, 2000, 3000)]
+def load(merged: Path, kind: str, folders: list[Path]) -> None:
     expected = mean_of(folders, RemoteFileSystemReader)
     model, optimizer = build(99)
     load_model_and_optim_state(merged / "model_and_optim", model, None if kind == "drop" else optimizer)
@@ -69,10 +68,9 @@ def load(run: Path, merged: Path, kind: str) -> None:
         check("OLMo-core", f"{kind}: moments are {of}", all_equal(moments, expected if kind == "average" else newest))
 
 
-def unshard(run: Path, merged: Path, kind: str) -> None:
+def unshard(run: Path, merged: Path, kind: str, folders: list[Path]) -> None:
     """OLMo-core's way to one file; it must not be called by ranks."""
-    folders = [run / f"step{step}" / "model_and_optim" for step in (1000, 2000, 3000)]
-    found, _ = unshard_checkpoint(merged / "model_and_optim", run / f"unsharded-{kind}", optim=False, save_overwrite=True)
+    found, _ = unshard_checkpoint(merged / "model_and_optim", run / f"unsharded-{merged.name}", optim=False, save_overwrite=True)
     weights = {f"model.{name}": tensor for name, tensor in torch.load(found).items()}
     check(
         "OLMo-core", f"{kind}: unshard_checkpoint, equal to the mean", all_equal(weights, mean_of(folders, RemoteFileSystemReader))
@@ -81,11 +79,12 @@ def unshard(run: Path, merged: Path, kind: str) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
+    given = [Path(each) / "model_and_optim" for each in sys.argv[5:]]
     alone = dist.get_world_size() == 1
     if sys.argv[1] == "save":
         save(Path(sys.argv[2]))
     else:
-        load(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+        load(Path(sys.argv[3]), sys.argv[4], given)
     dist.destroy_process_group()
     if alone:
-        unshard(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+        unshard(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], given)

@@ -1,5 +1,5 @@
-"""torchrun torchtitan_run.py train RUN | resume RUN MERGED STATE: a tiny model, FSDP2 and
-torchtitan's own CheckpointManager.
+"""torchrun torchtitan_run.py train RUN | resume RUN MERGED STATE CHECKPOINT...: a tiny model, FSDP2
+and torchtitan's own CheckpointManager; the result is compared with the mean of the checkpoints.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
         lr_schedulers=Schedule(), states={"train_state": state}, sd_adapter=None, base_folder=str(run),
     )  # fmt: skip
     if mode == "resume":
-        resume(run, sys.argv[4], manager, model, optimizer, state)
+        resume([Path(each) for each in sys.argv[5:]], sys.argv[4], manager, model, optimizer, state)
     losses = train(model, optimizer, state, manager, 30 if mode == "train" else state.step + 10, mode == "train")
     if mode == "resume":
         check("torchtitan", f"{sys.argv[4]}: trains on, loss {losses[0]:.3f} to {losses[-1]:.3f}", losses[-1] < losses[0])
@@ -103,10 +103,12 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def resume(run: Path, kind: str, manager: Any, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+def resume(
+    merged: list[Path], kind: str, manager: Any, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+) -> None:
     loaded = manager.load()
     weights = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
-    expected = mean_of([run / "checkpoint" / f"step-{step}" for step in (10, 20, 30)])
+    expected = mean_of(merged)
     ranks = dist.get_world_size()
     check(
         "torchtitan",
@@ -119,7 +121,7 @@ def resume(run: Path, kind: str, manager: Any, model: nn.Module, optimizer: torc
         state.step == (0 if kind == "drop" else 30),
     )
     if kind != "drop":
-        newest = mean_of([run / "checkpoint" / "step-30"])
+        newest = mean_of(merged[-1:])
         names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         moments = {f"optimizer.state.{names[p]}.exp_avg": entry["exp_avg"].full_tensor() for p, entry in optimizer.state.items()}
         of = "the mean" if kind == "average" else "the newest's"
