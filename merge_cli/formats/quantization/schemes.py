@@ -25,6 +25,9 @@ _FLOAT_SCALES = ("F32", "BF16", "F16")
 Match = tuple[Shape, Codec, tuple[str, ...]]
 """Logical shape, codec, and the roles of its parts besides the codes."""
 
+_PackedLayout = tuple[Shape, int, Grid]
+"""Logical shape, bits and grid of packed integers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -129,6 +132,24 @@ def _packed_integer(candidate: Candidate, settings: Settings) -> Match:
         raise candidate.refused(f"scales of dtype {candidate.dtype('scale')}")
     if candidate.dtype("shape") not in ("I64", "I32", ""):
         raise candidate.refused(f"weight_shape of dtype {candidate.dtype('shape')}")
+    shape, num_bits, grid = _only_packed_layout(candidate, settings)
+    is_zero_packed = zero and _is_zero_packed(candidate, shape, num_bits, grid)
+    if "shape" in candidate.companions and candidate.shape("shape") != (len(shape),):
+        raise candidate.refused("the shape of its weight_shape does not fit")
+    codec = Integer(
+        grid,
+        candidate.dtype("scale"),
+        num_bits,
+        packed=True,
+        lowest=-7 if settings.restricted_int4 and num_bits == 4 and not zero else -(1 << (num_bits - 1)),
+        zero=("packed" if is_zero_packed else "I8") if zero else "",
+        shape_dtype=candidate.dtype("shape"),
+    )
+    return shape, codec, tuple(role for role in ("scale", "zero", "shape") if role in candidate.companions)
+
+
+def _only_packed_layout(candidate: Candidate, settings: Settings) -> _PackedLayout:
+    """The layout that the config groups agree on; where they do not, those that name the tensor."""
     groups = [group for group in settings.groups if not group.is_float]
     if not groups:
         raise candidate.refused("config.json has no config group that says how wide its integers are")
@@ -138,32 +159,25 @@ def _packed_integer(candidate: Candidate, settings: Settings) -> Match:
         layouts = {layout for group in named if (layout := _packed_layout(candidate, group))}
     if len(layouts) != 1:
         raise candidate.refused("its shapes fit no config group, or several", *_sizes(settings))
-    ((shape, num_bits, grid),) = layouts
-    if num_bits not in (2, 4, 8):
-        raise candidate.refused(f"integers of {num_bits} bits (2, 4 and 8 are read)")
-    packed_zero = zero and candidate.dtype("zero") == "I32"
-    if zero:
-        rows, beside = matrix(shape)[0], grid.blocks(shape)[1]
-        expected = (*shape[:-2], ceil_div(rows * num_bits, 32), beside)
-        if packed_zero and (grid.whole or grid.block_rows != 1 or candidate.shape("zero") != expected):
-            raise candidate.refused("the shape of its zero point does not fit", f"expected {list(expected)}")
-        if not packed_zero and math.prod(candidate.shape("zero")) != math.prod(candidate.shape("scale")):
+    (layout,) = layouts
+    if layout[1] not in (2, 4, 8):
+        raise candidate.refused(f"integers of {layout[1]} bits (2, 4 and 8 are read)")
+    return layout
+
+
+def _is_zero_packed(candidate: Candidate, shape: Shape, num_bits: int, grid: Grid) -> bool:
+    """Whether the zero points are packed as the codes are, down the rows; else they are bytes."""
+    if candidate.dtype("zero") != "I32":
+        if math.prod(candidate.shape("zero")) != math.prod(candidate.shape("scale")):
             raise candidate.refused("the shape of its zero point does not fit")
-    if "shape" in candidate.companions and candidate.shape("shape") != (len(shape),):
-        raise candidate.refused("the shape of its weight_shape does not fit")
-    codec = Integer(
-        grid,
-        candidate.dtype("scale"),
-        num_bits,
-        packed=True,
-        lowest=-7 if settings.restricted_int4 and num_bits == 4 and not zero else -(1 << (num_bits - 1)),
-        zero=("packed" if packed_zero else "I8") if zero else "",
-        shape_dtype=candidate.dtype("shape"),
-    )
-    return shape, codec, tuple(role for role in ("scale", "zero", "shape") if role in candidate.companions)
+        return False
+    expected = (*shape[:-2], ceil_div(matrix(shape)[0] * num_bits, 32), grid.blocks(shape)[1])
+    if grid.whole or grid.block_rows != 1 or candidate.shape("zero") != expected:
+        raise candidate.refused("the shape of its zero point does not fit", f"expected {list(expected)}")
+    return True
 
 
-def _packed_layout(candidate: Candidate, group: Group) -> tuple[Shape, int, Grid] | None:
+def _packed_layout(candidate: Candidate, group: Group) -> _PackedLayout | None:
     """Logical shape, bits and grid if the packed codes and scales have the shapes that `group`
     gives them.
     """
