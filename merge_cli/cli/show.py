@@ -139,7 +139,7 @@ def show_result(plan: AveragePlan, result: AverageResult) -> None:
 def warn_of_nonfinite(result: AverageResult) -> None:
     """A line for each tensor with NaN or Inf."""
     for line in first_ten(
-        [f"`{key}` has {console.count(count, 'element')} that are NaN or Inf" for key, count in result.nonfinite.items()],
+        [f"`{key}` has NaN or Inf in {console.count(count, 'element')}" for key, count in result.nonfinite.items()],
         "such tensors",
     ):
         console.err(f"warning: {line}")

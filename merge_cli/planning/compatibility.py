@@ -33,6 +33,7 @@ def check_same_tensors(
     """
     expected = tensors[base]
     absent: list[str] = []
+    extra: list[str] = []
     shapes: list[tuple[str, int]] = []
     kinds: list[str] = []
     for index, (checkpoint, here) in enumerate(zip(inputs, tensors, strict=True)):
@@ -40,7 +41,7 @@ def check_same_tensors(
             continue
         if here.keys() != expected.keys():
             absent += [f"`{k}`  missing in {checkpoint.path}" for k in expected if k not in here]
-            absent += [f"`{k}`  only in {checkpoint.path}, not in {inputs[base].path}" for k in here if k not in expected]
+            extra += [f"`{k}`  only in {checkpoint.path}, not in {inputs[base].path}" for k in here if k not in expected]
         for key, wanted in expected.items():
             found = here.get(key)
             if found is None or _alike(found, wanted):
@@ -49,13 +50,14 @@ def check_same_tensors(
                 shapes.append((key, index))
             elif {kind_of(found), kind_of(wanted)} != {"float"}:
                 kinds.append(f"`{key}`  {dtype_of(found)} in {checkpoint.path}, {dtype_of(wanted)} in {inputs[base].path}")
-    if absent:
+    if absent or extra:
+        verb = "copy them from the base with" if absent else "leave them out with"
+        absent = [*absent[:5], *extra[:5], *absent[5:], *extra[5:]]  # names that changed show on both sides
         other = next(c for c, here in zip(inputs, tensors, strict=True) if here.keys() != expected.keys())
         raise MismatchError(
             f"checkpoints disagree on which tensors there are ({len(absent)} differences)",
             details=first_ten(absent),
-            hint=f"copy them from the base with  --exclude {_glob_of(absent)!r},"
-            f" or compare:  pmerge inspect {inputs[base].path} {other.path}",
+            hint=f"{verb}  --exclude {_glob_of(absent)!r}, or compare:  pmerge inspect {inputs[base].path} {other.path}",
         )
     if shapes:
         raise _shape_error(shapes, inputs, tensors, steps, base)
@@ -232,19 +234,24 @@ def _mixed_dtypes(tensors: Sequence[Mapping[str, Logical]], base: int, checkpoin
 
 
 def config_differences(inputs: Sequence[Checkpoint], base: Checkpoint) -> list[str]:
-    """Where the inputs' `config.json` differ in anything but versions and paths, as warnings."""
-    warnings = []
+    """Where the inputs' `config.json` differ in anything but versions and paths, as warnings: one
+    for all that differ in the same fields, with the values of the first.
+    """
+    warnings: dict[tuple[str, ...], tuple[str, str]] = {}
+    counts: Counter[tuple[str, ...]] = Counter()
     if not base.config:
         return []
     expected = _flatten(base.config)
     for checkpoint in inputs:
         found = _flatten(checkpoint.config)
-        keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        keys = tuple(sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)))
         if keys:
+            counts[keys] += 1
             shown = "; ".join(f"{k}: {found.get(k, 'absent')!r} against {expected.get(k, 'absent')!r}" for k in keys[:3])
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            warnings.append(f"config.json of {checkpoint.path} differs from {base.path}, which is kept: {shown}{more}")
-    return warnings
+            warnings.setdefault(keys, (checkpoint.path, f"differs from {base.path}, which is kept: {shown}{more}"))
+    others = {keys: f" (and of {count - 1} more)" if count > 1 else "" for keys, count in counts.items()}
+    return [f"config.json of {path}{others[keys]} {difference}" for keys, (path, difference) in warnings.items()]
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

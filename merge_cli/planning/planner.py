@@ -89,7 +89,7 @@ def build_plan(
         base,
         tuple(outputs),
         files,
-        warnings=tuple(disagreements(inputs, tensors, base)),
+        warnings=(*disagreements(inputs, tensors, base), *_leftover_configs(views)),
         notes=(*notes, *_what_happens(spec, views, base, entries)),
         dequantized=bool(views[base].owner) and not spec.requantize,
     )
@@ -158,14 +158,21 @@ def _in_base_dialect(base: View, other: View, notes: list[str]) -> Mapping[str, 
     return tensors
 
 
+def _leftover_configs(views: Sequence[View]) -> list[str]:
+    """A warning, for all checkpoints together."""
+    paths = [each.checkpoint.path for each in views if each.leftover_config]
+    if not paths:
+        return []
+    more = f" (and of {len(paths) - 1} more)" if len(paths) > 1 else ""
+    return [
+        f"config.json of {paths[0]}{more} declares a quantization of which the tensors show nothing: they are averaged as they are,"
+        " and the base's config.json is kept; remove `quantization_config` from it, or loaders will look for codes"
+    ]
+
+
 def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Sequence[Entry]) -> list[str]:
     """What the user should know about tensors that are not simply averaged as they are."""
-    notes = [
-        f"{other.checkpoint.path}/config.json declares a quantization of which its tensors show nothing: they are averaged as they"
-        " are; to be rid of this note, remove `quantization_config` there"
-        for other in views
-        if other.leftover_config
-    ]
+    notes: list[str] = []
     for other in views:
         if other.owner and (other is views[base] or not views[base].owner):
             schemes = ", ".join(f"{count} tensors {scheme}" for scheme, count in other.schemes.items())

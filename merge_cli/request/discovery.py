@@ -352,11 +352,14 @@ def _checkpoints_in(run: str) -> tuple[list[str], list[str], list[str]]:
 def _nothing_found(path: str) -> InputError:
     entries = _entries(path)
     folders = [join(path, entry.name) for entry in entries if entry.kind == "folder"]
+    below = _below_steps(folders)
     runs = [folder for folder in folders if _checkpoints_in(folder)[0]]
     names = [entry.name for entry in entries]
     foreign = recognize(path)
     hint = "name a folder with *.safetensors files, or a run folder that contains such folders"
-    if runs:
+    if below:
+        hint = f"each checkpoint is in a folder of its step:  pmerge average {path}/*/{below}"
+    elif runs:
         hint = f"the checkpoints are one folder down:  pmerge average {runs[0]}"
     elif foreign is not None:
         hint = foreign.hint
@@ -364,11 +367,26 @@ def _nothing_found(path: str) -> InputError:
         f"no checkpoints in {path}",
         details=[
             f"found     {', '.join(names[:10]) or 'an empty folder'}",
-            *([f"found     {foreign.what}"] if foreign and not runs else []),
+            *([f"found     {foreign.what}"] if foreign and not (below or runs) else []),
             "expected  *.safetensors or .metadata with *.distcp, or folders that hold them",
         ],
         hint=hint,
     )
+
+
+def _below_steps(folders: Sequence[str]) -> str:
+    """The one path below folders named by step that leads to a checkpoint in each of them, as
+    `actor/huggingface`; "" if there is none.
+    """
+    steps = [folder for folder in folders if _label_of(folder).step is not None]
+    if len(steps) < 2:
+        return ""
+    inner = [entry.name for entry in _entries(steps[-1]) if entry.kind == "folder"]
+    inner += [f"{name}/{entry.name}" for name in inner for entry in _entries(join(steps[-1], name)) if entry.kind == "folder"]
+    for name in inner:
+        if all(open_store(each).stat(join(each, name)) is not None and is_checkpoint(join(each, name)) for each in steps):
+            return name
+    return ""
 
 
 class Found(NamedTuple):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_cli import average, plan_average, verify
-from merge_cli.errors import InputError, MismatchError, PmergeError, UnsupportedError, UsageError
+from merge_cli.errors import InputError, MismatchError, NonFiniteError, PmergeError, UnsupportedError, UsageError
 
 STEPS = (10, 20)
 
@@ -68,11 +68,12 @@ def test_scales_of_caches_beside_plain_weights_are_tensors_like_others(declared:
     ],
     ids=lambda section: section["quant_method"],
 )
-def test_a_leftover_quantization_config_on_plain_weights_is_a_note(section: dict[str, Any], tmp_path: Path) -> None:
+def test_a_leftover_quantization_config_on_plain_weights_is_a_warning(section: dict[str, Any], tmp_path: Path) -> None:
     for step in STEPS:
         write(tmp_path / f"checkpoint-{step}", weights(step), {"quantization_config": section})
     plan = plan_average([tmp_path], tmp_path / "out")
-    assert sum("remove `quantization_config`" in note for note in plan.notes) == 2
+    (warning,) = [line for line in plan.warnings if "remove `quantization_config`" in line]
+    assert warning.startswith(f"config.json of {tmp_path}/checkpoint-{STEPS[0]} (and of 1 more) declares a quantization")
     assert torch.equal(
         load_file(average([tmp_path], tmp_path / "out").output / "model.safetensors")["layers.0.w"],
         mean([weights(step)["layers.0.w"] for step in STEPS]),
@@ -115,6 +116,18 @@ def test_a_vocabulary_that_was_resized_is_copied_from_the_base(tmp_path: Path) -
     assert "--exclude 'embed.weight'" in refused.value.hint
     merged = load_file(average([tmp_path], tmp_path / "out", exclude=["embed.weight"]).output / "model.safetensors")
     assert torch.equal(merged["embed.weight"], torch.full((32, 4), 20.0))
+
+
+def test_buffers_that_are_infinite_by_design_are_copied_as_the_hint_has_it(tmp_path: Path) -> None:
+    mask = torch.full((2, 2), -torch.inf).triu(1)
+    for step in STEPS:
+        write(tmp_path / "run" / f"checkpoint-{step}", weights(step, mask=mask))
+    with pytest.raises(NonFiniteError, match="`mask`") as refused:
+        average([tmp_path / "run"], tmp_path / "out")
+    assert "--exclude mask" in refused.value.hint and "--allow-nonfinite" in refused.value.hint
+    for name, options in (("copied", {"exclude": ["mask"]}), ("allowed", {"allow_nonfinite": True})):
+        result = load_file(average([tmp_path / "run"], tmp_path / name, **options).output / "model.safetensors")
+        assert torch.equal(result["mask"], mask)
 
 
 @pytest.mark.parametrize("stem", ["adapter_model", "diffusion_pytorch_model", "consolidated", "model"])
@@ -281,6 +294,35 @@ def test_the_step_may_be_in_a_folder_above(tmp_path: Path) -> None:
         paths.append(write(tmp_path / f"global_step_{step}" / "actor" / "huggingface", {"w": torch.full((2,), float(step))}, {}))
     plan = plan_average(paths, last=2)
     assert [each.step for each in plan.candidates] == [90, 100]
+
+
+@pytest.mark.parametrize("inner", ["pretrained_model", "actor/huggingface"])
+def test_checkpoints_inside_the_folders_of_their_steps_are_named_by_a_pattern(inner: str, tmp_path: Path) -> None:
+    for step in STEPS:
+        write(tmp_path / "run" / f"{step:06d}" / inner, weights(step))
+        (tmp_path / "run" / f"{step:06d}" / "training_state").mkdir()
+    with pytest.raises(InputError) as refused:
+        plan_average(tmp_path / "run", tmp_path / "out")
+    pattern = refused.value.hint.rpartition("pmerge average ")[2]
+    assert pattern == f"{tmp_path}/run/*/{inner}"
+    found = sorted((tmp_path / "run").glob(f"*/{inner}"))
+    assert [each.step for each in plan_average(found, tmp_path / "out").candidates] == list(STEPS)
+
+
+def test_configs_that_differ_in_the_same_field_are_one_warning(tmp_path: Path) -> None:
+    for epoch in range(4):
+        write(tmp_path / f"epoch_{epoch}", weights(epoch), {"epoch": epoch})
+    (warning,) = [line for line in plan_average(tmp_path, tmp_path / "out").warnings if "config.json" in line]
+    assert warning.startswith(f"config.json of {tmp_path}/epoch_0 (and of 2 more) differs from {tmp_path}/epoch_3")
+
+
+def test_names_that_changed_are_shown_on_both_sides(tmp_path: Path) -> None:
+    for step, prefix in zip(STEPS, ("model.", "model.language_model."), strict=True):
+        write(tmp_path / f"checkpoint-{step}", {f"{prefix}layers.{n}.w": torch.ones(2) for n in range(20)})
+    with pytest.raises(MismatchError) as refused:
+        plan_average(tmp_path, tmp_path / "out")
+    sides = ["missing in" in line for line in refused.value.details[:10]]
+    assert sides == [True] * 5 + [False] * 5
 
 
 def test_side_files_with_steps_in_their_names_make_no_run(tmp_path: Path) -> None:
