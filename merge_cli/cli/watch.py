@@ -13,7 +13,7 @@ from merge_cli.cli.lists import read_list, split_list
 from merge_cli.cli.options import Given, Json, Quiet, flags, takes
 from merge_cli.errors import UsageError
 from merge_cli.request.amounts import parse_whole
-from merge_cli.request.spec import MergeSpec, RunConfig, lay_over
+from merge_cli.request.spec import MergeSpec, RunConfig, Selection, lay_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +26,7 @@ _LOUD = ("failed", "warning")
 
 
 @takes(
+    *flags(Selection, only=["tokens_per_step"]),
     *flags(MergeSpec, only=["dtype"]),
     *flags(RunConfig, only=["device", "memory", "device_memory", "threads", "chunk_size", "direct", "max_header"]),
 )
@@ -74,6 +75,7 @@ def watch_command(
         run,
         _kinds(method, last, every, list_file),
         output=output,
+        tokens_per_step=lay_over(Selection(), given).tokens_per_step,
         dtype=lay_over(MergeSpec(), given).dtype,
         config=lay_over(RunConfig(), given),
         evaluator=_evaluator(command, text, metric),

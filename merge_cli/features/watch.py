@@ -38,7 +38,7 @@ from merge_cli.output.lock import Lock
 from merge_cli.request.discovery import no_such_checkpoint
 from merge_cli.request.grid import Combination, combination
 from merge_cli.request.labels import Candidate
-from merge_cli.request.selection import select_checkpoints
+from merge_cli.request.selection import check_tokens_per_step, in_steps, select_checkpoints
 from merge_cli.request.spec import RunConfig, Selection, read_seconds
 from merge_cli.stores.store import StrPath, as_path, is_glob, open_store
 from merge_cli.system.files import sha256_of
@@ -91,9 +91,17 @@ class WatchPlan:
     since: int | None = None
 
 
-def plan_watch(run: StrPath, kinds: Sequence[Combination], *, output: StrPath | None = None, **options: Any) -> WatchPlan:
+def plan_watch(
+    run: StrPath,
+    kinds: Sequence[Combination],
+    *,
+    output: StrPath | None = None,
+    tokens_per_step: int | None = None,
+    **options: Any,
+) -> WatchPlan:
     """Plan to watch the folder `run`; `kinds` are the merges to make at each checkpoint, by
-    `merge_cli.request.grid`. The other options are fields of `WatchPlan`.
+    `merge_cli.request.grid`, with amounts in tokens where `tokens_per_step` is given. The other
+    options are fields of `WatchPlan`.
 
     Raises UsageError, and InputError where there is no such folder.
     """
@@ -105,6 +113,10 @@ def plan_watch(run: StrPath, kinds: Sequence[Combination], *, output: StrPath | 
         if "at" in kind.selection:
             raise UsageError(f"{kind.name} ends at one step, and watch at every new one", hint="leave --at out of the list")
         _at(kind, 1)
+    if tokens_per_step is not None:
+        amounts = [amount for kind in plan.kinds for amount in replace(Selection(), **kind.selection).amounts.values()]
+        check_tokens_per_step(tokens_per_step, amounts)
+        plan = replace(plan, kinds=tuple(replace(each, selection=in_steps(each.selection, tokens_per_step)) for each in kinds))
     if plan.keep is not None and plan.keep < 1:
         raise UsageError(f"--keep must be at least 1, not {plan.keep}")
     read_seconds(plan.settle_s, "--settle")

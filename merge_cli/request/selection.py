@@ -7,10 +7,11 @@ coefficients_of      checkpoints and a method   -> one coefficient each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
+from typing import Any
 
 from merge_cli.errors import MismatchError, UsageError, first_ten
 from merge_cli.request.amounts import is_in_tokens, parse_amount
@@ -134,6 +135,26 @@ def order_candidates(candidates: Sequence[Candidate], by: str, needs_order: bool
     return [by_step[step][0] for step in sorted(by_step)]
 
 
+_ROUNDING: Mapping[str, tuple[str, Callable[[Fraction], int]]] = {
+    "every": ("--every", round),
+    "from_step": ("--from", math.ceil),
+    "to_step": ("--to", math.floor),
+    "before": ("--before", math.ceil),
+    "at": ("--at", math.floor),
+}
+
+
+def in_steps(selection: Mapping[str, Any], tokens_per_step: int | None) -> dict[str, Any]:
+    """The options of a selection by name, with their amounts as numbers of steps. Raises
+    UsageError.
+    """
+    found = dict(selection)
+    for name in _ROUNDING.keys() & found.keys():
+        flag, rounding = _ROUNDING[name]
+        found[name] = parse_amount(found[name], tokens_per_step, option=flag, rounding=rounding)
+    return found
+
+
 def select(candidates: Sequence[Candidate], asked: Selection) -> Selected:
     """Select from `candidates`, oldest to newest: first by step range, then one every V steps, then
     the last N.
@@ -142,13 +163,8 @@ def select(candidates: Sequence[Candidate], asked: Selection) -> Selected:
     needed and unknown or too few checkpoints remain, MismatchError with the list of gaps if `every`
     finds none near a place.
     """
-
-    def steps(flag: str, amount: int | str | None, rounding: Callable[[Fraction], int]) -> int | None:
-        return None if amount is None else parse_amount(amount, asked.tokens_per_step, option=flag, rounding=rounding)
-
-    every, first = steps("--every", asked.every, round), steps("--from", asked.from_step, math.ceil)
-    last, before = steps("--to", asked.to_step, math.floor), steps("--before", asked.before, math.ceil)
-    at = steps("--at", asked.at, math.floor)
+    amounts = {name: getattr(asked, name) for name in _ROUNDING if getattr(asked, name) is not None}
+    every, first, last, before, at = map(in_steps(amounts, asked.tokens_per_step).get, _ROUNDING)
     chosen = list(candidates)
     if asked.amounts:
         _check_steps_are_known(chosen)

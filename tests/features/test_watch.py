@@ -344,3 +344,23 @@ def test_kills_at_any_moment_lose_nothing_and_double_nothing(run: Path, tmp_path
     assert {row.name for row in rows} == {*names, *(f"step-{step}" for step in range(400, 1001, 100))}
     ran = (tmp_path / "then").read_text().split()
     assert sorted(set(ran)) == sorted(names)
+
+
+def test_amounts_in_tokens(run: Path) -> None:
+    plan = plan_watch(
+        run,
+        grid(["sma"], [2], ["8M"]),
+        output=run.parent / "out",
+        settle_s=0,
+        tokens_per_step=40_000,
+        evaluator=lambda checkpoint: CommandEvaluator(LOSS, []),
+    )
+    events: list[Event] = []
+    assert watch(plan, events.append, once=True) == 0
+    (made,) = [Path(event.path) for event in events if event.kind == "done"]
+    inputs = json.loads((made / "pmerge.json").read_text())["inputs"]
+    assert made.name == "sma-last2-every8M-at300" and [each["step"] for each in inputs] == [100, 300]
+    assert {row.name for row in Ledger(run.parent / "out").rows()} >= {made.name}
+    with pytest.raises(UsageError, match="no amount is in tokens"):
+        plan_watch(run, grid(["sma"], [2]), output=run.parent / "out", tokens_per_step=40_000)
+    assert "--tokens-per-step" in pmerge("watch", "--help", cwd=run).stdout
