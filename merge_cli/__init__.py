@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from merge_cli.features.sweep import SweepResult, run_sweep, sweep
     from merge_cli.features.sweep_plan import SweepPlan, plan_sweep
     from merge_cli.features.verify import Verification, verify
-    from merge_cli.features.watch import WatchPlan, plan_watch, watch
+    from merge_cli.features.watch import watch
+    from merge_cli.features.watch_plan import WatchPlan, plan_watch
     from merge_cli.formats.checkpoint import Checkpoint
     from merge_cli.formats.opening import open_checkpoint
     from merge_cli.output.progress import Progress
@@ -102,7 +103,8 @@ _HOMES = {
     **dict.fromkeys(["SweepResult", "run_sweep", "sweep"], "features.sweep"),
     **dict.fromkeys(["SweepPlan", "plan_sweep"], "features.sweep_plan"),
     **dict.fromkeys(["Verification", "verify"], "features.verify"),
-    **dict.fromkeys(["WatchPlan", "plan_watch", "watch"], "features.watch"),
+    "watch": "features.watch",
+    **dict.fromkeys(["WatchPlan", "plan_watch"], "features.watch_plan"),
 }
 
 

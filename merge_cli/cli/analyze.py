@@ -38,7 +38,7 @@ def analyze_command(
     quiet: Quiet = False,
 ) -> None:
     """Judge by weights and steps alone whether merging helps: distances, spread by layer, warnings.
-    One read of all checkpoints.
+    One read of all checkpoints, on the CPU.
 
     Example:  pmerge analyze run/ --last 16
     """

@@ -67,7 +67,8 @@ def watch_command(
 
     Example:  pmerge watch run/ --last 8 --keep 2 --then 'rsync -a {path} host:merges/'
     """
-    from merge_cli.features.watch import plan_watch, watch
+    from merge_cli.features.watch import watch
+    from merge_cli.features.watch_plan import plan_watch
 
     if command is not None and text is not None:
         raise UsageError("--command and --text both measure", hint="use one of them")

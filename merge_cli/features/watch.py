@@ -33,26 +33,24 @@ from merge_cli.features.forecast import forecast
 from merge_cli.features.report import report
 from merge_cli.features.sweep import run_sweep
 from merge_cli.features.sweep_plan import plan_sweep
+from merge_cli.features.watch_plan import WatchPlan, ending_at
 from merge_cli.names import MANIFEST
 from merge_cli.output.lock import Lock
-from merge_cli.request.discovery import no_such_checkpoint
-from merge_cli.request.grid import Combination, combination
+from merge_cli.request.grid import Combination
 from merge_cli.request.labels import Candidate
-from merge_cli.request.selection import check_tokens_per_step, in_steps, select_checkpoints
-from merge_cli.request.spec import RunConfig, Selection, read_seconds
-from merge_cli.stores.store import StrPath, as_path, is_glob, open_store
+from merge_cli.request.selection import select_checkpoints
+from merge_cli.request.spec import Selection
 from merge_cli.system.files import sha256_of
 from merge_cli.system.tether import Tether
 from merge_cli.trajectory.arrivals import Arrivals, Seen
-from merge_cli.trajectory.command import check_command, fill, variables
+from merge_cli.trajectory.command import fill, variables
 from merge_cli.trajectory.evaluators import EvaluationError, Evaluator, empty_folder
-from merge_cli.trajectory.folder import MERGES, OUTPUTS, folder_of
+from merge_cli.trajectory.folder import MERGES, OUTPUTS
 from merge_cli.trajectory.ledger import Row
 from merge_cli.trajectory.plans import single
 from merge_cli.trajectory.results import main_metric
 from merge_cli.trajectory.watched import Watched, WatchedMerges
 
-SETTLE_S = 60.0
 _LONGEST_LOOK_S = 30.0
 _LONGEST_RETRY_S = 3600.0
 _CLOSED = ("done", "removing", "removed")
@@ -68,68 +66,6 @@ class Event:
     name: str = ""
     path: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class WatchPlan:
-    """What is watched, and what is done at each complete checkpoint. `evaluator` gets a complete
-    checkpoint, from which it may take tokenizer and configuration.
-    """
-
-    run: str
-    kinds: tuple[Combination, ...]
-    folder: Path
-    dtype: str = "keep"
-    config: RunConfig = field(default_factory=RunConfig)
-    evaluator: Callable[[Path], Evaluator] | None = None
-    allow_equal: bool = False
-    metric: str | None = None
-    report: Path | None = None
-    keep: int | None = None
-    then: str | None = None
-    settle_s: float = SETTLE_S
-    since: int | None = None
-
-
-def plan_watch(
-    run: StrPath,
-    kinds: Sequence[Combination],
-    *,
-    output: StrPath | None = None,
-    tokens_per_step: int | None = None,
-    **options: Any,
-) -> WatchPlan:
-    """Plan to watch the folder `run`; `kinds` are the merges to make at each checkpoint, by
-    `merge_cli.request.grid`, with amounts in tokens where `tokens_per_step` is given. The other
-    options are fields of `WatchPlan`.
-
-    Raises UsageError, and InputError where there is no such folder.
-    """
-    path = as_path(run)
-    plan = WatchPlan(path, tuple(kinds), folder_of([path], None if output is None else str(output)), **options)
-    if not plan.kinds:
-        raise UsageError("watch needs a merge to make", hint="--last 8")
-    for kind in plan.kinds:
-        if "at" in kind.selection:
-            raise UsageError(f"{kind.name} ends at one step, and watch at every new one", hint="leave --at out of the list")
-        _at(kind, 1)
-    if tokens_per_step is not None:
-        amounts = [amount for kind in plan.kinds for amount in replace(Selection(), **kind.selection).amounts.values()]
-        check_tokens_per_step(tokens_per_step, amounts)
-        plan = replace(plan, kinds=tuple(replace(each, selection=in_steps(each.selection, tokens_per_step)) for each in kinds))
-    if plan.keep is not None and plan.keep < 1:
-        raise UsageError(f"--keep must be at least 1, not {plan.keep}")
-    read_seconds(plan.settle_s, "--settle")
-    if plan.report is not None and plan.evaluator is None:
-        raise UsageError("--report needs --command or --text", hint="--text held_out.txt")
-    if plan.then is not None:
-        check_command(plan.then, "--then")
-    found = open_store(path).stat(path)
-    if not is_glob(path) and (found is None or found.kind != "folder"):
-        if found is None or found.kind == "broken link":
-            raise no_such_checkpoint(path)
-        raise UsageError(f"{path} is no folder of a run")
-    return plan
 
 
 def watch(plan: WatchPlan, on_event: Callable[[Event], None] = lambda event: None, *, once: bool = False) -> int:
@@ -260,7 +196,7 @@ class _Watcher:
         ready: list[Combination] = []
         skipped: dict[str, Watched] = {}
         for kind in kinds:
-            wanted = _at(kind, step)
+            wanted = ending_at(kind, step)
             try:
                 select_checkpoints(complete, replace(Selection(), **wanted.selection), kind.method)
                 ready.append(wanted)
@@ -386,11 +322,6 @@ class _Watcher:
 
     def _emit(self, event: Event) -> None:
         self._on_event(event)
-
-
-def _at(kind: Combination, step: int) -> Combination:
-    """The merge of a kind that ends at `step`. Raises UsageError."""
-    return combination(kind.method, kind.parameters, {**kind.selection, "at": step}, f"{kind.name}-at{step}")
 
 
 def _kind(made: Combination) -> str:

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from merge_cli.errors import InputError, OutputError, UsageError
 from merge_cli.features.average import average
-from merge_cli.features.watch import Event, plan_watch, watch
+from merge_cli.features.watch import Event, watch
+from merge_cli.features.watch_plan import plan_watch
 from merge_cli.output.lock import Lock
 from merge_cli.request.grid import grid
 from merge_cli.trajectory.evaluators import CommandEvaluator

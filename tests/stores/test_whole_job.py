@@ -17,7 +17,8 @@ from golden_inputs import RUNS
 from merge_cli import Rank, average, finalize, plan_average, run_average, sweep, verify
 from merge_cli.errors import ChangedError, InputError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
-from merge_cli.features.watch import Event, plan_watch, watch
+from merge_cli.features.watch import Event, watch
+from merge_cli.features.watch_plan import plan_watch
 from merge_cli.request.discovery import read_candidate
 from merge_cli.request.grid import grid
 from merge_cli.stores import store as stores

@@ -5,7 +5,7 @@ For an extent with N inputs x_i, `G[i, j] = sum (x_i - x_last)(x_j - x_last)` an
 float64, over blocks of `GRAM_BLOCK_ELEMENTS` elements counted from the beginning of the extent and
 cut at tensors. Blocks do not depend on chunks, memory or threads, and the sink adds them exactly
 (`GramTotals`), so totals are bit-equal however the work was divided; sums of integers below 2^53
-are exact.
+are exact. It runs on the CPU, whatever the device.
 
 Not guaranteed: equal last bits on another processor, whose matrix product may add in another order.
 """
