@@ -27,7 +27,7 @@ LAYERS = [
     {"__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-IMPURE_REQUESTS = ("request/discovery", "request/destination", "request/screening")
+IMPURE_REQUESTS = tuple(f"request/{name}" for name in ("discovery", "destination", "screening", "candidates", "folders", "misses"))
 PURE = ("request", "planning", "ranks/shares")
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

@@ -28,7 +28,8 @@ from merge_cli.features.sweep_plan import SweepOutput, SweepPlan, plan_sweep
 from merge_cli.formats.opening import open_checkpoint
 from merge_cli.output.lock import Lock
 from merge_cli.ranks.launcher import Rank
-from merge_cli.request.discovery import find_candidates, read_candidate
+from merge_cli.request.candidates import read_candidate
+from merge_cli.request.discovery import find_candidates
 from merge_cli.request.grid import Combination
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates

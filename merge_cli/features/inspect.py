@@ -15,7 +15,8 @@ from merge_cli.formats.logical import View, Viewed, dtype_of, shape_of, view
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.planning.compatibility import config_differences
-from merge_cli.request.discovery import discover, read_candidate
+from merge_cli.request.candidates import read_candidate
+from merge_cli.request.discovery import discover
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d+)\.")
 _FUSED = re.compile(r"^(?P<experts>.+\.experts)\.[^.]+$")

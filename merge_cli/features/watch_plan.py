@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import UsageError
-from merge_cli.request.discovery import no_such_checkpoint
 from merge_cli.request.grid import Combination, combination
+from merge_cli.request.misses import no_such_checkpoint
 from merge_cli.request.selection import check_tokens_per_step, in_steps
 from merge_cli.request.spec import RunConfig, Selection, read_seconds
 from merge_cli.stores.store import StrPath, as_path, is_glob, open_store

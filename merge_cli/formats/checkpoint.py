@@ -32,7 +32,7 @@ from merge_cli.errors import IncompleteError, InputError, first_ten
 from merge_cli.formats.alike import Moved, original_of
 from merge_cli.formats.foreign import recognize
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES, SeenHeaders, TensorInfo, read_header
-from merge_cli.formats.side_files import SideFiles, list_side_files
+from merge_cli.formats.side_files import SideFiles, list_side_files, without_training_state
 from merge_cli.formats.untrusted_json import DECODER, parse_member, walk_object
 from merge_cli.formats.weight_file import Files, WeightFile
 from merge_cli.stores.store import Entry, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
@@ -141,7 +141,7 @@ def open_safetensors(path: StrPath, *, seen: Opened | None = None) -> Checkpoint
         raise InputError(f"no such checkpoint: {path}", hint=f"ls -d {folder_of(path)}/*" if is_local(path) else "")
     entries = store.list(path)
     names = [entry.name for entry in entries]
-    found = [name for name in names if name.endswith(".safetensors")]
+    found = without_training_state([name for name in names if name.endswith(".safetensors")])
     index_name = _choose_index(path, [name for name in names if name.endswith(INDEX_SUFFIX)], found)
     index_metadata: Mapping[str, Any] = {}
     if index_name:

@@ -43,6 +43,13 @@ def _of_transformers(folder: str, file: str) -> str:
     return f'save it as safetensors:  python -c "from transformers import AutoModelForCausalLM; {load}"'
 
 
+def _of_lightning(folder: str, file: str) -> str:
+    path = join(folder, file)
+    load = f"torch.load({path!r}, map_location='cpu', weights_only=False)['state_dict']"
+    save = f"save_file({{k: v.clone() for k, v in {load}.items()}}, {path.rpartition('.')[0] + '.safetensors'!r})"
+    return f'save its weights as safetensors:  python -c "import torch; from safetensors.torch import save_file; {save}"'
+
+
 _FORMATS = (
     _Format(
         ("*mp_rank_??*/model_optim_rng.pt", "*mp_rank_??*/model_rng.pt", "*mp_rank_??*/distrib_optim.pt"),
@@ -55,8 +62,9 @@ _FORMATS = (
         "a checkpoint of DeepSpeed, whose weights lie in the shares of its ranks",
         _of_deepspeed,
     ),
+    _Format(("*.ckpt",), "a checkpoint of Lightning, with its training state", _of_lightning),
     _Format(
-        ("consolidated*.pth", "*.pth", "model*.pt", "*.ckpt", "pytorch_model*.pt", "iter_*.pt", "step*.pt", "ckpt*.pt"),
+        ("consolidated*.pth", "*.pth", "model*.pt", "pytorch_model*.pt", "iter_*.pt", "step*.pt", "ckpt*.pt"),
         "weights in a pickle",
         lambda folder, file: (
             "save them as safetensors: load the file, take its dictionary of tensors, and give that to safetensors.torch.save_file"

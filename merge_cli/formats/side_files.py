@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -38,6 +39,16 @@ MAX_MODULES_BYTES = 1 << 20
 TRAINERS_CODE = ("zero_to_fp32.py",)
 DATA_OF_CODE = (".npz", ".npy")
 """Endings of data that custom code reads; kept where there is such code."""
+
+
+_TRAINING_STATE = re.compile(r"(?:optimizers?|optim|schedulers?|scaler|rng_states?|random_states?)(?:[._-].*)?")
+
+
+def without_training_state(names: Sequence[str]) -> list[str]:
+    """Files of weights without those named as training state (`optimizer.safetensors`), if others
+    are left.
+    """
+    return [name for name in names if not _TRAINING_STATE.fullmatch(name)] or list(names)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from merge_cli.names import MANIFEST
 from merge_cli.output.manifest import digest, index_of, side_files
 from merge_cli.planning.plan import MergePlan, OutputFile
 from merge_cli.planning.record import describe_result, fingerprint, from_result, replan
+from merge_cli.request.candidates import step_inside
 from merge_cli.request.coefficients import Coefficients
-from merge_cli.request.discovery import step_inside
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import coefficients_of
 from merge_cli.stores.store import join

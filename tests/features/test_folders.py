@@ -304,9 +304,43 @@ def test_checkpoints_inside_the_folders_of_their_steps_are_named_by_a_pattern(in
     with pytest.raises(InputError) as refused:
         plan_average(tmp_path / "run", tmp_path / "out")
     pattern = refused.value.hint.rpartition("pmerge average ")[2]
-    assert pattern == f"{tmp_path}/run/*/{inner}"
+    assert pattern == f"{tmp_path}/run/*/{inner}" and "holds its checkpoint" in refused.value.hint
     found = sorted((tmp_path / "run").glob(f"*/{inner}"))
     assert [each.step for each in plan_average(found, tmp_path / "out").candidates] == list(STEPS)
+
+
+def test_the_parts_of_a_pipeline_are_named_as_models_of_their_own(tmp_path: Path) -> None:
+    for step in STEPS:
+        for part in ("unet", "vae"):
+            write(tmp_path / f"checkpoint-{step}" / part, weights(step), {}, "diffusion_pytorch_model")
+    with pytest.raises(InputError) as refused:
+        plan_average(tmp_path, tmp_path / "out")
+    assert "hold several models (unet, vae)" in refused.value.hint and refused.value.hint.endswith("/*/unet")
+
+
+def test_runs_further_down_are_found_and_trees_of_parameters_are_no_runs(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write(tmp_path / "exp" / f"seed{seed}" / "checkpoints" / "step_10", weights(10))
+    with pytest.raises(InputError) as refused:
+        plan_average(tmp_path / "exp", tmp_path / "out")
+    assert refused.value.hint.endswith(f"pmerge average {tmp_path}/exp/seed1/checkpoints")
+    for step in STEPS:
+        for name in ("token_embedding", "decoder/0/norm"):
+            write(tmp_path / "run" / str(step) / "model" / "model" / name, weights(step), name="model_weight")
+    for path in (tmp_path / "run", tmp_path / "run" / str(STEPS[0])):
+        with pytest.raises(InputError) as refused:
+            plan_average(path, tmp_path / "out")
+        assert "nanotron" in refused.value.hint
+
+
+def test_an_optimizer_in_safetensors_is_training_state(tmp_path: Path) -> None:
+    for step in STEPS:
+        folder = write(tmp_path / "run" / f"checkpoint-{step}", weights(step), {})
+        save_file({"exp_avg": torch.ones(3)}, folder / "optimizer.safetensors")
+    plan = plan_average(tmp_path / "run", tmp_path / "out")
+    assert plan.merge.inputs[0].side_files.skipped == ("optimizer.safetensors",)
+    assert list(load_file(average([tmp_path / "run"], tmp_path / "out").output / "model.safetensors")) == ["layers.0.w"]
+    assert not (tmp_path / "out" / "optimizer.safetensors").exists()
 
 
 def test_configs_that_differ_in_the_same_field_are_one_warning(tmp_path: Path) -> None:

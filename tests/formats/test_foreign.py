@@ -26,6 +26,7 @@ FORMATS = {
     "deepspeed-16bit": (["checkpoint-1/zero_to_fp32.py", "checkpoint-1/model.bin"], "save_pretrained"),
     "transformers": (["checkpoint-1/model-00001-of-00002.bin", "checkpoint-1/optimizer.pt"], "from_pretrained"),
     "meta": (["step_1/consolidated.00.pth"], "safetensors.torch.save_file"),
+    "lightning": (["run/epoch=1-step=100.ckpt"], "['state_dict']"),
     "gguf": (["step_1/model.gguf"], "average the safetensors that it was made from"),
     "flax": (["step_1/flax_model.msgpack"], "with its framework"),
     "nanotron": (["10/model/model/token_embedding/model_weight.safetensors", "10/model_config.json"], "nanotron"),

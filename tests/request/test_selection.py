@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from merge_cli.errors import InputError, MismatchError, UsageError
 from merge_cli.request import selection
 from merge_cli.request.amounts import is_in_tokens, parse_amount
-from merge_cli.request.discovery import discover, find_candidates, is_checkpoint, read_candidate
+from merge_cli.request.candidates import read_candidate
+from merge_cli.request.discovery import discover, find_candidates
+from merge_cli.request.folders import is_checkpoint
 from merge_cli.request.labels import Candidate, parse_label
 from merge_cli.request.selection import Selected, check_steps, order_candidates, select_checkpoints
 from merge_cli.request.spec import Selection

@@ -19,7 +19,7 @@ from merge_cli.errors import ChangedError, InputError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
 from merge_cli.features.watch import Event, watch
 from merge_cli.features.watch_plan import plan_watch
-from merge_cli.request.discovery import read_candidate
+from merge_cli.request.candidates import read_candidate
 from merge_cli.request.grid import grid
 from merge_cli.stores import store as stores
 
