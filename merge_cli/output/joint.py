@@ -4,7 +4,7 @@ The staging folder is that of a single run (`folder.py`), its lock shared by all
 it there are
 
     control     locked for a moment by the rank that sets the folder up, and by the one that publishes
-    claims/     a file for each piece (see `ranks/shares.py`), locked by the rank that works on it
+    claims/     a file for each piece, locked by the rank that works on it, see `claims.py`
     ranks/      see `progress.py`
 
 A rank tries to claim each piece of its share in turn, and then those that others have not begun.
@@ -14,11 +14,9 @@ all pieces of a file recorded completes the file, and the one that finds all fil
 publishes: whoever comes last sees everything, since it looks after it has written its own record.
 
 Not guaranteed: that ranks take over from each other where the filesystem has no flock; each then
-does its own share, and those of dead ranks wait for the same ranks to be run again. Where flock is
-local to each host (NFS with local_lock, Lustre with localflock), or a lease has expired, two hosts
-may do a piece or a file twice, with the same bytes: nothing depends on a claim but the time. A rank
-that finds its file recorded by another throws its own away, and one that finds the result published
-is through.
+does its own share, and those of dead ranks wait for the same ranks to be run again. Where a lock is
+local to each host two ranks may do a piece or a file twice, with the same bytes: nothing depends on
+a claim but the time. A rank that finds the result published is through.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ import json
 import logging
 import os
 import shlex
-import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,10 +33,11 @@ from pathlib import Path
 from merge_cli.engine.sink import Writer
 from merge_cli.engine.writer import assemble
 from merge_cli.errors import OutputError
+from merge_cli.output.claims import CLAIMS, Claims, SharedWriter
 from merge_cli.output.destination import Claim
 from merge_cli.output.existing import already_there, is_in_the_way, is_published
 from merge_cli.output.folder import StagingFolder
-from merge_cli.output.lock import Lock, flock
+from merge_cli.output.lock import Lock
 from merge_cli.output.publish import recover
 from merge_cli.output.records import FileRecord
 from merge_cli.output.sink import Discard
@@ -51,10 +49,8 @@ from merge_cli.ranks.launcher import Rank
 from merge_cli.request.spec import RunConfig
 from merge_cli.system.durable import output_error
 from merge_cli.system.files import read_json
-from merge_cli.system.held import escaped
 
 log = logging.getLogger(__name__)  # without a handler of the caller's, warnings go to stderr
-_CLAIMS = "claims"
 _CONTROL_WAIT_S = 300.0  # without a sign of life from the rank that sets up or publishes
 _SHARED_WAIT_S = 2.0
 
@@ -85,8 +81,7 @@ class JointDestination:
         self._control = Lock(
             self.folder.path / "control", destination, wait_s=_CONTROL_WAIT_S, beats=True, on_wait=self._waits, owners=owners
         )
-        self._claims: dict[str, int] = {}
-        self._threads = threading.Lock()
+        self._claims = Claims(self.folder, self._is_gone)
         self._has_joined = False
         self._is_cleaned = False
 
@@ -114,10 +109,7 @@ class JointDestination:
             raise output_error(error, f"cannot work in {self.folder.path}", self.folder.state_file) from error
 
     def __exit__(self, *exc: object) -> None:
-        for fd in self._claims.values():  # after an error
-            if fd >= 0:
-                os.close(fd)
-        self._claims.clear()
+        self._claims.close()
         is_exchanged = not self.is_published and self.folder.is_exchanged()
         self._lock.release()
         self._control.release()
@@ -129,13 +121,8 @@ class JointDestination:
 
     def _waits(self, error: OutputError) -> None:
         who = "pmerge finalize" if self._rank is None else str(self._rank)
-        log.warning(
-            "%s waits for another rank, until that is through or gives no sign of life for %.0f s: %s; %s",
-            who,
-            _CONTROL_WAIT_S,
-            error.message,
-            ", ".join(error.details),
-        )
+        until = f"until that is through or gives no sign of life for {_CONTROL_WAIT_S:.0f} s"
+        log.warning("%s waits for another rank, %s: %s; %s", who, until, error.message, ", ".join(error.details))
 
     # --- the folder
 
@@ -149,7 +136,7 @@ class JointDestination:
         if is_in_the_way(folder.destination) and not self.overwrite:
             raise already_there(folder.destination, self.merge)
         self._keep_or_discard()
-        folder.make(_CLAIMS, "ranks")
+        folder.make(CLAIMS, "ranks")
         self._agree_on_world_size()
         if is_alone or not self._lock.has_flock:
             folder.records.drop_stale(self.merge.files)
@@ -297,63 +284,25 @@ class JointDestination:
         is_own = item.name in self.own
         if self.is_published or (not is_own and self.folder.records.path(item.name).exists()):
             return Claim.RECORDED
-        answer = self._take(item, is_own)
+        answer = self._claims.take(item, is_own)
         if answer is Claim.TAKEN and item.is_whole:
             self.folder.records.forget_pieces(item.file)
         return answer
 
-    def _take(self, item: WorkItem, is_own: bool) -> Claim:
-        """Lock the claim of an item, against other processes and other threads of this one."""
-        with self._threads:
-            if item.name in self._claims:
-                return Claim.HELD
-            self._claims[item.name] = -1
-        answer = Claim.HELD
-        try:
-            fd = self._claims[item.name] = self._open_claim(item)
-            answer = Claim.RECORDED if fd < 0 else self._lock_claim(fd, item, is_own)
-        finally:
-            if answer is not Claim.TAKEN:
-                self.release(item)
-        return answer
-
-    def _open_claim(self, item: WorkItem) -> int:
-        """The open file of a claim; -1 if it cannot exist, because the result was published and the
-        folder cleaned away.
-        """
-        name = f"{_CLAIMS}/{escaped(item.name)}"
-        try:
-            return self.folder.held.open(name, os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:
-            return -1
-        except OSError as error:
-            raise output_error(error, f"cannot create {self.folder.path / name}", self.folder.path / name) from error
-
-    def _lock_claim(self, fd: int, item: WorkItem, is_own: bool) -> Claim:
-        """Without flock a rank has no other claims than its own."""
-        try:
-            if not flock(fd) and not is_own:
-                return Claim.HELD
-        except BlockingIOError:
-            return Claim.HELD
-        is_recorded = self.folder.records.covers(item) or self._is_gone()  # in this order, see `clean`
-        return Claim.RECORDED if is_recorded else Claim.TAKEN
-
     def release(self, item: WorkItem) -> None:
         """Give a claim back."""
-        with self._threads:
-            fd = self._claims.pop(item.name)
-        if fd >= 0:
-            os.close(fd)
+        self._claims.release(item)
 
     def open(self, item: WorkItem) -> Writer:
         """A writer of the file or the piece in the staging folder."""
         try:
-            return _Writer(self.folder.writer(item), item, self)
+            writer = self.folder.writer(item)
         except OutputError:
             if not self.is_over():
                 raise
             return Discard()
+        records = self.folder.records
+        return SharedWriter(writer, lambda: records.covers(item), lambda error: self.is_done_by_another(item, error))
 
     def is_over(self) -> bool:
         """Whether another rank has published, so that an error of this one's own work is none."""
@@ -387,7 +336,7 @@ class JointDestination:
 
     def _assemble(self, file: OutputFile) -> None:
         nonfinite, whole = self.folder.records.assembled(file), WorkItem.whole(file)
-        if nonfinite is None or self._take(whole, is_own=True) is not Claim.TAKEN:
+        if nonfinite is None or self._claims.take(whole, is_own=True) is not Claim.TAKEN:
             return
         try:
             sha256 = assemble(file, self.folder.held)
@@ -397,32 +346,3 @@ class JointDestination:
                 raise
             return
         self.done(whole, sha256, nonfinite)
-
-
-class _Writer:
-    """A writer that throws its file away if another rank has recorded the same one meanwhile."""
-
-    def __init__(self, writer: Writer, item: WorkItem, destination: JointDestination) -> None:
-        self._writer = writer
-        self._item = item
-        self._destination = destination
-
-    @property
-    def is_finished(self) -> bool:
-        return self._writer.is_finished
-
-    def write(self, offset: int, data: memoryview) -> bool:
-        return self._writer.write(offset, data)
-
-    def finish(self) -> str:
-        try:
-            if not self._destination.folder.records.covers(self._item):
-                return self._writer.finish()
-            self._writer.abandon()
-        except OutputError as error:
-            if not self._destination.is_done_by_another(self._item, error):
-                raise
-        return ""
-
-    def abandon(self) -> None:
-        self._writer.abandon()

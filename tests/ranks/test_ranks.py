@@ -97,7 +97,7 @@ def test_quantized_checkpoints(case: str, requantize: bool, tmp_path: Path) -> N
 def without_taking_over(paths: list[Path], out: Path, world_size: int, **options: Any) -> list[AverageResult]:
     """Every rank does just its share, as where there is no flock."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        patch.setattr("merge_cli.output.claims.flock", lambda fd: False)
         return [share(paths, out, rank, world_size, **options) for rank in range(world_size)]
 
 
@@ -172,12 +172,12 @@ def test_what_is_done_is_kept_by_ranks_of_another_world_size(tmp_path: Path) -> 
     expected = average(paths, tmp_path / "one").output
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        patch.setattr("merge_cli.output.claims.flock", lambda fd: False)
         share(paths, out, 0, 4)
     records = {path: path.read_bytes() for path in (tmp_path / "out.pmerge-partial" / "done").iterdir()}
     assert records and all("@" in path.name for path in records)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        patch.setattr("merge_cli.output.claims.flock", lambda fd: False)
         again = share(paths, out, 0, 8)
     assert again.missing == 1
     assert {path: path.read_bytes() for path in records} == records
@@ -228,7 +228,7 @@ def test_two_threads_never_complete_one_file(tmp_path: Path, monkeypatch: pytest
         return assemble(file, staging)
 
     monkeypatch.setattr(joint, "assemble", slowly)
-    monkeypatch.setattr(joint, "flock", lambda fd: False)
+    monkeypatch.setattr("merge_cli.output.claims.flock", lambda fd: False)
     plan = plan_average(paths, tmp_path / "out", rank=Rank(1, 4, source="--rank"))
     with JointDestination(plan.output, plan.merge, plan.run, plan.rank) as destination:
         threads = [threading.Thread(target=destination.assemble_files) for _ in range(2)]
@@ -274,7 +274,7 @@ def test_finalize_says_what_is_missing_and_changes_nothing(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="no unfinished run"):
         finalize(tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        patch.setattr("merge_cli.output.claims.flock", lambda fd: False)
         share(paths, tmp_path / "out", 0, 2)
     with pytest.raises(OutputError, match=r"of 3 files of .*out are not finished") as refused:
         finalize(tmp_path / "out")
@@ -382,7 +382,7 @@ def test_pieces_count_only_for_their_request_and_in_their_file(wrong: str, tmp_p
     paths = nasty_run(tmp_path / "run", layout="single")
     expected = average(paths, tmp_path / "one").output
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+        patch.setattr("merge_cli.output.claims.flock", lambda fd: False)
         assert share(paths, tmp_path / "out", 0, 4).missing == 1
     growing = tmp_path / "out.pmerge-partial" / "partial" / "model.safetensors.partial"
     zeros = growing.with_name("zeros")

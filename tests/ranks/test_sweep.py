@@ -70,7 +70,7 @@ def test_without_flock_each_rank_does_its_share_and_the_last_publishes(tmp_path:
     nasty_run(tmp_path / "run", 4, layout="mixed")
     grid = {**GRID, "at": [300, 400]}
     sweep([tmp_path / "run"], tmp_path / "one", **grid)
-    monkeypatch.setattr("merge_cli.output.joint.flock", lambda fd: False)
+    monkeypatch.setattr("merge_cli.output.claims.flock", lambda fd: False)
     results = [share(tmp_path / "run", tmp_path / "out", rank, 3, grid) for rank in range(3)]
     assert all(result.missing for result in results[:-1]) and not results[-1].missing
     assert not any((tmp_path / "out" / "sweep.json").exists() for result in results[:-1] if result.published)
