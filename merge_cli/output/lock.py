@@ -13,17 +13,19 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shlex
 import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import OutputError
-from merge_cli.output.trust import check_made_by_us
-from merge_cli.system.durable import NOT_SUPPORTED, make_folder, open_own, output_error
+from merge_cli.output.trust import PROBE, check_made_by_us
+from merge_cli.system.durable import NOT_SUPPORTED, make_folder, open_own, output_error, rename_in_one_step
 from merge_cli.system.files import read_json
 from merge_cli.system.held import HeldFolder
 from merge_cli.system.process import identity, is_dead
@@ -32,6 +34,7 @@ _NO_FLOCK = (*NOT_SUPPORTED, errno.ENOLCK)
 _LOOK_EVERY_S = 0.5
 _SILENT_S = 5.0
 _BEAT_EVERY_S = 10.0
+_STALE_TRIES = 100
 
 
 class HeldError(OutputError):
@@ -84,9 +87,9 @@ class Lock:
         """Take the lock. Raises OutputError, naming the holder, where another run has it."""
         began, pause_s, on_wait = time.monotonic(), 0.01, self._on_wait
         alive_at, seen = began, self._signs_of_life()
-        while True:
+        for attempt in count():
             try:
-                if self._try():
+                if self._try(may_be_stale=attempt < _STALE_TRIES):
                     return  # else a run that finished removed the folder between our opening the file and locking it
             except HeldError as error:
                 now = time.monotonic()
@@ -163,7 +166,10 @@ class Lock:
             self._owner.unlink()
             self._owns_file = False
 
-    def _try(self) -> bool:
+    def _try(self, *, may_be_stale: bool) -> bool:
+        """Whether the lock is held now; False for once more, as its folder was removed meanwhile,
+        which an NFS client sees as a stale handle if another host did it.
+        """
         try:
             make_folder(self.path.parent)
             check_made_by_us(self.path.parent, thoroughly=False, owners=self._owners)
@@ -171,6 +177,9 @@ class Lock:
         except FileNotFoundError:
             return False
         except OSError as error:
+            if error.errno == errno.ESTALE and may_be_stale:
+                time.sleep(0.01)
+                return False
             raise output_error(error, f"cannot create {self.path.parent}", self.path) from error
         try:
             self._locked = self._flock(fd)
@@ -298,6 +307,27 @@ def flock(fd: int, *, shared: bool = False) -> bool:
 
 
 def _create(path: Path) -> bool:
+    """Make a file with the identity of this process; False if it is there. Where the filesystem can
+    rename without replacing, the file has its name only with its content, whenever the process is
+    killed.
+    """
+    new = path.with_name(f"{PROBE}{secrets.token_hex(8)}")
+    if not _write_new(new):
+        return False
+    try:
+        rename_in_one_step(new, path)
+    except FileExistsError:
+        new.unlink()
+        return False
+    except OSError as error:
+        new.unlink()
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return _write_new(path)
+    return True
+
+
+def _write_new(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:

@@ -23,6 +23,7 @@ from merge_cli.system.files import TMPFS, filesystem_type
 
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_REPLACE, _EXCHANGE = 1, 2  # linux/fcntl.h, linux/fs.h
+_HERE = -100  # AT_FDCWD of linux/fcntl.h: names are paths
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -155,6 +156,13 @@ def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def rename_in_one_step(source: Path, destination: Path) -> None:
+    """Rename, and never onto something. Raises FileExistsError, an OSError of NOT_SUPPORTED where
+    the filesystem has no such call, and others.
+    """
+    _rename2((_HERE, str(source)), (_HERE, str(destination)), _NO_REPLACE)
 
 
 def rename_to_new(source: tuple[int, str], destination: tuple[int, str]) -> None:

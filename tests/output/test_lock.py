@@ -1,6 +1,8 @@
 """A rank that waits for a lock says so, once, and waits for as long as the holder is alive."""
 
+import errno
 import logging
+import os
 import threading
 import time
 from contextlib import suppress
@@ -67,3 +69,50 @@ def test_a_rank_waits_for_a_slow_publisher_as_long_as_that_gives_signs_of_life(
     other.join(20)
     assert ended == [not beats] and (waited[0] >= 3.0 if beats else waited == [0.0])
     assert not (tmp_path / "out.pmerge-partial").exists()
+
+
+def test_a_folder_that_another_host_removes_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS client then has a stale handle of it."""
+    stale = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * 3
+
+    def check(*arguments: object, **options: object) -> None:
+        if stale:
+            raise stale.pop()
+
+    monkeypatch.setattr(locks, "check_made_by_us", check)
+    with Lock(tmp_path / "out.pmerge-partial" / "lock", tmp_path / "out") as lock:
+        assert lock.is_current and not stale
+    stale.extend([OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * 1000)
+    with pytest.raises(OutputError, match=os.strerror(errno.ESTALE)):
+        Lock(tmp_path / "out.pmerge-partial" / "lock", tmp_path / "out").acquire()
+
+
+@pytest.mark.parametrize("can_rename", [True, False])
+def test_a_run_killed_as_it_makes_its_owner_file_leaves_none_that_is_empty(
+    can_rename: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without flock."""
+
+    class Killed(BaseException):
+        pass
+
+    def no_flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def no_rename(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    def killed(*_: object) -> int:
+        raise Killed
+
+    staging = tmp_path / "out.pmerge-partial"
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    if not can_rename:
+        monkeypatch.setattr(locks, "rename_in_one_step", no_rename)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "write", killed)
+        Lock(staging / "lock", tmp_path / "out").acquire()
+    assert not (staging / "lock.owner").exists()
+    with Lock(staging / "lock", tmp_path / "out"), pytest.raises(OutputError, match="another run"):
+        Lock(staging / "lock", tmp_path / "out").acquire()
+    assert [path.name[:7] for path in staging.iterdir()].count(".probe-") == 1, "that of the killed one"
