@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from merge_cli.planning.plan import OutputFile, WorkItem
-from merge_cli.system.durable import fsync_file, output_error, reserve, write_all
+from merge_cli.system.durable import close_after_error, fsync_file, output_error, reserve, write_all
 from merge_cli.system.files import pieces_of
 from merge_cli.system.held import GROWING, HeldFolder, escaped, own_name
 
@@ -105,8 +105,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the file and remove it: nobody else could go on with it."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            close_after_error(fd)
             self._remove()
 
     def _remove(self) -> None:
@@ -154,20 +154,21 @@ class PieceWriter:
         """
         fd, self._fd = self._fd, -1
         try:
-            inode = os.fstat(fd).st_ino
-            fsync_file(fd)
-            self._staging.sync(GROWING)
+            try:
+                inode = os.fstat(fd).st_ino
+                fsync_file(fd)
+                self._staging.sync(GROWING)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise output_error(error, f"cannot make a piece of {self.path} durable", self.path) from error
-        finally:
-            os.close(fd)
         return str(inode)
 
     def abandon(self) -> None:
         """Close the file, leaving it where it is."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            close_after_error(fd)
 
 
 def assemble(file: OutputFile, staging: HeldFolder) -> str:
@@ -186,7 +187,7 @@ def assemble(file: OutputFile, staging: HeldFolder) -> str:
             _hash_range(fd, start, end, found, path)
             start = found.fill_gaps(end, fd, path)
     except BaseException:
-        os.close(fd)
+        close_after_error(fd)
         raise
     _complete(fd, file, staging, pieces)
     return found.sha256.hexdigest()

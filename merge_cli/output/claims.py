@@ -21,7 +21,7 @@ from merge_cli.output.destination import Claim
 from merge_cli.output.folder import StagingFolder
 from merge_cli.output.lock import flock
 from merge_cli.planning.plan import WorkItem
-from merge_cli.system.durable import output_error
+from merge_cli.system.durable import close_after_error, output_error
 from merge_cli.system.held import escaped
 
 CLAIMS = "claims"  # the folder in the staging folder
@@ -58,13 +58,13 @@ class Claims:
         with self._threads:
             fd = self._held.pop(item.name)
         if fd >= 0:
-            os.close(fd)
+            close_after_error(fd)
 
     def close(self) -> None:
         """Give all claims back, after an error."""
         for fd in self._held.values():
             if fd >= 0:
-                os.close(fd)
+                close_after_error(fd)
         self._held.clear()
 
     def _open(self, item: WorkItem) -> int:

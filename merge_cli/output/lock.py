@@ -25,7 +25,7 @@ from typing import Any
 
 from merge_cli.errors import OutputError
 from merge_cli.output.trust import PROBE, check_made_by_us
-from merge_cli.system.durable import NOT_SUPPORTED, make_folder, open_own, output_error, rename_in_one_step
+from merge_cli.system.durable import NOT_SUPPORTED, close_after_error, make_folder, open_own, output_error, rename_in_one_step
 from merge_cli.system.files import read_json
 from merge_cli.system.held import HeldFolder
 from merge_cli.system.process import identity, is_dead
@@ -156,8 +156,8 @@ class Lock:
                     os.ftruncate(self._fd, 0)
             if self._owns_file:
                 self._owner.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            close_after_error(fd)
 
     def remove_files(self) -> None:
         """Remove the lock's files while it is held: the next run makes its own. Raises OSError."""

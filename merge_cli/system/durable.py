@@ -63,6 +63,14 @@ def reserve(fd: int, size: int, path: Path) -> None:
             raise output_error(error, f"cannot give {path} its {size} bytes", path, size) from error
 
 
+def close_after_error(fd: int) -> None:
+    """Close a file whose content does not matter any more. On NFS even that may report that bytes
+    could not be written.
+    """
+    with suppress(OSError):
+        os.close(fd)
+
+
 def fsync_file(fd: int) -> None:
     """Make the content of an open file durable. Raises OSError: what was written is then lost,
     whatever a second try says.

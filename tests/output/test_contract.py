@@ -4,8 +4,11 @@ run's destination, on that of one rank of several, and on pieces of files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import random
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -156,6 +159,36 @@ def test_an_abandoned_item_is_missing_and_can_be_made_again(case: Case) -> None:
         assert item.file.name in destination.missing()
         assert destination.claim(item) is Claim.TAKEN
         finish(destination, item)
+
+
+def test_a_close_that_fails_is_no_error_of_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an NFS whose server was away: what was given up, or whom a claim belonged to, is no
+    matter; the file of a piece is one.
+    """
+    close = os.close
+
+    def failing(fd: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        close(fd)
+        if is_file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with case.destination() as destination:
+        item = case.items()[0]
+        for give_up in (True, False):
+            assert destination.claim(item) is Claim.TAKEN
+            writer = destination.open(item)
+            write(writer, item)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "close", failing)
+                if give_up:
+                    writer.abandon()
+                else:
+                    with pytest.raises(OutputError, match="Input/output error"):
+                        writer.finish()
+                destination.release(item)
+            assert writer.is_finished and item.file.name in destination.missing()
+        monkeypatch.setattr(os, "close", failing)
 
 
 def test_work_is_kept_for_the_next_process_and_its_bytes_are_hashed(case: Case) -> None:
