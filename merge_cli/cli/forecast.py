@@ -89,7 +89,7 @@ def _which(found: Forecast, checkpoints: Sequence[str]) -> list[str]:
         return ["merging is predicted to hurt: the newest checkpoint is the best"]
     top, (low, high) = found.choice, found.flat
     lines = [
-        f"best merge: {top.method} of {top.n}, one every {top.spacing:.10g} steps, predicted gain {top.gain:.4f};"
+        f"best merge: {top.method} of {top.n}, one every {top.spacing:.10g} steps, predicted gain over l(T) {top.gain:.4f};"
         f" {low} to {high} checkpoints are within 5 % of it",
         f"  {command_of(found, checkpoints)}",
         "predicted gain over l(T) by N (* measured):",
@@ -122,7 +122,7 @@ def _results(found: Forecast) -> list[str]:
     about = f"; errors of gains: {', '.join(sources)}" if sources else ""
     choices = sum(not each.is_annealed for each in found.results)
     header = f"measured; the first is the best of {choices} on the text that chose it{about}:"
-    return [header, *console.table(("", found.metric, "gain", "", ""), rows), *more]
+    return [header, *console.table(("", found.metric, "gain over newest", "", ""), rows), *more]
 
 
 def _conditions(found: Forecast) -> list[str]:

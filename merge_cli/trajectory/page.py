@@ -103,14 +103,15 @@ def _cards(found: Evidence, forecast: Forecast, analysis: Analysis | None) -> li
     if best is not None and best.gain:
         error = f" ± {best.gain_error:.4f}" if best.gain_error is not None else ""
         tie = ", a tie" if best.is_tie else ""
-        text = f"best of {choices} measured: {best.name}, gain {best.gain:+.4f}{error}{tie}"
+        text = f"best of {choices} measured: {best.name}, gain over the newest {best.gain:+.4f}{error}{tie}"
         cards.append((f"{best.value:.4f}", text))
     for name, band in (("annealed, at equal tokens", forecast.now), ("annealed from now on", forecast.ahead)):
         if band is not None:
             cards.append((f"{band.value:.4f}", f"forecast, {name}: {_range(band)}"))
     if forecast.choice is not None:
         top = forecast.choice
-        cards.append((f"{top.gain:+.4f}", f"predicted gain of {top.method} of {top.n}, one every {top.spacing:,.10g} steps"))
+        text = f"predicted gain over the fitted l(T), of {top.method} of {top.n}, one every {top.spacing:,.10g} steps"
+        cards.append((f"{top.gain:+.4f}", text))
     if analysis is not None:
         cards.append((analysis.verdict.value, "by the weights alone, before any evaluation"))
     return [
@@ -132,7 +133,7 @@ def _proposal(forecast: Forecast, command: str) -> list[str]:
     low, high = forecast.flat
     return [
         f"<p>The merge to make, {low} to {high} checkpoints being within 5 % of its gain:</p>",
-        f"<p><code>{escape(command)}</code></p>",
+        f"<p><code>{' '.join(f'<span>{escape(word)}</span>' for word in command.split(' '))}</code></p>",
     ]
 
 
@@ -185,7 +186,7 @@ def _measured(found: Evidence, forecast: Forecast) -> list[str]:
     return [
         "<h3>All rows of the ledger</h3>",
         f"<p>The first is the best of {choices} on the text that chose it, which flatters it a little.{escape(about)}</p>",
-        _table(("row", "N", "steps", forecast.metric, "gain", "error", "", "key"), rows),
+        _table(("row", "N", "steps", forecast.metric, "gain over newest", "error", "", "key"), rows),
     ]
 
 

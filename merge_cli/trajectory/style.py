@@ -13,6 +13,7 @@ p { margin: 6px 0; max-width: 76ch; }
 .soft { overflow-wrap: anywhere; }
 code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: #f3f5f8; padding: 2px 6px;
   border-radius: 4px; overflow-wrap: anywhere; }
+code span { display: inline-block; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 18px 0; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .card b { display: block; font-size: 23px; line-height: 1.25; font-variant-numeric: tabular-nums; }

@@ -4,6 +4,7 @@ numbers in it.
 
 import html.parser
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -24,6 +25,7 @@ from merge_cli.trajectory.groups import Group
 from merge_cli.trajectory.ledger import Ledger, Part, Row, key_of
 from merge_cli.trajectory.plane import fit
 from merge_cli.trajectory.plans import make_plan
+from merge_cli.trajectory.svg import cells
 
 STEPS = list(range(1000, 10_001, 250))
 
@@ -187,3 +189,17 @@ def test_a_quadratic_is_fitted_exactly_and_a_saddle_has_no_minimum() -> None:
         assert bowl(0.4 + axis[0], 0.3 + axis[1]) == pytest.approx(1.8)
     assert fit(places, [x * x - y * y for x, y in places]) is None
     assert fit([(0.0, 0.0)] * 7, [1.0] * 7) is None
+
+
+def test_names_beside_cells_have_room_in_the_font_of_narrow_windows() -> None:
+    names = ["embedding", "1000000", "x"]
+    drawn = ET.fromstring(cells("c", "t", "d", names, names, [[1.0] * 3] * 3, lambda value: "#ffffff"))
+    width = float(drawn.attrib["viewBox"].split()[2])
+    texts = [each for each in drawn.iter() if each.tag.endswith("text")]
+    assert len(texts) == 6
+    for each in texts:
+        x, y, long = float(each.attrib["x"]), float(each.attrib["y"]), 7.7 * len(each.text or "")  # a character of 13.5 pixels
+        if "transform" in each.attrib:
+            assert y - long * math.sin(math.radians(35)) > 8 and x + long * math.cos(math.radians(35)) < width
+        else:
+            assert x - long > 0
