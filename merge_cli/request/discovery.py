@@ -21,7 +21,7 @@ from merge_cli.formats.checkpoint import SHARD_NUMBER
 from merge_cli.formats.opening import Seen
 from merge_cli.formats.pickled import ENDINGS, is_shard
 from merge_cli.request.candidates import read_candidate, with_steps_from_above
-from merge_cli.request.folders import UNFINISHED, checkpoints_in, is_checkpoint, is_named_by_step, label_of
+from merge_cli.request.folders import UNFINISHED, checkpoints_in, few, is_checkpoint, is_named_by_step, label_of
 from merge_cli.request.labels import Candidate
 from merge_cli.request.misses import no_such_checkpoint, nothing_found
 from merge_cli.request.screening import check_none_is_merged, find_incomplete, offering_to_skip
@@ -162,7 +162,7 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
     skipped: list[str] = []
     empty: list[str] = []
     candidates = list_candidates(paths, asked, skipped.append, empty.append)
-    warnings = [f"{_few(empty)} left out as incomplete: {'it' if len(empty) == 1 else 'each'} {_EMPTY}"] if empty else []
+    warnings = [f"{few(empty)} left out as incomplete: {'it' if len(empty) == 1 else 'each'} {_EMPTY}"] if empty else []
     named = {as_path(path) for path in _typed(paths)}
     if any(is_glob(path) and not is_local(path) for path in named):
         return Found(candidates, skipped, warnings)  # revisions of the Hub are complete
@@ -211,8 +211,3 @@ def _all_or_first(paths: Sequence[str], most: int = 12) -> str:
 
 def _typed(paths: StrPath | Sequence[StrPath]) -> list[StrPath]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-
-
-def _few(paths: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return f"{', '.join(paths[:most])}{more} {'is' if len(paths) == 1 else 'are'}"

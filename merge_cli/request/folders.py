@@ -85,7 +85,7 @@ def checkpoints_in(run: str) -> tuple[list[str], list[str], list[str]]:
     for each other entry that looks like a checkpoint and is none.
     """
     store, entries, home = open_store(run), entries_of(run), resolve(run)
-    found, empty, skipped = [join(run, name) for name in _step_files(entries)], [], []
+    found, empty, skipped, merged = [join(run, name) for name in _step_files(entries)], [], [], []
     for entry in entries:
         path = join(run, entry.name)
         if RANK_FOLDER.match(entry.name) or entry.kind != "folder":
@@ -95,11 +95,20 @@ def checkpoints_in(run: str) -> tuple[list[str], list[str], list[str]]:
         if UNFINISHED.search(entry.name):
             skipped.append(f"{path} is left out: its name marks it as unfinished")
         elif store.stat(join(path, MANIFEST)) is not None:
-            skipped.append(f"{path} is left out: a result of pmerge; name it to average it")
+            merged.append(path)
         elif (real := store.resolve(path)) != join(home, entry.name) and folder_of(real) == home:
             skipped.append(f"{path} is left out: a link to {name_of(real)}")
         elif is_checkpoint(path):
             found.append(path)
         elif is_named_by_step(path):
             empty.append(path)
+    if merged:
+        what = "a result of pmerge; name it to average it" if len(merged) == 1 else "results of pmerge; name them to average them"
+        skipped.append(f"{few(merged)} left out: {what}")
     return found, empty, skipped
+
+
+def few(paths: Sequence[str], most: int = 3) -> str:
+    """The first of `paths`, the number of the others, and the verb."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"{', '.join(paths[:most])}{more} {'is' if len(paths) == 1 else 'are'}"

@@ -122,6 +122,7 @@ def train(out: Path, *, moe: bool, dcp: bool = False, num_steps: int, save_every
     """
     torch.set_num_threads(min(4, torch.get_num_threads()))  # more threads only wait for each other at this size
     transformers.set_seed(seed)
+    transformers.logging.disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
     training, held_out = standard_library()
     (out / "held_out.txt").write_bytes(held_out[:HELD_OUT_BYTES])
