@@ -25,8 +25,8 @@ from typing import Any
 from merge_cli.errors import ChangedError, InputError, OutputError, UsageError, first_ten
 from merge_cli.features.model_card import CARD, model_card
 from merge_cli.features.verify import verify
-from merge_cli.formats.checkpoint import INDEX_SUFFIX
 from merge_cli.formats.dcp.folder import METADATA_FILE
+from merge_cli.formats.index import INDEX_SUFFIX
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.names import MANIFEST
 from merge_cli.output.check import Listed, is_for_loaders, listed_files

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import InputError, UsageError
-from merge_cli.formats.checkpoint import INDEX_SUFFIX
+from merge_cli.formats.index import INDEX_SUFFIX
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES
 from merge_cli.names import MANIFEST, SWEEP_REPORT
 from merge_cli.output.check import Meter, check_files, check_index, check_metadata, listed_files, look_around

@@ -17,8 +17,6 @@ ambiguous.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,22 +29,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from merge_cli.errors import IncompleteError, InputError, first_ten
 from merge_cli.formats.alike import Moved, original_of
 from merge_cli.formats.foreign import recognize
+from merge_cli.formats.index import INDEX_SUFFIX, Index, choose_index, read_index
+from merge_cli.formats.numbering import check_no_forgotten_shard, check_numbering
 from merge_cli.formats.safetensors import MAX_HEADER_BYTES, SeenHeaders, TensorInfo, read_header
 from merge_cli.formats.side_files import SideFiles, list_side_files, without_training_state
-from merge_cli.formats.untrusted_json import DECODER, parse_member, walk_object
 from merge_cli.formats.weight_file import Files, WeightFile
 from merge_cli.stores.store import Entry, Store, StrPath, as_path, folder_of, is_local, join, name_of, open_store, read_file
-from merge_cli.system.json_text import may_hold_surrogates, parse_json
+from merge_cli.system.json_text import parse_json
 
 if TYPE_CHECKING:
     from merge_cli.formats.dcp.clone import DcpParts
 
-INDEX_SUFFIX = ".safetensors.index.json"
-SHARD_NUMBER = re.compile(r"^(?:shard-\d+-)?(?P<stem>.+)[-_](?P<number>\d{1,7})-of-(?P<count>\d{1,7})\.safetensors$")
-"""A shard of a numbered set; the writer of torch puts `shard-RANK-` before the name."""
-_PART_NUMBER = re.compile(r"^(?P<stem>.+)[-_](?P<number>\d{4,7})\.safetensors$")
 RANK_FOLDER = re.compile(r"^(?:[a-z]*_)?(?:mp|tp|pp|ep|dp|cp|rank)(?:_rank)?[_-]?\d+(?:[_-].*)?$", re.IGNORECASE)
-MAX_INDEX_BYTES = 100_000_000  # as much as a header; the largest in use have about 20 MB
 MAX_CONFIG_BYTES = 16 << 20
 
 
@@ -89,10 +83,6 @@ class Opened:
         self.headers = SeenHeaders(max_bytes)
         self.indexes: dict[str, Index] = {}
         self.contents: dict[object, Contents] = {}
-
-
-Index = tuple[dict[str, str], dict[str, Any]]
-"""The `weight_map` (tensor name -> file name) and `metadata` of an index file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +132,7 @@ def open_safetensors(path: StrPath, *, seen: Opened | None = None) -> Checkpoint
     entries = store.list(path)
     names = [entry.name for entry in entries]
     found = without_training_state([name for name in names if name.endswith(".safetensors")])
-    index_name = _choose_index(path, [name for name in names if name.endswith(INDEX_SUFFIX)], found)
+    index_name = choose_index(path, [name for name in names if name.endswith(INDEX_SUFFIX)], found)
     index_metadata: Mapping[str, Any] = {}
     if index_name:
         index = join(path, index_name)
@@ -160,7 +150,7 @@ def open_safetensors(path: StrPath, *, seen: Opened | None = None) -> Checkpoint
         wanted = found or _rank_files(store, path, entries)
         if not wanted:
             raise InputError(f"no safetensors files in {path}", hint=_next_command(path))
-        _check_numbering(path, wanted)
+        check_numbering(path, wanted)
         files = _open_files(store, path, wanted, names, seen)
         contents = _contents(files, seen, tuple(wanted), lambda: _without_index(files))
     store.check_inside(path, join(path, "config.json"))
@@ -188,72 +178,6 @@ def _contents(files: tuple[WeightFile, ...], seen: Opened, by: tuple[object, ...
     return seen.contents.setdefault(key, read())
 
 
-def read_index(path: str, seen: dict[str, Index] | None = None) -> Index:
-    """The `weight_map` and `metadata` of an index file, checked to be of that shape; those in
-    `seen` by the sha256 of the file are not parsed again.
-    """
-    raw = read_file(path, MAX_INDEX_BYTES)
-    digest = hashlib.sha256(raw).hexdigest()
-    seen = {} if seen is None else seen
-    if digest not in seen:
-        seen[digest] = _checked_index(raw, path)
-    return seen[digest]
-
-
-def _checked_index(raw: bytes, path: str) -> Index:
-    weight_map, metadata = _parse_index(raw, path)
-    if not weight_map:
-        raise InputError(f"{path}: `weight_map` must be an object that maps tensors to files, and not empty")
-    names = set(weight_map.values())
-    folded = {name.casefold(): name for name in names}
-    if len(folded) < len(names):
-        twice = next(name for name in sorted(names) if folded[name.casefold()] != name)
-        raise InputError(f"{path}: {twice[:200]!r} and {folded[twice.casefold()][:200]!r} are one file where case does not count")
-    return weight_map, metadata
-
-
-def _parse_index(raw: bytes, path: str) -> Index:
-    weight_map: dict[str, str] = {}
-    members: dict[str, Any] = {}
-    names: dict[str, str] = {}  # each file name once, however many tensors it holds
-
-    def add_tensor(tensor: str, at: int) -> int:
-        if tensor in weight_map:
-            raise InputError(f"{path}: the key {tensor[:200]!r} of `weight_map` occurs twice")
-        name, end = DECODER.raw_decode(text, at) if text.startswith('"', at) else (None, at)
-        if name is None or (name not in names and not _is_plain_path(name)):
-            found = f"{name!r:.200}" if name is not None else text[at : at + 40]
-            raise InputError(
-                f"{path}: weight_map[{tensor[:200]!r}] is {found}, which is not the name of a safetensors file here",
-                hint="an index may only name *.safetensors files beside it, without '..' or a leading '/'",
-            )
-        weight_map[tensor] = names.setdefault(name, name)
-        return end
-
-    def add_member(key: str, at: int) -> int:
-        if key in members:
-            raise InputError(f"{path}: the key {key[:200]!r} occurs twice")
-        members[key] = None
-        if key == "weight_map" and text.startswith("{", at):
-            return walk_object(text, at, add_tensor)
-        members[key], end = parse_member(text, at, f"{path}: `{key[:200]}`")
-        return end
-
-    try:
-        text = raw.decode("utf-8")
-        if text[walk_object(text, 0, add_member) :].strip(" \t\n\r"):
-            raise ValueError("more text after the end of the object")
-        if may_hold_surrogates(text):
-            json.dumps([weight_map, members], ensure_ascii=False).encode()
-    except ValueError as error:
-        kind = InputError if raw.rstrip().endswith(b"}") else IncompleteError
-        raise kind(f"{path} is not valid JSON: {error}") from error
-    metadata = members.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}: `metadata` must be an object")
-    return weight_map, metadata
-
-
 def read_config(path: str) -> dict[str, Any]:
     """The parsed `config.json`, {} where there is none."""
     if open_store(path).stat(path) is None:
@@ -265,27 +189,6 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path} must be a JSON object", hint="copy the file again, or that of another checkpoint of the run")
     return config
-
-
-def _is_plain_path(name: str) -> bool:
-    parts = name.split("/")
-    return (
-        len(name) <= 1000
-        and name.endswith(".safetensors")
-        and "\0" not in name
-        and "\\" not in name
-        and all(p not in ("", ".", "..") for p in parts)
-    )
-
-
-def _choose_index(folder: str, indexes: Sequence[str], found: Sequence[str]) -> str:
-    if "model" + INDEX_SUFFIX in indexes:
-        return "model" + INDEX_SUFFIX
-    if len(indexes) > 1:
-        raise InputError(f"several indexes in {folder}", details=indexes, hint="keep one of them")
-    if indexes and not found:
-        raise IncompleteError(f"{folder} has {indexes[0]} but none of its shards")
-    return indexes[0] if indexes else ""
 
 
 def _open_files(store: Store, folder: str, names: Sequence[str], listed: Sequence[str], seen: Opened) -> tuple[WeightFile, ...]:
@@ -347,7 +250,7 @@ def _by_index(
             hint="the shards belong to another save than the index: save or copy the checkpoint again",
         )
     stray = [file.name for file in beside]
-    _check_no_forgotten_shard(folder, index_name, [file.name for file in files if file.name not in stray], stray)
+    check_no_forgotten_shard(folder, index_name, [file.name for file in files if file.name not in stray], stray)
     _check_no_second_set(folder, index_name, weight_map, beside)
     notes = [f"{line}: not in {index_name}, kept" for line in first_ten(forgotten)]
     notes += [f"{line}: a copy that {index_name} does not point to, ignored" for line in first_ten(copies)]
@@ -359,56 +262,6 @@ def _rank_files(store: Store, folder: str, entries: Sequence[Entry]) -> list[str
     ranks = [entry.name for entry in entries if RANK_FOLDER.match(entry.name) and entry.kind == "folder"]
     inside = [f"{rank}/{entry.name}" for rank in ranks for entry in store.list(join(folder, rank))]
     return sorted(name for name in inside if name.endswith(".safetensors"))
-
-
-def _check_numbering(folder: str, names: Sequence[str]) -> None:
-    """Files named `x-00001-of-00003.safetensors` must be all there."""
-    numbered = [match for match in map(SHARD_NUMBER.match, names) if match]
-    counts: dict[str, set[str]] = {}
-    for match in numbered:
-        counts.setdefault(match["stem"], set()).add(match["count"])
-    for stem, several in sorted(counts.items()):
-        if len(several) > 1:
-            raise InputError(
-                f"{folder} holds shards of {len(several)} saves, and no index",
-                details=[f"found     {stem}-...-of-{count}.safetensors" for count in sorted(several)],
-                hint="move the files of the save that is not meant away",
-            )
-        (count,) = several
-        _check_no_hole(folder, [match for match in numbered if match["stem"] == stem], int(count))
-    parts = [match for match in map(_PART_NUMBER.match, names) if match and not SHARD_NUMBER.match(match[0])]
-    for stem in sorted({match["stem"] for match in parts}):
-        same = [match for match in parts if match["stem"] == stem]
-        last = max(int(match["number"]) for match in same)
-        _check_no_hole(folder, same, last + any(int(match["number"]) == 0 for match in same))
-
-
-def _check_no_hole(folder: str, matches: Sequence[re.Match[str]], count: int) -> None:
-    """Raise InputError unless the numbers of a set are `count` in a row, from 0 or from 1."""
-    have = {int(match["number"]) for match in matches}
-    first = 0 if 0 in have else 1
-    missing = [number for number in range(first, first + count) if number not in have]
-    if missing:
-        like = matches[0]
-        begin, end, width = like.start("number"), like.end("number"), len(like["number"])
-        raise IncompleteError(
-            f"{len(missing)} of {count} shards are missing in {folder}",
-            details=first_ten([f"{like[0][:begin]}{number:0{width}d}{like[0][end:]}" for number in missing]),
-        )
-
-
-def _check_no_forgotten_shard(folder: str, index_name: str, wanted: Sequence[str], stray: Sequence[str]) -> None:
-    """Raise InputError for a file of the numbered set that the index names, which it does not name
-    itself.
-    """
-    sets = {(match["stem"], match["count"]) for match in map(SHARD_NUMBER.match, wanted) if match}
-    forgotten = [name for name in stray if (match := SHARD_NUMBER.match(name)) and (match["stem"], match["count"]) in sets]
-    if forgotten:
-        raise InputError(
-            f"{join(folder, index_name)} does not name {len(forgotten)} shards of its own set",
-            details=first_ten(forgotten),
-            hint="the index is of a broken or an earlier save: save or copy the checkpoint again, or move those files away",
-        )
 
 
 def _check_no_second_set(folder: str, index_name: str, weight_map: Mapping[str, str], beside: Sequence[WeightFile]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import InputError
-from merge_cli.formats.checkpoint import read_index
+from merge_cli.formats.index import read_index
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.safetensors import BoundError, Header, SeenHeaders, read_header_at
 from merge_cli.formats.side_files import list_side_files

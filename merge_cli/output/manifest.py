@@ -13,10 +13,11 @@ from typing import Any
 
 from merge_cli.engine.writer import CHECKPOINT
 from merge_cli.errors import InputError, OutputError
-from merge_cli.formats.checkpoint import INDEX_SUFFIX, Checkpoint
+from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.dcp.clone import DcpParts, write_metadata
 from merge_cli.formats.dcp.folder import METADATA_FILE, locate, open_folder
 from merge_cli.formats.dcp.item import Envelopes
+from merge_cli.formats.index import INDEX_SUFFIX
 from merge_cli.formats.quantization import QUANTIZATION_SIDE_FILES, without_declared_quantization, without_quantization
 from merge_cli.formats.safetensors import read_header_at
 from merge_cli.formats.side_files import MAX_SIDE_FILE_BYTES, check_side_files

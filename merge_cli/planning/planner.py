@@ -17,12 +17,13 @@ from functools import partial
 
 from merge_cli.errors import UnsupportedError, UsageError, first_ten
 from merge_cli.formats.alike import Moved, original_of
-from merge_cli.formats.checkpoint import SHARD_NUMBER, Checkpoint, Stored
+from merge_cli.formats.checkpoint import Checkpoint, Stored
 from merge_cli.formats.dcp.checkpoint import tensor_name
 from merge_cli.formats.dcp.gather import as_chunks_of, whole
 from merge_cli.formats.dcp.hf_files import OF_DCP, SHARDING_INFO
 from merge_cli.formats.experts import as_dialect_of
 from merge_cli.formats.logical import Coded, Logical, View, Viewed, kind_of, view
+from merge_cli.formats.numbering import SHARD_NUMBER
 from merge_cli.formats.safetensors import DTYPES
 from merge_cli.formats.side_files import check_side_files
 from merge_cli.planning.clone_files import check_clone, clone_files

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from merge_cli.errors import IncompleteError, InputError, UsageError, first_ten
-from merge_cli.formats.checkpoint import SHARD_NUMBER
+from merge_cli.formats.numbering import SHARD_NUMBER
 from merge_cli.formats.opening import Seen
 from merge_cli.formats.pickled import ENDINGS, is_shard
 from merge_cli.request.candidates import read_candidate, with_steps_from_above

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from merge_cli.errors import InputError
-from merge_cli.formats.checkpoint import read_index
+from merge_cli.formats.index import read_index
 from merge_cli.formats.safetensors import DTYPES, Header, read_header_at
 
 CASES = int(os.environ.get("PMERGE_FUZZ_CASES", "1500"))
