@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from merge_cli.engine.arithmetic import add_term, divide, is_clean, store, torch_dtype
-from merge_cli.engine.buffers import HostBuffer, keep_freed_memory
+from merge_cli.engine.buffers import HostBuffer, elements, keep_freed_memory
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import CPU, Device
+from merge_cli.engine.kernels.native import load
 from merge_cli.engine.nonfinite import nonfinite_error
 from merge_cli.engine.reads import Reads
 from merge_cli.engine.reducers.fallback import note_on_memory
+from merge_cli.engine.reducers.native_quantized import DecodedSums, Operations, can_sum, decoded_bytes
 from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.error import Totals, combine_totals, error_totals
 from merge_cli.formats.safetensors import DTYPES
@@ -40,7 +42,6 @@ _STATS_VALUES = 1 << 16
 _MOST_SLACKS = 12  # eight parts are read into whole blocks of the storage, and are aligned to one
 
 Parts = dict[str, Tensor]
-Operations = Mapping[int, WeightedSum]
 Writes = dict[int, list[tuple[int, memoryview]]]
 
 
@@ -123,7 +124,8 @@ class QuantizedReducer:
         values, num_outputs = largest_chunk(extents, size.values), len(plan.outputs)
         work = values * (BYTES_PER_VALUE + 8 * num_outputs)
         if not device.is_accelerator:
-            return Memory(work + _MOST_SLACKS * size.slack_bytes)
+            summed = [extent for extent in extents if extent.codec is not None and can_sum(extent)] if load() else []
+            return Memory(work + _MOST_SLACKS * size.slack_bytes + decoded_bytes(summed, size, 4 * num_outputs))
         return Memory(values * (_PINNED_BYTES_PER_VALUE + 8 * num_outputs) + _MOST_SLACKS * size.slack_bytes, work)
 
 
@@ -138,6 +140,7 @@ class QuantizedSums:
         self._slack_bytes = slack_bytes
         self._allow_nonfinite = allow_nonfinite
         self._stream = device.stream()
+        self._native = None if device.is_accelerator or load() is None else DecodedSums(reads, slack_bytes)
 
     def stats(self, extent: QuantizedExtent, chunks: Iterable[tuple[int, int]], operations: Operations) -> dict[int, Tensor]:
         """The facts about the whole tensor that its codec needs before it encodes any value, for
@@ -147,8 +150,8 @@ class QuantizedSums:
         assert extent.codec is not None
         with self._active():
             for first, end in chunks:
-                sums, base = self._sums(extent, first, end, operations)
-                for k, values in self._finite(extent, sums, first, end).items():
+                sums, base = self._to_encode(extent, first, end, operations)
+                for k, values in sums.items():
                     here = extent.codec.stats(values, extent.shape, first, end, base=base)
                     if here is not None:
                         found[k] = torch.maximum(found[k], here.cpu()) if k in found else here.cpu()
@@ -158,13 +161,14 @@ class QuantizedSums:
         """Rows `first` to `end` of every operation's output. Raises NonFiniteError."""
         rows = Rows()
         with self._active():
-            sums, base = self._sums(extent, first, end, operations)
             if extent.codec is None:
+                sums, _ = self._sums(extent, first, end, operations)
                 for k, total in sums.items():
                     rounded = self._rounded(extent, operations[k], total, first, end)
                     rows.writes[k] = [self._plain(rows, k, extent, rounded, first, end)]
             else:
-                for k, values in self._finite(extent, sums, first, end).items():
+                sums, base = self._to_encode(extent, first, end, operations)
+                for k, values in sums.items():
                     rows.writes[k] = self._encoded(rows, extent, values, first, end, stats.get(k), base)
         return rows
 
@@ -240,6 +244,26 @@ class QuantizedSums:
             rounded.masked_fill_(rounded.isnan(), float("nan"))
             rows.nonfinite[k] = {extent.key: int((~rounded.isfinite()).sum())}
         return extent.sinks[0].offset + first * extent.shape[-1] * rounded.itemsize, memory_of(rounded.cpu())
+
+    def _to_encode(
+        self, extent: QuantizedExtent, first: int, end: int, operations: Operations
+    ) -> tuple[dict[int, Tensor], Parts | None]:
+        """The sums as float32 [rows, columns], and the base's parts; by the native kernel where it
+        decodes all inputs.
+
+        Raises NonFiniteError, since codes cannot hold NaN or Inf.
+        """
+        if self._native is None or not can_sum(extent):
+            sums, base = self._sums(extent, first, end, operations)
+            return self._finite(extent, sums, first, end), base
+        rows, once = end - first, {k: each._replace(retry=False) for k, each in operations.items()}
+        results, bad = self._native.reduce(extent, once, "F32", first, end)
+        if bad:
+            raise self._native.error(extent, rows * extent.shape[-1])
+        found = {k: elements(result, torch.float32, 0, rows * extent.shape[-1]) for k, result in results.items()}
+        parts = self._native.parts(extent, extent.base, first, end)
+        base = {role: buffer.tensor[buffer.begin : buffer.begin + size] for role, (buffer, size) in parts.items()}
+        return {k: values.view(rows, extent.shape[-1]) for k, values in found.items()}, base
 
     def _finite(self, extent: QuantizedExtent, sums: Mapping[int, Tensor], first: int, end: int) -> dict[int, Tensor]:
         """The sums as float32 [rows, columns]; raises NonFiniteError, since codes cannot hold NaN

@@ -18,9 +18,16 @@ from safetensors.torch import load_file
 from schemes import FP8, PLAIN, READ, quantized_run, stored_parts, write_quantized
 
 from merge_cli import average, plan_average
+from merge_cli.engine.buffers import HostBuffer, page_aligned
+from merge_cli.engine.chunk import ChunkSize
+from merge_cli.engine.kernels import native
+from merge_cli.engine.reader import InputFiles
+from merge_cli.engine.reads import Reads
+from merge_cli.engine.reducers.native_quantized import DecodedSums, decoded_bytes
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
 from merge_cli.formats.quantization import Stored, find_quantized
+from merge_cli.planning.plan import QuantizedExtent
 
 
 @pytest.mark.parametrize("case", READ)
@@ -178,3 +185,37 @@ def test_inspect_counts_what_codes_stand_for(tmp_path: Path) -> None:
     assert known.num_parameters == values[0].numel() + sum(tensor.numel() for tensor in PLAIN.values())
     assert list(known.quantization.values()) == [1]
     assert refused.quantization == {} and "gptq" in refused.unreadable
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+@pytest.mark.parametrize("case", READ)
+def test_every_kernel_gives_the_encoder_the_sums_of_torch(
+    case: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = quantized_run(tmp_path / "run", case)[0]
+    outs = []
+    for name in ("torch", kernel):
+        monkeypatch.setenv(native.VARIABLE, name)
+        outs.append(digests(average(paths, tmp_path / name, method="ema", requantize=True, device="cpu").output))
+    assert outs[0] == outs[1]
+
+
+@pytest.mark.skipif(native.load() is None, reason="the native kernel was not built")
+@pytest.mark.parametrize("case", ["DeepSeek-V3", "nvfp4", "gpt-oss"])
+def test_the_buffers_of_native_sums_are_no_larger_than_stated(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def buffer(num_bytes: int) -> HostBuffer:
+        made.append(num_bytes)
+        return page_aligned(num_bytes)
+
+    monkeypatch.setattr("merge_cli.engine.reducers.native_quantized.page_aligned", buffer)
+    plan = plan_average(quantized_run(tmp_path / "run", case)[0], tmp_path / "out", requantize=True, device="cpu").merge
+    extent = next(each for file in plan.files for each in file.extents if isinstance(each, QuantizedExtent))
+    size = ChunkSize(4096, 8 * 4096, 4096)
+    with InputFiles() as inputs:
+        sums = DecodedSums(Reads(inputs), 0)
+        for first in range(0, extent.num_rows, extent.rows_at_once(size.values)):
+            end = min(extent.num_rows, first + extent.rows_at_once(size.values))
+            sums.reduce(extent, {0: plan.operation(extent, 0)}, "F32", first, end)
+    assert 0 < sum(made) <= decoded_bytes([extent], size, 4)
