@@ -104,7 +104,12 @@ def carry_out(job: Job, on_progress: Callable[[Progress], None] | None = None) -
         _assemble_files(destinations)
         while job.budget is not None and (work := _missing(items, destinations)):
             before = sink.claimed
-            statistics = statistics.plus(stream(job.merge, work, sink, job.budget))
+            try:
+                statistics = statistics.plus(stream(job.merge, work, sink, job.budget))
+            except OutputError:
+                if not _are_over(destinations):
+                    raise
+                break  # this host was cut off while the others published
             progress.begin_round(statistics)
             _assemble_files(destinations)
             if sink.claimed == before:
@@ -167,10 +172,15 @@ def _publish(job: Job, finished: Sequence[Destination]) -> dict[Path, Mapping[st
         if ready:
             publish(job.merge, ready, job.command)
     except OutputError:
-        if not all(isinstance(each, JointDestination) and each.is_over() for each, _ in ready):
+        if not _are_over([each for each, _ in ready]):
             raise
         ready = []  # where a lock failed, another rank has published the same bytes meanwhile
     return {each.folder.destination: records for each, records in ready}
+
+
+def _are_over(destinations: Sequence[Destination]) -> bool:
+    """Whether other ranks have published all of these, so that an error of this one's work is none."""
+    return all(isinstance(each, JointDestination) and (each.is_published or each.is_over()) for each in destinations)
 
 
 def _result(each: Destination, missing: tuple[str, ...], published: Mapping[Path, Mapping[str, FileRecord]]) -> OutputResult:

@@ -15,6 +15,7 @@ import torch
 from builders import training_run, write_run
 
 from merge_cli import Rank, average, plan_average, run_average
+from merge_cli.engine.writer import ShardWriter
 from merge_cli.errors import OutputError
 from merge_cli.output import publish as publishing
 from merge_cli.output.destination import Claim
@@ -415,3 +416,24 @@ def test_a_rank_that_starts_in_the_last_moment_of_a_folder_leaves_nothing(
     monkeypatch.setattr(Path, "rmdir", overtaken)
     run(paths, tmp_path / "out", "rank")
     assert late == [True] and [*tmp_path.glob("out?*")] == []
+
+
+def test_a_rank_that_cannot_write_any_more_finds_that_another_has_published(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that was cut off until its lease had expired: its open files are gone on the server."""
+    plans = [plan_average(paths, tmp_path / "out", rank=Rank(number, 2, source="--rank"), threads=1) for number in range(2)]
+    write, published = ShardWriter.write, list[bool]()
+
+    def failing(self: ShardWriter, offset: int, data: memoryview) -> bool:
+        if published:
+            return write(self, offset, data)
+        published.append(False)
+        published[0] = run_average(plans[0]).has_published
+        raise OutputError(f"cannot write {self.path}: Input/output error")
+
+    monkeypatch.setattr("merge_cli.output.claims.flock", lambda fd: True)
+    monkeypatch.setattr(ShardWriter, "write", failing)
+    result = run_average(plans[1])
+    assert published == [True] and result.already_published and not result.missing
+    assert [*tmp_path.glob("out?*")] == []
