@@ -76,7 +76,7 @@ _FORMATS = (
         lambda folder, file: "average the safetensors that it was made from, and convert the result",
     ),
     _Format(
-        ("*.msgpack", "*.h5", "*.npz"),
+        ("*.msgpack", "*.h5", "*.npz", "*.onnx", "*.tflite"),
         "weights of another framework",
         lambda folder, file: f"convert {file} to safetensors with its framework",
     ),

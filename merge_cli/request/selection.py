@@ -49,7 +49,8 @@ def select_checkpoints(candidates: Sequence[Candidate], asked: Selection, method
     notes, warnings = check_steps(ordered, chosen)
     unknown = sum(candidate.step is None for candidate in chosen)
     if order == "step" and unknown and len(chosen) > 1:
-        about = f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is the one given"
+        given = "that of their names" if all(each.in_run for each in chosen) else "the one given"
+        about = f"no step is known for {unknown} of {len(chosen)} checkpoints: their order is {given}"
         (notes if unknown == len(chosen) else warnings).append(f"{about}, {chosen[-1].path} last")
     steps_known = [candidate.step for candidate in chosen if candidate.step is not None]
     if order == "given" and steps_known != sorted(steps_known):

@@ -343,6 +343,13 @@ def test_an_optimizer_in_safetensors_is_training_state(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "optimizer.safetensors").exists()
 
 
+def test_the_order_of_a_run_folder_without_steps_is_nobodys_order(tmp_path: Path) -> None:
+    for name in ("best", "final"):
+        write(tmp_path / name, weights(len(name)), {})
+    (note,) = [line for line in plan_average(tmp_path, tmp_path / "out").notes if "order" in line]
+    assert note.endswith(f"their order is that of their names, {tmp_path}/final last")
+
+
 def test_configs_that_differ_in_the_same_field_are_one_warning(tmp_path: Path) -> None:
     for epoch in range(4):
         write(tmp_path / f"epoch_{epoch}", weights(epoch), {"epoch": epoch})

@@ -28,6 +28,7 @@ FORMATS = {
     "meta": (["step_1/consolidated.00.pth"], "safetensors.torch.save_file"),
     "lightning": (["run/epoch=1-step=100.ckpt"], "['state_dict']"),
     "gguf": (["step_1/model.gguf"], "average the safetensors that it was made from"),
+    "onnx": (["step_1/model.onnx"], "with its framework"),
     "flax": (["step_1/flax_model.msgpack"], "with its framework"),
     "nanotron": (["10/model/model/token_embedding/model_weight.safetensors", "10/model_config.json"], "nanotron"),
     "optimizer": (["ckpt_1/optimizer.pt", "ckpt_1/trainer_state.json"], "into which the trainer saves the model"),
