@@ -25,13 +25,12 @@ from merge_cli.trajectory.choices import Choice, best, choices, flat_range
 from merge_cli.trajectory.compare import difference, sampling_error
 from merge_cli.trajectory.evidence import Evidence, Named, collect
 from merge_cli.trajectory.ledger import Row
-from merge_cli.trajectory.model import Estimate, Line, Noise, best_count, fit_error, fit_line, noise_of
+from merge_cli.trajectory.model import SPACINGS_DIFFER, Estimate, Line, Noise, best_count, distinct, fit_error, fit_line, noise_of
 from merge_cli.trajectory.plans import SINGLES
 from merge_cli.trajectory.results import is_loss, lower_is_better
 
 SCHEMA = 1
 BAND_NOW, BAND_AHEAD = 0.15, 0.35  # of a: the largest errors of 21 forks
-SPACINGS_DIFFER = 0.15  # of a, at V and 2V
 STEEP = 0.05  # s V / a: early in a run forecasts missed by more
 LONG, SHORT = 0.4, 0.2  # of the run: the singles behind the forecast ahead, and the least that is not warned of
 NOW = "the loss at equal tokens of a run that had decayed over its last 10 to 25 %, ending at step {newest:.10g}: l(T) - a"
@@ -218,8 +217,7 @@ def _predict(found: Evidence, measured: Forecast, steps: Sequence[float], anneal
         text = f"the best merge ({best_merge:.4f}) is below l(T) - a ({now.value:.4f}) already: a is too small"
         warnings.append(Named("merge below forecast", text))
     done = [(one, level.value - one.loss) for one in found.merges if one.steps[-1] == newest]
-    known = [(noise.spacing, noise.a.value) for noise in noises if noise.a.value > 0]
-    table = choices(known, slope, [step for step in steps if step <= newest], found.since, done)
+    table = choices(distinct(noises), slope, [step for step in steps if step <= newest], found.since, done)
     top = best(table)
     optimum = best_count(a, slope, finest.spacing)
     return replace(

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+SPACINGS_DIFFER = 0.15  # of a, at V and 2V
+
 
 class Measured(NamedTuple):
     """The measured loss of a merge of checkpoints at `steps`, oldest to newest; `key` names its
@@ -147,6 +149,18 @@ def noise_of(merges: Sequence[Measured], line: Line, singles: Sequence[Measured]
                 total = total.plus(loss, c * one.removes / squares)
             total = total.plus(measured(one), -one.removes / squares)
         found.append(Noise(math.fsum(one.spacing for one in group) / len(group), total, len(group)))
+    return found
+
+
+def distinct(noises: Sequence[Noise]) -> list[tuple[float, float]]:
+    """(spacing, a) of the finest spacing, and of each wider one whose a differs from that before
+    it. What agrees is one number: its chance differences would decide between spacings.
+    """
+    found: list[tuple[float, float]] = []
+    for noise in noises:
+        a = noise.a.value
+        if a > 0 and not (found and abs(a / found[-1][1] - 1) <= SPACINGS_DIFFER):
+            found.append((noise.spacing, a))
     return found
 
 

@@ -288,6 +288,21 @@ def test_the_band_spans_both_values_of_a_where_spacings_differ() -> None:
     assert "merge below forecast" in names(found)[1]  # the merge at 2V: a from close checkpoints is too small
 
 
+@pytest.mark.parametrize(("excess", "spacing"), [(0.10, 50), (0.30, 100)])
+def test_an_a_that_agrees_at_two_spacings_is_one_number(excess: float, spacing: int) -> None:
+    """What a is larger by at 2V decides between the spacings only where it differs."""
+    exact = white(0.13, 3e-5)
+
+    def loss(steps: Sequence[int], values: Sequence[float]) -> float:
+        wide = len(steps) > 1 and steps[1] - steps[0] == 100
+        return exact(steps, values) - (excess * 0.13 * (1 - sum(c * c for c in values)) if wide else 0.0)
+
+    found = forecast_rows(rows_of(loss, 10_000, 50, singles=SINGLES))
+    assert found.noises[1].a.value == pytest.approx((1 + excess) * 0.13)
+    assert found.choice is not None and found.choice.spacing == spacing
+    assert ("spacings differ" in names(found)[1]) == (excess > 0.15)
+
+
 def test_each_spacing_is_judged_by_its_own_noise() -> None:
     """Noise that is correlated over a hundred steps: at one spacing for all, close checkpoints
     would look as good as far ones.
