@@ -1,5 +1,5 @@
-"""Sums of quantized tensors by the native kernel, decoded inside its tile, without torch; written as
-plain values, or encoded again by `quantized.py`.
+"""Sums of quantized tensors by the native kernel, decoded inside its tile, without torch; written
+as plain values, or encoded again by `quantized.py`.
 
 One chunk is whole rows. Of each quantized input only the bytes of its parts are held, so memory
 grows with the number of inputs, but by the width of codes rather than of values.
