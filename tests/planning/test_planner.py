@@ -9,8 +9,7 @@ import pytest
 import torch
 from builders import CONFIG, write_checkpoint, write_safetensors
 
-from merge_cli.formats import checkpoint as formats
-from merge_cli.formats import safetensors
+from merge_cli.formats import index, safetensors
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.planning.plan import Extent, Location, MergePlan, Output, QuantizedExtent, QuantizedSource
@@ -107,7 +106,7 @@ def test_equal_headers_and_indexes_are_parsed_once(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(module, name, count)
 
     counted(safetensors, "parse_header")
-    counted(formats, "_parse_index")
+    counted(index, "_parse_index")
     seen = Seen()
     for step in range(4):
         open_checkpoint(write(tmp_path / f"c{step}", "index", step), seen=seen)
