@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def environment(request: pytest.FixtureRequest) -> dict[str, str]:
     kernel = {"PMERGE_KERNEL": "torch"} if "torch" in request.node.name else {}
-    return {**os.environ, **kernel, "PYTHONWARNINGS": "default"}
+    return {**os.environ, **kernel, "PYTHONWARNINGS": "default,ignore::DeprecationWarning:typer"}  # the lowest one
 
 
 @pytest.mark.parametrize("command", COMMANDS)
