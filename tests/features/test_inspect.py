@@ -10,7 +10,7 @@ from builders import CONFIG, write_checkpoint
 
 from merge_cli.features import inspect
 from merge_cli.features.inspect import inspect_checkpoints
-from merge_cli.formats import checkpoint, safetensors
+from merge_cli.formats import checkpoint, index, safetensors
 from merge_cli.formats.alike import Moved
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counted(safetensors, "parse_header")
     counted(checkpoint, "_weight_file")
-    counted(checkpoint, "_parse_index")
+    counted(index, "_parse_index")
     counted(Moved, "__getitem__")
     counted(inspect, "experts_per_layer")
     return counts
