@@ -10,7 +10,7 @@ from paths import PACKAGE
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 FACTS = {
     "dtype of a sum": (r"dtype = \"F64\"|_SIGNIFICANT_BITS\b", {"planning/sums.py"}),
-    "two passes": (r"\.needs_stats\b", {"planning/plan.py"}),
+    "two passes": (r"\.needs_stats\b", {"planning/extent.py"}),
     "bytes of n elements": (r"\.bits // 8", {"formats/safetensors.py"}),
     "rounding to odd": (r"bitwise_and\(bits, 1", {"engine/arithmetic.py"}),
     "NaN and overflow messages": (r"has NaN or Inf in an input|overflows \{", {"engine/nonfinite.py"}),

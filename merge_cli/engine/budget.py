@@ -14,7 +14,8 @@ from merge_cli.engine.reducers import kinds
 from merge_cli.engine.storage import LARGE_REQUEST_BYTES, are_local
 from merge_cli.errors import UsageError
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import AVERAGE, Extent, MergePlan, WorkItem
+from merge_cli.planning.extent import Extent
+from merge_cli.planning.plan import AVERAGE, MergePlan, WorkItem
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from merge_cli.engine.device import Device
-from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent, WorkItem
+from merge_cli.planning.extent import Extent, QuantizedExtent
+from merge_cli.planning.plan import MergePlan, WorkItem
 
 if TYPE_CHECKING:
     from merge_cli.engine.reads import Reads

@@ -12,7 +12,8 @@ from merge_cli.engine.buffers import page_aligned
 from merge_cli.engine.reader import InputFiles, check_unchanged
 from merge_cli.errors import ChangedError, MismatchError, first_ten
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import Extent, MergePlan, WorkItem
+from merge_cli.planning.extent import Extent
+from merge_cli.planning.plan import MergePlan, WorkItem
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 from merge_cli.stores.store import is_local
 from merge_cli.system.writers import find_writer

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from merge_cli.engine.buffers import HostBuffer
 from merge_cli.errors import NonFiniteError
-from merge_cli.planning.plan import Extent
+from merge_cli.planning.extent import Extent
 from merge_cli.planning.sums import WeightedSum
 
 _SLICE_ELEMENTS = 1 << 16

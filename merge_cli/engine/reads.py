@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from merge_cli.engine.buffers import HostBuffer
 from merge_cli.engine.reader import InputFiles
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import Location, PartLocation
+from merge_cli.planning.extent import Location, PartLocation
 
 
 class StoppedError(Exception):

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from merge_cli.engine.chunk import GRAM_BLOCK_ELEMENTS, Chunk, ChunkSize, Reduced
 from merge_cli.engine.reducers.kinds import kind_of
 from merge_cli.engine.sink import Sink, Writer
-from merge_cli.planning.plan import GRAM, Extent, QuantizedExtent, WorkItem
+from merge_cli.planning.extent import Extent, QuantizedExtent
+from merge_cli.planning.plan import GRAM, WorkItem
 
 
 class OpenItem:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from merge_cli.planning.plan import Location, MergePlan
+from merge_cli.planning.extent import Location
+from merge_cli.planning.plan import MergePlan
 from merge_cli.stores.local import LocalSource
 from merge_cli.stores.store import is_local, open_store
 from merge_cli.system.files import TMPFS, filesystem_type

@@ -21,7 +21,8 @@ from merge_cli.errors import InputError, UsageError
 from merge_cli.formats.opening import Seen, open_checkpoint
 from merge_cli.formats.twins import twin_warnings
 from merge_cli.output.progress import Progress
-from merge_cli.planning.plan import GRAM, Extent, MergePlan, Output, QuantizedExtent, WorkItem
+from merge_cli.planning.extent import Extent, QuantizedExtent
+from merge_cli.planning.plan import GRAM, MergePlan, Output, WorkItem
 from merge_cli.planning.planner import build_plan
 from merge_cli.request.discovery import find_candidates
 from merge_cli.request.labels import Candidate

@@ -21,7 +21,8 @@ from merge_cli.engine.stream import stream
 from merge_cli.errors import ChangedError, MismatchError, NonFiniteError
 from merge_cli.formats.safetensors import DTYPES, parse_header
 from merge_cli.names import MANIFEST
-from merge_cli.planning.plan import Extent, Location, MergePlan, OutputFile, QuantizedExtent, WorkItem
+from merge_cli.planning.extent import Extent, Location, QuantizedExtent
+from merge_cli.planning.plan import MergePlan, OutputFile, WorkItem
 from merge_cli.request.spec import RunConfig
 from merge_cli.system.files import read_up_to
 from merge_cli.tuning.tune import tune

@@ -13,8 +13,10 @@ from merge_cli.formats.dcp.clone import CloneFile, Copied, DcpParts
 from merge_cli.formats.dcp.entries import AVERAGE, BASE
 from merge_cli.formats.dcp.item import Envelope
 from merge_cli.formats.weight_file import WeightFile
+from merge_cli.planning.extent import Location
+from merge_cli.planning.extent_builder import ExtentBuilder
 from merge_cli.planning.extents import Entry
-from merge_cli.planning.plan import ExtentBuilder, Gap, Location, Output, OutputFile
+from merge_cli.planning.plan import Gap, Output, OutputFile
 from merge_cli.request.spec import MergeSpec
 from merge_cli.stores.store import join
 

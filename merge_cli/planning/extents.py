@@ -16,17 +16,9 @@ from merge_cli.formats.alike import original_of
 from merge_cli.formats.checkpoint import Stored
 from merge_cli.formats.logical import Coded, Logical, Stacked, View, dtype_of, file_of, shape_of
 from merge_cli.formats.safetensors import DTYPES, Header, lay_out
-from merge_cli.planning.plan import (
-    Alike,
-    ExtentBuilder,
-    Location,
-    OutputFile,
-    PartLocation,
-    PartOffset,
-    QuantizedExtent,
-    QuantizedSource,
-    Sources,
-)
+from merge_cli.planning.extent import Alike, Location, PartLocation, PartOffset, QuantizedExtent, QuantizedSource, Sources
+from merge_cli.planning.extent_builder import ExtentBuilder
+from merge_cli.planning.plan import OutputFile
 
 
 class Entry(NamedTuple):

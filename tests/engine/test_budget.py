@@ -22,7 +22,8 @@ from merge_cli.engine.budget import (
 )
 from merge_cli.engine.device import CPU
 from merge_cli.engine.kernels import native
-from merge_cli.planning.plan import GRAM, Extent, MergePlan
+from merge_cli.planning.extent import Extent
+from merge_cli.planning.plan import GRAM, MergePlan
 from merge_cli.ranks.launcher import Rank
 
 GIB = 1 << 30

@@ -12,7 +12,8 @@ from builders import CONFIG, write_checkpoint, write_safetensors
 from merge_cli.formats import index, safetensors
 from merge_cli.formats.checkpoint import Checkpoint
 from merge_cli.formats.opening import Seen, open_checkpoint
-from merge_cli.planning.plan import Extent, Location, MergePlan, Output, QuantizedExtent, QuantizedSource
+from merge_cli.planning.extent import Extent, Location, QuantizedExtent, QuantizedSource
+from merge_cli.planning.plan import MergePlan, Output
 from merge_cli.planning.planner import build_plan
 from merge_cli.planning.record import fingerprint
 from merge_cli.request.coefficients import Coefficients

@@ -14,7 +14,8 @@ from schemes import READ, quantized_run
 from merge_cli import plan_average
 from merge_cli.engine.reducers.quantized import rows_of
 from merge_cli.errors import UsageError
-from merge_cli.planning.plan import OutputFile, QuantizedExtent, WorkItem
+from merge_cli.planning.extent import QuantizedExtent
+from merge_cli.planning.plan import OutputFile, WorkItem
 from merge_cli.ranks.launcher import ARRAY, Rank, find_rank
 from merge_cli.ranks.shares import MIN_PIECE_BYTES, PIECE_ALIGNMENT, cut, order_of_work, shares
 

@@ -10,7 +10,8 @@ from merge_cli.engine.buffers import page_aligned
 from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
 from merge_cli.engine.reads import Reads
-from merge_cli.planning.plan import Extent, MergePlan
+from merge_cli.planning.extent import Extent
+from merge_cli.planning.plan import MergePlan
 
 
 class CopyingReducer:

@@ -17,7 +17,8 @@ from merge_cli.engine.chunk import Chunk, ChunkSize, Memory, Reduced
 from merge_cli.engine.device import Device
 from merge_cli.engine.nonfinite import count_nonfinite, describe_nonfinite
 from merge_cli.engine.reads import Reads
-from merge_cli.planning.plan import Extent, MergePlan
+from merge_cli.planning.extent import Extent
+from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.sums import WeightedSum
 
 BLOCK_ELEMENTS = 1 << 18

@@ -29,7 +29,8 @@ from merge_cli.engine.reads import Reads
 from merge_cli.engine.reducers.quantized import BYTES_PER_VALUE, QuantizedSums
 from merge_cli.engine.sink import NoSink
 from merge_cli.errors import NonFiniteError
-from merge_cli.planning.plan import Extent, MergePlan, QuantizedExtent
+from merge_cli.planning.extent import Extent, QuantizedExtent
+from merge_cli.planning.plan import MergePlan
 
 _UNIT = 1 << 1127
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from merge_cli.engine.chunk import Reducer
 from merge_cli.engine.kernels.native import load
 from merge_cli.engine.reducers.native_quantized import NativeQuantizedReducer, can_decode
-from merge_cli.planning.plan import GRAM, Extent, MergePlan, QuantizedExtent, WorkItem
+from merge_cli.planning.extent import Extent, QuantizedExtent
+from merge_cli.planning.plan import GRAM, MergePlan, WorkItem
 
 if TYPE_CHECKING:
     from merge_cli.engine.device import Device

@@ -13,7 +13,8 @@ from merge_cli.engine.kernels.native import Job, Kernel, load
 from merge_cli.engine.nonfinite import count_nonfinite, describe_nonfinite
 from merge_cli.engine.reads import Reads
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import Extent, MergePlan
+from merge_cli.planning.extent import Extent
+from merge_cli.planning.plan import MergePlan
 
 _MOST_JOBS = 64
 

@@ -20,7 +20,8 @@ from merge_cli.engine.reads import Reads
 from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.integer import Integer
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import Location, MergePlan, PartLocation, QuantizedExtent, QuantizedSource
+from merge_cli.planning.extent import Location, PartLocation, QuantizedExtent, QuantizedSource
+from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.sums import WeightedSum
 
 _ROLES = ("codes", "scale", "zero", "global_scale")

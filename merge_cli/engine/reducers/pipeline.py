@@ -44,7 +44,8 @@ from merge_cli.engine.device import Device
 from merge_cli.engine.queues import COMPUTE, DOWNLOAD, UPLOAD, Event, Queues
 from merge_cli.engine.reads import Reads
 from merge_cli.engine.reducers.accumulator import Accumulator, accumulator_bytes
-from merge_cli.planning.plan import Extent, MergePlan
+from merge_cli.planning.extent import Extent
+from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.sums import WeightedSum
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 

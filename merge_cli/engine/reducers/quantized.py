@@ -32,7 +32,8 @@ from merge_cli.engine.reducers.native_quantized import DecodedSums, Operations, 
 from merge_cli.errors import NonFiniteError
 from merge_cli.formats.quantization.error import Totals, combine_totals, error_totals
 from merge_cli.formats.safetensors import DTYPES
-from merge_cli.planning.plan import Location, MergePlan, PartLocation, QuantizedExtent, QuantizedSource
+from merge_cli.planning.extent import Location, PartLocation, QuantizedExtent, QuantizedSource
+from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.sums import WeightedSum
 from merge_cli.stores.local import DIRECT_BLOCK_BYTES
 

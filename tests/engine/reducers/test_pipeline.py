@@ -35,7 +35,7 @@ from merge_cli.engine.reader import InputFiles
 from merge_cli.engine.reducers.pipeline import DEPTH, STAGES, Ring, ring_device_bytes, ring_host_bytes
 from merge_cli.errors import NonFiniteError, OutputError, PmergeError, UsageError
 from merge_cli.features.average import AverageResult
-from merge_cli.planning.plan import Extent, Location
+from merge_cli.planning.extent import Extent, Location
 from merge_cli.planning.sums import WeightedSum
 
 METHODS: dict[str, dict[str, Any]] = {"sma": {}, "ema": {"alpha": 0.1}, "weights": {"weights": [0.7, 0.5, -0.3, 0.1]}}

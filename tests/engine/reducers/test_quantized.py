@@ -27,7 +27,7 @@ from merge_cli.engine.reducers.native_quantized import DecodedSums, decoded_byte
 from merge_cli.errors import MismatchError, NonFiniteError, PmergeError, UsageError
 from merge_cli.features.inspect import inspect_checkpoints
 from merge_cli.formats.quantization import Stored, find_quantized
-from merge_cli.planning.plan import QuantizedExtent
+from merge_cli.planning.extent import QuantizedExtent
 
 
 @pytest.mark.parametrize("case", READ)
