@@ -191,7 +191,8 @@ class Records:
 
     def _matches(self, record: Mapping[str, Any], inode: int | None) -> bool:
         same = (record.get("inode"), record.get("request")) == (inode, self.request)
-        return inode is not None and same and not is_newer(record)
+        has_shape = _are_numbers(record.get("begin"), record.get("end")) and _are_counts(record.get("nonfinite"))
+        return inode is not None and same and has_shape and not is_newer(record)
 
     def _inode(self, file: OutputFile) -> int | None:
         """Of the file that its pieces are written into; it has its final name if a rank died before
@@ -227,7 +228,19 @@ def files_have_changed(checkpoint: Path, names: Sequence[str]) -> OutputError:
     )
 
 
+def _are_numbers(*values: object) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def _are_counts(nonfinite: object) -> bool:
+    return isinstance(nonfinite, dict) and _are_numbers(*nonfinite.values())
+
+
 def _record(entry: Mapping[str, Any]) -> FileRecord:
+    """The record of a whole file. Raises KeyError or TypeError where it has another shape."""
+    is_text = isinstance(entry["sha256"], str)
+    if not (is_text and _are_counts(entry["nonfinite"]) and _are_numbers(entry["file_bytes"], entry["mtime_ns"])):
+        raise TypeError("not the record of a file")
     return FileRecord(entry["file_bytes"], entry["sha256"], dict(entry["nonfinite"]), entry["mtime_ns"])
 
 

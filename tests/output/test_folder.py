@@ -437,3 +437,22 @@ def test_a_rank_that_cannot_write_any_more_finds_that_another_has_published(
     result = run_average(plans[1])
     assert published == [True] and result.already_published and not result.missing
     assert [*tmp_path.glob("out?*")] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"sha256": 1}, {"sha256": None}, {"mtime_ns": "x"}, {"file_bytes": []}, {"nonfinite": {"a": "x"}}, {"nonfinite": [1]}],
+    ids=str,
+)
+def test_a_record_of_another_shape_counts_for_nothing(wrong: dict[str, Any], paths: list[Path], tmp_path: Path) -> None:
+    plan = plan_average(paths, tmp_path / "out", threads=1)
+    with SoloDestination(plan.output, plan.merge, plan.run) as destination:
+        item = WorkItem.whole(plan.merge.files[0])
+        writer = destination.open(item)
+        destination.done(item, writer.finish(), {})  # without its values: to be written again
+        (record,) = destination.folder.records.folder.iterdir()
+        record.write_text(json.dumps(json.loads(record.read_text()) | wrong))
+    run(paths, tmp_path / "out", "lone")
+    average(paths, tmp_path / "one")
+    for name in (file.name for file in plan.merge.files):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -396,6 +396,22 @@ def test_pieces_count_only_for_their_request_and_in_their_file(wrong: str, tmp_p
     as_single(expected, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"begin": None}, {"end": "x"}, {"begin": [1]}, {"end": 1.5}, {"nonfinite": [1]}, {"nonfinite": {"a": "x"}}, {"schema": "x"}],
+    ids=str,
+)
+def test_a_record_of_a_piece_of_another_shape_counts_for_nothing(wrong: dict[str, Any], tmp_path: Path) -> None:
+    paths = nasty_run(tmp_path / "run", layout="single")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merge_cli.output.claims.flock", lambda fd: False)
+        share(paths, tmp_path / "out", 0, 4)
+    for record in (tmp_path / "out.pmerge-partial" / "done").iterdir():
+        record.write_text(json.dumps(json.loads(record.read_text()) | wrong))
+    assert share(paths, tmp_path / "out", 1, 4).has_published
+    as_single(average(paths, tmp_path / "one").output, tmp_path / "out")
+
+
 def test_without_flock_work_of_another_request_is_never_thrown_away(tmp_path: Path) -> None:
     paths = nasty_run(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
