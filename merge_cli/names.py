@@ -5,6 +5,8 @@ from __future__ import annotations
 MANIFEST = "pmerge.json"
 SWEEP_REPORT = "sweep.json"
 STAGING_SUFFIX = ".pmerge-partial"
+SWEEP_BEGUN = SWEEP_REPORT + STAGING_SUFFIX
+"""The checkpoints that a sweep began with, until all its results are there."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz")
 """Endings of weights in formats other than safetensors."""
 

@@ -20,13 +20,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import NonFiniteError
 from merge_cli.features.sweep_plan import SweepGroup, SweepPlan, plan_sweep
-from merge_cli.names import SWEEP_REPORT
+from merge_cli.names import SWEEP_BEGUN, SWEEP_REPORT
 from merge_cli.output.schema import SCHEMA
 from merge_cli.planning.plan import ALGORITHM
 from merge_cli.planning.record import fingerprint
@@ -96,6 +97,8 @@ def run_sweep(
     reused = sum(len(each.merge.files) for each in done)
     results: dict[Path, OutputResult] = {}
     groups = list(plan.groups)
+    if groups:
+        _write(plan.output / SWEEP_BEGUN, {"found": plan.found}, command)
     while groups:  # again as long as that helps: a rank that was at work on a group may have died
         claimed = 0
         for group in groups:
@@ -111,7 +114,9 @@ def run_sweep(
     missing = {each.path: len(each.missing) for each in results.values() if each.missing}
     report = plan.output / SWEEP_REPORT
     if not missing and (published or plan.rank.rank == 0):
-        _write_report(plan, report, command)
+        _write(report, as_dict(plan), command)
+        with suppress(OSError):
+            (plan.output / SWEEP_BEGUN).unlink()
     return SweepResult(paths, report, time.perf_counter() - began, total, reused, published, missing)
 
 
@@ -152,12 +157,12 @@ def _unfinished(group: SweepGroup, results: Mapping[Path, OutputResult]) -> Swee
     return SweepGroup(merge, tuple(group.outputs[k] for k in left), group.budget)
 
 
-def _write_report(plan: SweepPlan, path: Path, command: Sequence[str]) -> None:
-    """Write sweep.json. Two ranks that publish the last outputs at the same time may both do so."""
+def _write(path: Path, record: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Write a record of the sweep. Two ranks may do so at the same time."""
     from merge_cli.system.durable import write_file
 
     made_by = {"pmerge": __version__, "schema": SCHEMA, "algorithm": ALGORITHM, "command": list(command or sys.argv)}
-    data = json.dumps({**made_by, **as_dict(plan)}, indent=2, default=str).encode() + b"\n"
+    data = json.dumps({**made_by, **record}, indent=2, default=str).encode() + b"\n"
     write_file(path, data, partial_name=f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 

@@ -32,7 +32,7 @@ from merge_cli.request.screening import offering_to_skip
 from merge_cli.request.selection import check_tokens_per_step, order_candidates
 from merge_cli.request.spec import MergeSpec, RunConfig, Selection, read_options
 from merge_cli.request.tokens import with_tokens_of_names
-from merge_cli.stores.store import StrPath, is_local
+from merge_cli.stores.store import StrPath, is_local, resolve
 from merge_cli.system.files import read_json
 from merge_cli.system.still import wait_until_still
 
@@ -81,11 +81,12 @@ class SweepGroup:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A planned sweep. `same_as` names for a combination the output that it equals, `skipped` why
-    there is none.
+    """A planned sweep. `found` are the checkpoints that the outputs could choose from; `same_as`
+    names for a combination the output that it equals, `skipped` why there is none.
     """
 
     output: Path
+    found: tuple[str, ...]
     outputs: tuple[SweepOutput, ...]
     groups: tuple[SweepGroup, ...]
     same_as: tuple[tuple[Combination, str], ...]
@@ -150,13 +151,14 @@ def plan_sweep(
         raise UsageError("a sweep of nothing", hint="--method sma,ema:0.1 --last 6,10, or a list:  --list FILE")
     seen = Seen(run.max_header)
     selection, (candidates, notes, left_out) = _find(paths, wanted, selection, seen)
+    begun = None
     if typed and not run.restart:
-        from merge_cli.output.resumed import keep_selected
+        from merge_cli.output.resumed import keep_of_sweep
 
         folders = default_destinations("sweep") if folder is None else [folder]
-        candidates, newer = keep_selected(candidates, [each / name.name for each in folders for name in wanted], typed)
+        begun, candidates, newer = keep_of_sweep(candidates, folders, [each.name for each in wanted], typed)
         notes += newer
-    folder = folder or default_destination("sweep", order_candidates(candidates, "step", needs_order=False))
+    folder = folder or begun or default_destination("sweep", order_candidates(candidates, "step", needs_order=False))
     chosen, same_as, skipped, warnings = choose_all(wanted, candidates, selection)
     used = candidates_used(chosen)
     wait_until_still(sorted(path for path in used if is_local(path)), run.settle)
@@ -176,6 +178,7 @@ def plan_sweep(
     outputs = [[replace(each, is_done=each.path in done) for each in members] for members in outputs]
     return SweepPlan(
         output=folder,
+        found=tuple(resolve(each.path) for each in candidates),
         outputs=tuple(_as_asked(outputs, wanted)),
         groups=tuple(_groups(outputs, [merge for merge, _ in merges], tuning.fit)),
         same_as=tuple(same_as),
@@ -201,7 +204,7 @@ def _find(
     check_tokens_per_step(selection.tokens_per_step, [amount for _, amount in amounts])
     found = find_candidates(paths, selection, seen)
     selection, told, doubts = with_tokens_of_names(selection, [amount for _, amount in amounts], found.candidates)
-    for flag, amount in dict(amounts).items():
+    for flag, amount in amounts:
         parse_amount(amount, selection.tokens_per_step, option=flag)
     return selection, Found(found.candidates, [*told, *found.notes], [*found.warnings, *doubts])
 

@@ -510,6 +510,14 @@ def test_tokens_end_at_the_last_checkpoint_up_to_there(tmp_path: Path) -> None:
     assert plan.outputs[0].combination.name == "sma-last2-at350k"
 
 
+@pytest.mark.parametrize("every", [["200k", "800B"], ["800B", "200k"]], ids=str)
+def test_an_amount_below_one_step_is_an_error_in_any_place(every: list[str], tmp_path: Path) -> None:
+    for step in (100_000, 200_000, 300_000):
+        write(tmp_path / "run" / f"step{step}-tokens{step * 4 // 1000}B", step)
+    with pytest.raises(UsageError, match="--every 200k tokens are less than one step"):
+        plan_sweep([tmp_path / "run"], tmp_path / "out", methods=["sma"], every=every)
+
+
 def test_the_command(tmp_path: Path) -> None:
     for step in range(1000, 7000, 1000):
         write(tmp_path / "run" / f"ckpt_{step}", step)

@@ -131,9 +131,9 @@ def write_checkpoint(
     return folder
 
 
-def write_trained(folder: Path, step: int, *, rows: int = 40) -> None:
+def write_trained(folder: Path, step: int, *, rows: int = 40, turned: bool = False) -> None:
     """A checkpoint in two shards as a trainer leaves it: with its state, an optimizer, and 3
-    tensors drawn from `step`.
+    tensors drawn from `step`. `turned`: the shards have changed places.
     """
     generator = torch.Generator().manual_seed(step)
     tensors = {
@@ -141,7 +141,7 @@ def write_trained(folder: Path, step: int, *, rows: int = 40) -> None:
         "model.norm.weight": torch.randn(13, generator=generator),
         "model.count": torch.tensor(3),
     }
-    shards = (["model.embed.weight"], ["model.norm.weight", "model.count"])
+    shards = (["model.embed.weight"], ["model.norm.weight", "model.count"])[:: -1 if turned else 1]
     write_checkpoint(folder, tensors, shards=shards, config={"model_type": "llama", "dtype": "bfloat16"}, side_files=False)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "optimizer.pt").write_bytes(b"x")

@@ -99,6 +99,46 @@ def test_the_nightly_script_fixes_its_newest_step(run: Path, tmp_path: Path) -> 
     assert not list((run / "merges").iterdir())
 
 
+SWEEP = ("sweep", "run", "--method", "sma", "--last", 2, "--threads", 1)
+
+
+@pytest.fixture
+def layouts(run: Path) -> Path:
+    """A run whose newest checkpoint has another layout: its merges are a group of their own."""
+    write_trained(run / "run" / "ckpt_4000", 4000, turned=True)
+    return run
+
+
+@pytest.mark.parametrize("output", [(), ("-o", "sweep")], ids=["default", "named"])
+def test_a_sweep_killed_in_its_first_group_goes_on_with_all_its_outputs(layouts: Path, output: Sequence[str]) -> None:
+    kill(layouts, *SWEEP, "--at", "3000,4000", *output)
+    (begun,) = layouts.glob("sweep*")
+    assert len(list(begun.glob("*/done"))) == 1
+    write_trained(layouts / "run" / "ckpt_5000", 5000)
+    done = pmerge(*SWEEP, "--at", "3000,4000", *output, cwd=layouts)
+    assert {Path(line).name for line in done.stdout.split()} == {"sma-last2-at3000", "sma-last2-at4000"}
+    assert {path.name for path in begun.iterdir()} == {"sma-last2-at3000", "sma-last2-at4000", "sweep.json"}
+    assert [path.name for path in layouts.glob("sweep*")] == [begun.name]
+
+
+def test_a_sweep_killed_between_its_groups_keeps_the_checkpoints_it_began_with(layouts: Path) -> None:
+    (layouts / "list.json").write_text('[{"method": "sma", "last": 2, "at": 3000}, {"method": "sma", "last": 2}]')
+    command = ("sweep", "run", "--list", "list.json", "-o", "out", "--threads", 1)
+    assert start(*command, cwd=layouts, fault="rename:3:kill:0:/done/").end().code == -9
+    assert len(list((layouts / "out").glob("*/pmerge.json"))) == 1
+    write_trained(layouts / "run" / "ckpt_5000", 5000)
+    done = pmerge(*command, cwd=layouts)
+    assert "1 checkpoint newer than the start of this command left out" in done.stderr
+    assert [steps(layouts / "out" / name) for name in ("sma-last2-at3000", "sma-last2")] == [[2000, 3000], [3000, 4000]]
+
+
+def test_a_rank_of_a_sweep_that_comes_late_plans_all_outputs(layouts: Path) -> None:
+    share = (*SWEEP, "--at", "2000,3000,4000", "-o", "out", "--world-size", 2)
+    kill(layouts, *share, "--rank", 1)
+    done = pmerge(*share, "--rank", 0, cwd=layouts)
+    assert len(done.stdout.split()) == 3 and not list(layouts.glob("out/*.pmerge-partial"))
+
+
 @pytest.mark.parametrize(
     ("was", "now", "same"),
     [
