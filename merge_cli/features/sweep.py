@@ -15,8 +15,6 @@ that differ); a failure stops all.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -115,8 +113,7 @@ def run_sweep(
     report = plan.output / SWEEP_REPORT
     if not missing and (published or plan.rank.rank == 0):
         _write(report, as_dict(plan), command)
-        with suppress(OSError):
-            (plan.output / SWEEP_BEGUN).unlink()
+        _clean_up(plan.output)
     return SweepResult(paths, report, time.perf_counter() - began, total, reused, published, missing)
 
 
@@ -160,10 +157,22 @@ def _unfinished(group: SweepGroup, results: Mapping[Path, OutputResult]) -> Swee
 def _write(path: Path, record: Mapping[str, Any], command: Sequence[str]) -> None:
     """Write a record of the sweep. Two ranks may do so at the same time."""
     from merge_cli.system.durable import write_file
+    from merge_cli.system.held import own_name
 
     made_by = {"pmerge": __version__, "schema": SCHEMA, "algorithm": ALGORITHM, "command": list(command or sys.argv)}
     data = json.dumps({**made_by, **record}, indent=2, default=str).encode() + b"\n"
-    write_file(path, data, partial_name=f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    write_file(path, data, partial_name=Path(own_name(path.name)).name)
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove the record that a finished sweep no longer needs, and torn ones of dead processes."""
+    from merge_cli.system.held import is_of_dead
+
+    with suppress(OSError):
+        (folder / SWEEP_BEGUN).unlink(missing_ok=True)
+        for path in folder.glob(f"{SWEEP_REPORT}.*"):
+            if is_of_dead(path.name):
+                path.unlink(missing_ok=True)
 
 
 def as_dict(plan: SweepPlan) -> dict[str, Any]:
