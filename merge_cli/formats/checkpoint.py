@@ -264,6 +264,12 @@ def _rank_files(store: Store, folder: str, entries: Sequence[Entry]) -> list[str
     return sorted(name for name in inside if name.endswith(".safetensors"))
 
 
+def holds_safetensors(folder: str, entries: Sequence[Entry]) -> bool:
+    """Whether `folder`, which has the `entries`, holds safetensors, directly or in those of ranks."""
+    named = any(entry.name.endswith((".safetensors", INDEX_SUFFIX)) for entry in entries)
+    return named or bool(_rank_files(open_store(folder), folder, entries))
+
+
 def _check_no_second_set(folder: str, index_name: str, weight_map: Mapping[str, str], beside: Sequence[WeightFile]) -> None:
     """Raise InputError where files that the index does not name hold what it names: two sets of
     weights, and loaders differ.

@@ -1,5 +1,8 @@
 """Open a checkpoint of whatever container: safetensors, a torch distributed checkpoint, files of
 `torch.save`, or a universal checkpoint of DeepSpeed.
+
+Of several in one folder the first counts: a distributed checkpoint, safetensors, files of
+`torch.save`, a universal checkpoint. The others are skipped like all files that are not copied.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from merge_cli.system.json_text import parse_json
 SKIPPED = (
     # training state
     "optimizer*", "optim*", "scheduler*", "scaler*", "rng_state*", "random_states*", "trainer_state.json", "training_args.*",
-    "global_step*", "latest", "zero_to_fp32.py", "zero_pp_rank*", "mp_rank*", ".metadata", "train_state*",
+    "global_step*", "latest", "latest_universal", "zero_to_fp32.py", "zero_pp_rank*", "mp_rank*", ".metadata", "train_state*",
     "dataloader*", "iter_*", "runs", "wandb", "checkpoint-*", "latest_checkpointed_iteration.txt",
     # weights in this or another format, and indexes of them
     "*.safetensors", "*.index.json", *(f"*{suffix}" for suffix in OTHER_WEIGHTS), "*.onnx", "*.tflite", "*.pkl", "*.pickle",

@@ -16,8 +16,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from merge_cli.errors import IncompleteError, UnsupportedError, first_ten
-from merge_cli.formats.checkpoint import Checkpoint, Stored, read_config
-from merge_cli.formats.pickled import LAYOUT, open_archive
+from merge_cli.formats.checkpoint import Checkpoint, Stored, holds_safetensors, read_config
+from merge_cli.formats.pickled import LAYOUT, open_archive, pickled_files
 from merge_cli.formats.side_files import list_side_files
 from merge_cli.formats.weight_file import WeightFile
 from merge_cli.stores.store import StrPath, as_path, join, open_store, read_file
@@ -30,14 +30,15 @@ _MAX_NAME_BYTES = 1000
 
 def find_universal(path: StrPath) -> str | None:
     """The folder of parameters of the universal checkpoint at `path`, relative to it; None if there
-    is none.
+    is none, or safetensors or files of `torch.save` beside it, which count instead.
     """
     path = as_path(path)
     store = open_store(path)
     status = store.stat(path)
     if status is None or status.kind != "folder":
         return None
-    kinds = {entry.name: entry.kind for entry in store.list(path)}
+    entries = list(store.list(path))
+    kinds = {entry.name: entry.kind for entry in entries}
     inside = _PARAMETERS
     if kinds.get(_LATEST) == "file" and _PARAMETERS not in kinds:
         named = read_file(join(path, _LATEST), _MAX_NAME_BYTES).decode(errors="replace").strip()
@@ -51,7 +52,9 @@ def find_universal(path: StrPath) -> str | None:
     if status is None or status.kind != "folder":
         return None
     first = next((entry.name for entry in store.list(folder) if entry.kind == "folder"), None)
-    return inside if first is not None and any(e.name.endswith(".pt") for e in store.list(join(folder, first))) else None
+    if first is None or not any(entry.name.endswith(".pt") for entry in store.list(join(folder, first))):
+        return None
+    return None if pickled_files(list(kinds)) or holds_safetensors(path, entries) else inside
 
 
 def open_universal(path: StrPath, inside: str) -> Checkpoint:

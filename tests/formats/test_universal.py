@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import tensor_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_cli import average, open_checkpoint, plan_average, verify
@@ -75,6 +75,26 @@ def test_the_folder_that_names_the_latest_is_a_checkpoint(tmp_path: Path) -> Non
     (tmp_path / "run" / "step-2000" / "latest_universal").write_text("../step-1000/global_step1000")
     with pytest.raises(InputError):
         open_checkpoint(tmp_path / "run" / "step-2000")
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "mp_rank_00/model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("inside", ["", "global_step1000"])
+def test_other_weights_in_the_folder_count_before_it(inside: str, other: str, tmp_path: Path) -> None:
+    """Only these have the buffers."""
+    paths = [tmp_path / "run" / f"step-{step}" for step in (1000, 2000)]
+    for path in paths:
+        save(path / inside, 1000)
+        if inside:
+            (path / "latest_universal").write_text(inside)
+        (path / other).parent.mkdir(exist_ok=True)
+        tensors = {"weight": torch.ones(4), "buffer": torch.arange(4.0)}
+        torch.save(tensors, path / other) if other.endswith(".bin") else save_file(tensors, str(path / other))
+    opened = open_checkpoint(paths[0])
+    assert [file.name for file in opened.files] == [other]
+    assert (f"{inside or 'zero'}/") in opened.side_files.skipped
+    average(paths, tmp_path / "out")
+    written = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert written == ["model.safetensors", "pmerge.json"]
 
 
 def test_what_is_missing_or_more_than_a_parameter_is_refused(run: Path) -> None:
