@@ -24,7 +24,7 @@ from merge_cli.output.manifest import MAX_MANIFEST_BYTES, is_sealed
 from merge_cli.output.schema import is_newer
 from merge_cli.planning.plan import MergePlan
 from merge_cli.planning.record import fingerprint, input_records, request_record
-from merge_cli.stores.store import read_file
+from merge_cli.stores.store import is_local, read_file
 from merge_cli.system.files import sha256_of
 from merge_cli.system.held import is_held_by_nfs
 from merge_cli.system.json_text import parse_json
@@ -63,7 +63,10 @@ def is_published(path: Path, merge: MergePlan, *, hashed: bool = False, is_clean
     content = read_manifest(path)
     try:
         inputs = [[recorded_fingerprint(file) for file in each["files"]] for each in content["inputs"]]
-        if content["plan"] != fingerprint(merge) or inputs != [each["files"] for each in input_records(merge)]:
+        now = input_records(merge)
+        if content["plan"] != fingerprint(merge) or inputs != [each["files"] for each in now]:
+            return False
+        if not all(_may_be_at(each["path"], other["path"]) for each, other in zip(content["inputs"], now, strict=True)):
             return False
         files = {**content["files"], **content["side_files"]}
         return all((path / name).stat().st_size == file["bytes"] for name, file in files.items()) and not (
@@ -71,6 +74,15 @@ def is_published(path: Path, merge: MergePlan, *, hashed: bool = False, is_clean
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _may_be_at(recorded: str, path: str) -> bool:
+    """Whether an input that was recorded at one path may be at another: under a second name of the
+    same mount, or moved, so that nothing is there any more. The versions of stores identify the
+    content; times of local files do not. Raises OSError, TypeError or ValueError for no path.
+    """
+    then = Path(recorded)
+    return recorded == path or not is_local(recorded) or not then.exists() or then.samefile(path)
 
 
 def own_files(folder: Path) -> set[str]:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import digests, nasty_run
+from safetensors.torch import load_file, save_file
 
 from faults.ground import COMMAND, FILESYSTEMS, Ground
 from faults.runs import FaultRuns
@@ -72,6 +74,49 @@ def test_a_corrupt_result_is_noticed_where_that_is_asked_for_and_made_again_by_o
     assert "--overwrite" in refused.value.hint
     assert make(paths, tmp_path / "out", overwrite=True).has_published
     assert digests(tmp_path / "out") == good
+
+
+def twins(folder: Path) -> list[Path]:
+    """Two runs whose files differ in their weights alone, as out of a reproducible archive."""
+    for name, value in (("A", 0.0), ("B", 1000.0)):
+        for step in (1, 2):
+            file = folder / name / f"ckpt_{step}" / "model.safetensors"
+            file.parent.mkdir(parents=True)
+            save_file({"w": torch.full((4,), value + step)}, str(file))
+            os.utime(file, ns=(0, 0))
+    return [folder / "A", folder / "B"]
+
+
+def test_the_result_of_another_run_is_another_one(make: Callable[..., AverageResult], tmp_path: Path) -> None:
+    first, second = twins(tmp_path)
+    make([first], tmp_path / "out")
+    with pytest.raises(OutputError, match="is not what is asked for") as refused:
+        make([second], tmp_path / "out")
+    assert str(second / "ckpt_1") in "".join(refused.value.details)
+    assert make([second], tmp_path / "out", overwrite=True).has_published
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [1001.5] * 4
+
+
+def test_a_run_that_moved_is_the_same(make: Callable[..., AverageResult], tmp_path: Path) -> None:
+    first, _ = twins(tmp_path)
+    make([first], tmp_path / "out")
+    first.rename(tmp_path / "moved")
+    assert make([tmp_path / "moved"], tmp_path / "out").already_published
+    first.symlink_to(tmp_path / "moved")
+    assert make([first], tmp_path / "out").already_published
+
+
+def test_a_link_that_leads_to_another_file_is_another_input(make: Callable[..., AverageResult], tmp_path: Path) -> None:
+    blobs = [run / f"ckpt_{step}" / "model.safetensors" for run in twins(tmp_path) for step in (1, 2)]
+    links = [tmp_path / f"model_step_{step}.safetensors" for step in (1, 2)]
+    for link, blob in zip(links, blobs, strict=False):
+        link.symlink_to(blob)
+    make(links, tmp_path / "out")
+    assert make(links, tmp_path / "out").already_published
+    links[1].unlink()
+    links[1].symlink_to(blobs[3])
+    with pytest.raises(OutputError, match="is not what is asked for"):
+        make(links, tmp_path / "out")
 
 
 def test_another_request_says_how_it_differs(make: Callable[..., AverageResult], tmp_path: Path) -> None:
