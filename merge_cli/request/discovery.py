@@ -37,7 +37,7 @@ from merge_cli.stores.store import (
     resolve,
 )
 
-_EMPTY = "holds no weights that pmerge reads"
+EMPTY = "holds no weights that pmerge reads"
 
 
 def discover(
@@ -59,7 +59,7 @@ def discover(
     if one checkpoint is named twice.
     """
     on_skip = on_skip or (lambda line: None)
-    on_empty = on_empty or (lambda path: on_skip(f"{path} is left out: it {_EMPTY}"))
+    on_empty = on_empty or (lambda path: on_skip(f"{path} is left out: it {EMPTY}"))
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     found: list[str] = []
@@ -162,14 +162,14 @@ def find_candidates(paths: StrPath | Sequence[StrPath], asked: Selection | None 
     skipped: list[str] = []
     empty: list[str] = []
     candidates = list_candidates(paths, asked, skipped.append, empty.append)
-    warnings = [f"{few(empty)} left out as incomplete: {'it' if len(empty) == 1 else 'each'} {_EMPTY}"] if empty else []
+    warnings = [f"{few(empty)} left out as incomplete: {'it' if len(empty) == 1 else 'each'} {EMPTY}"] if empty else []
     named = {as_path(path) for path in _typed(paths)}
     if any(is_glob(path) and not is_local(path) for path in named):
         return Found(candidates, skipped, warnings)  # revisions of the Hub are complete
     candidates = [replace(each, in_run=each.path not in named) for each in candidates]
     if empty and asked.incomplete == "error":
         with offering_to_skip(candidates, seen):
-            raise IncompleteError(f"{empty[0]} {_EMPTY}", details=[f"as does  {path}" for path in first_ten(empty[1:])])
+            raise IncompleteError(f"{empty[0]} {EMPTY}", details=[f"as does  {path}" for path in first_ten(empty[1:])])
     in_runs = [each for each in candidates if each.in_run]
     left_out = find_incomplete(in_runs, asked.incomplete, seen)
     if len(candidates) - len(left_out) < 2:

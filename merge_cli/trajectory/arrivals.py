@@ -10,6 +10,7 @@ transformers' Trainer writes after the weights, has to be there where the checkp
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from typing import NamedTuple
 
 from merge_cli.errors import InputError
 from merge_cli.formats.completeness import incomplete_reason
-from merge_cli.request.discovery import list_candidates
+from merge_cli.request.candidates import read_candidate
+from merge_cli.request.discovery import EMPTY, list_candidates
 from merge_cli.request.labels import Candidate
 from merge_cli.request.selection import order_candidates
 from merge_cli.request.spec import Selection
-from merge_cli.stores.store import is_glob, is_local, join, open_store
+from merge_cli.stores.store import is_glob, is_local, join, name_of, open_store
 
 _PATIENCE = 10
 _MARKER = "trainer_state.json"
@@ -69,12 +71,16 @@ class Arrivals:
         """
         try:
             notes: list[str] = []
-            found = list_candidates(self._run, Selection(), notes.append)
+            empty: list[str] = []
+            found = list_candidates(self._run, Selection(), notes.append, empty.append)
+            found = [each for each in found if each.step is not None]
+            begun = _begun(empty, found)
         except InputError as error:
             if not is_glob(self._run) and open_store(self._run).stat(self._run) is None:
                 raise
             return [], [error.message]
-        return order_candidates([each for each in found if each.step is not None], "step", needs_order=True), notes
+        notes += [f"{path} is left out: it {EMPTY}" for path in empty if path not in {each.path for each in begun}]
+        return order_candidates([*found, *begun], "step", needs_order=True), notes
 
     def newest_complete(self, listed: Sequence[Candidate]) -> int:
         """The step of the newest checkpoint that counts now, 0 if there is none."""
@@ -114,6 +120,20 @@ class Arrivals:
             return Seen(candidate, "it changed while it was looked at", True)
         self._complete[path] = change
         return Seen(candidate, None, False)
+
+
+def _begun(empty: Sequence[str], found: Sequence[Candidate]) -> list[Candidate]:
+    """Those of the folders without weights that are checkpoints about to be written: named as one
+    that was `found`, with another step. A folder of logs, which changes all the time, is none.
+    """
+    names = {_pattern(each.path) for each in found}
+    steps = {each.step for each in found}
+    begun = [read_candidate(path) for path in empty if _pattern(path) in names]
+    return list({each.step: each for each in begun if each.step is not None and each.step not in steps}.values())
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"[0-9]+", "#", name_of(path))
 
 
 def _why_incomplete(path: str, needs_marker: bool) -> str | None:

@@ -174,6 +174,28 @@ def test_an_earlier_checkpoint_that_is_being_written_holds_back_the_later_one(ru
     assert [each["step"] for each in inputs] == [300, 500]
 
 
+def test_an_earlier_folder_without_weights_yet_holds_back_the_later_one(run: Path) -> None:
+    look(run)
+    (run / "logs_350").mkdir()  # named by a number, but not as the checkpoints are
+    begun = run / "ckpt_400"
+    begun.mkdir()
+    (begun / "config.json").write_text("{}")
+    save(run, 500)
+    time.sleep(0.05)
+    held = [event for event in look(run, settle_s=0.02) if event.kind == "waiting"]
+    assert len(held) == 2 and all("ckpt_400" in event.text for event in held)
+    shutil.rmtree(begun)
+    save(run, 400)
+    events = look(run)
+    assert [event.name for event in events if event.kind == "merged"] == ["sma-last2-at400", "sma-last2-at500"]
+    (run / "ckpt_600").mkdir()
+    save(run, 700)
+    time.sleep(0.3)  # ten times the settling time without a change: given up
+    events = look(run, settle_s=0.02)
+    assert [event.name for event in events if event.kind == "merged"] == ["sma-last2-at700"]
+    assert "left out" in kinds(events)
+
+
 def test_only_merges_that_were_made_here_are_removed(run: Path) -> None:
     folder = run.parent / "out" / "merges"
     average([run / "ckpt_100", run / "ckpt_200"], folder / "sma-last2-at200")  # by hand, the very same result
