@@ -153,7 +153,7 @@ def write_file(path: Path, data: bytes, *, partial_name: str = "") -> None:
     partial = path.with_name(partial_name or path.name + ".partial")
     fd = -1
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         fd = open_own(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         write_all(fd, memoryview(data), 0, partial)
         fsync_file(fd)

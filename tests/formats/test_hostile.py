@@ -388,7 +388,12 @@ HUNGRY_INDEXES: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("case", HUNGRY_INDEXES)
+LARGEST = pytest.mark.slow(reason="it takes eight seconds; that of a million files is the fast test of the same bound")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=LARGEST if case == "3 million tensors" else ()) for case in HUNGRY_INDEXES]
+)
 def test_a_hungry_index_takes_bounded_memory(tmp_path: Path, case: str) -> None:
     folder = write_checkpoint(tmp_path / "ckpt_1", tensors(), shards=2)
     (folder / INDEX).write_bytes(HUNGRY_INDEXES[case]())
