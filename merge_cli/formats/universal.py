@@ -57,14 +57,21 @@ def find_universal(path: StrPath) -> str | None:
     return None if pickled_files(list(kinds)) or holds_safetensors(path, entries) else inside
 
 
+def parameter_files(folder: str) -> dict[str, str]:
+    """The file of each parameter in the folder that holds all of them, by its name; some may be
+    missing.
+    """
+    names = [entry.name for entry in open_store(folder).list(folder) if entry.kind == "folder"]
+    return {name: join(join(folder, name), _WEIGHTS) for name in names}
+
+
 def open_universal(path: StrPath, inside: str) -> Checkpoint:
     """Open the universal checkpoint at `path`, whose parameters are in the folder `inside`. Raises
     InputError.
     """
     path = as_path(path)
     store = open_store(path)
-    names = [entry.name for entry in store.list(join(path, inside)) if entry.kind == "folder"]
-    files = {name: f"{inside}/{name}/{_WEIGHTS}" for name in sorted(names)}
+    files = {name: f"{inside}/{name}/{_WEIGHTS}" for name in sorted(parameter_files(join(path, inside)))}
     missing = [file for file in files.values() if store.stat(join(path, file)) is None]
     if missing:
         raise IncompleteError(f"{len(missing)} of {len(files)} parameters have no {_WEIGHTS} in {path}", details=first_ten(missing))

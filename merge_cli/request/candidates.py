@@ -13,6 +13,7 @@ from merge_cli.formats.checkpoint import RANK_FOLDER
 from merge_cli.formats.dcp.folder import METADATA_FILE, open_folder
 from merge_cli.formats.dcp.trainers import find_dcp, recorded_step
 from merge_cli.formats.pickled import pickled_files
+from merge_cli.formats.universal import find_universal, parameter_files
 from merge_cli.request.folders import entries_of, label_of
 from merge_cli.request.labels import Candidate, parse_label
 from merge_cli.request.misses import no_such_checkpoint
@@ -87,6 +88,8 @@ def _weights_time(store: Store, path: str) -> int:
         return 0 if found is None else found.mtime_ns
     if (place := find_dcp(path)) is not None:
         return _weights_time(store, join(place.folder, METADATA_FILE))
+    if (inside := find_universal(path)) is not None:
+        return max(_weights_time(store, each) for each in parameter_files(join(path, inside)).values())
     entries = entries_of(path)
     names = [entry.name for entry in entries]
     weights = [join(path, name) for name in names if name.endswith(".safetensors")]

@@ -4,6 +4,7 @@ in float32, one folder each.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from merge_cli import average, open_checkpoint, plan_average, verify
 from merge_cli.errors import IncompleteError, InputError, UnsupportedError
 from merge_cli.formats.completeness import incomplete_reason
+from merge_cli.request.candidates import read_candidate
 
 
 def weights(step: int) -> dict[str, Tensor]:
@@ -64,6 +66,19 @@ def test_a_run_is_averaged_into_safetensors(run: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "out", against_inputs=True, sample=None).problems == ()
     average([run / "global_step1000_universal", run / "global_step2000_universal"], tmp_path / "named")
     check_mean(tmp_path / "named")
+
+
+def test_the_time_is_that_of_the_newest_parameter(run: Path) -> None:
+    folders = [run / f"global_step{step}_universal" for step in (2000, 1000)]
+    for seconds, folder in enumerate(folders, 1):
+        for file in folder.rglob("*"):
+            os.utime(file, (100, 100))
+        os.utime(folder / "zero" / "2.mlp.dense.weight" / "fp32.pt", (100 + seconds, 100 + seconds))
+        os.utime(folder / "zero" / "2.mlp.dense.weight" / "exp_avg.pt", (900, 900))
+    assert [read_candidate(folder, with_time=True).mtime_ns // 10**9 for folder in folders] == [101, 102]
+    assert [each.step for each in plan_average(run, method="ema", order="mtime").candidates] == [2000, 1000]
+    (folders[0] / "zero" / "2.mlp.dense.weight" / "fp32.pt").unlink()
+    assert read_candidate(folders[0], with_time=True).mtime_ns // 10**9 == 100
 
 
 def test_the_folder_that_names_the_latest_is_a_checkpoint(tmp_path: Path) -> None:
