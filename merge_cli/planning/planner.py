@@ -184,7 +184,9 @@ def _what_happens(spec: MergeSpec, views: Sequence[View], base: int, entries: Se
         dtype = OUTPUT_DTYPES.get(spec.dtype, DEQUANTIZED)
         dropped = f" and {len(views[base].activation_scales)} activation scales" if views[base].activation_scales else ""
         notes.append(f"dequantized weights are written as {dtype}; scales{dropped} and quantization_config are left out")
-    if views[base].checkpoint.layout == "whole" and SHARDING_INFO not in views[base].checkpoint.files[0].header.metadata:
+    if any(SHARDING_INFO in file.header.metadata for file in views[base].checkpoint.files):
+        notes.append("files of ranks record no whole shapes: a tensor ends where the last of its parts does (docs/trainers.md)")
+    elif views[base].checkpoint.layout == "whole":
         notes.append(
             "whole tensors keep the trainer's names and shapes; its own conversion makes another framework's (docs/trainers.md)"
         )

@@ -52,7 +52,7 @@ def test_peak_memory_is_bounded(shape: tuple[str, ...], least: int, tmp_path: Pa
 
 
 def test_peak_memory_of_many_sums_is_bounded(tmp_path: Path) -> None:
-    """Six outputs by the filter, which needs memory of its own."""
+    """Six outputs, each with a buffer of its own."""
     peaks = []
     for size in ("1MB", "60MB"):
         run, out = tmp_path / f"run-{size}", tmp_path / f"out-{size}"

@@ -66,6 +66,15 @@ def test_one_mesh_is_averaged_file_by_file(tmp_path: Path) -> None:
     }
 
 
+def test_the_plan_says_that_whole_shapes_are_not_recorded(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save_hf_files(tmp_path / "run" / f"step-{step}", state(step), ROWS)
+    either: list[dict[str, Any]] = [{}, {"format": "safetensors"}]
+    for options in either:
+        notes = plan_average([tmp_path / "run"], tmp_path / "out", **options).merge.notes
+        assert "files of ranks record no whole shapes" in "\n".join(notes)
+
+
 @pytest.mark.parametrize("options", [{}, {"shard_size": 150}, {"chunk_size": 8, "threads": 2}], ids=str)
 def test_other_meshes_are_gathered_into_whole_tensors(options: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"

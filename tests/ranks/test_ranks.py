@@ -573,7 +573,7 @@ def test_a_rank_that_cannot_write_fails_and_the_others_finish(ground: Ground, fa
 
 
 def test_a_rank_stopped_anywhere_while_another_runs(ground: Ground) -> None:
-    row = ranks.stopped(ground, every=67)
+    row = ranks.stopped(ground, every=97)
     assert row.ok, row.wrong
 
 

@@ -273,7 +273,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[Sum], list[Tensor]]:
     return sums, sources
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(jobs())
 def test_any_job(job: tuple[list[Sum], list[Tensor]]) -> None:
     check(*job)
